@@ -1,0 +1,108 @@
+# Whether to build the CUDA kernels, with which nvcc and for which GPUs: sets KL_EXT_WITH_CUDA, KL_EXT_CUDA_ARCHITECTURES,
+# KL_EXT_CUDA_COMPILER_VERSION, KL_EXT_CUDA_RPATH and defines the imported target c10_cuda.
+#
+# It is decided by torch's own CUDA build and nvcc, never by a GPU being present. KL_EXT_CUDA: unset, the kernels are built for
+# a CUDA torch; 1, anything else is an error; auto, they are left out where there is no nvcc; 0, they are left out.
+set(KL_EXT_WITH_CUDA OFF)
+if(NOT DEFINED KL_EXT_CUDA)
+  set(KL_EXT_CUDA "$ENV{KL_EXT_CUDA}")
+endif()
+if(NOT KL_EXT_CUDA MATCHES "^(|0|1|auto)$")
+  message(FATAL_ERROR "kl_ext: expected KL_EXT_CUDA to be 0, 1 or auto, got '${KL_EXT_CUDA}'.")
+endif()
+if(KL_EXT_CUDA STREQUAL "0")
+  message(STATUS "No CUDA kernels: KL_EXT_CUDA=0.")
+  return()
+endif()
+if(NOT TORCH_CUDA_VERSION)
+  if(KL_EXT_CUDA STREQUAL "1")
+    message(FATAL_ERROR
+      "kl_ext: KL_EXT_CUDA=1 asks for CUDA kernels, and torch ${TORCH_VERSION} is not a CUDA build.\n"
+      "Install a CUDA build of torch, or unset KL_EXT_CUDA.")
+  endif()
+  message(STATUS "No CUDA kernels: torch ${TORCH_VERSION} is not a CUDA build.")
+  return()
+endif()
+
+if(DEFINED ENV{CUDACXX})
+  set(nvcc "$ENV{CUDACXX}")
+else()
+  find_program(nvcc nvcc HINTS "$ENV{CUDA_HOME}/bin" "$ENV{CUDA_PATH}/bin" PATHS /usr/local/cuda/bin NO_CACHE)
+endif()
+execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE nvcc_says ERROR_QUIET RESULT_VARIABLE status)
+string(REGEX MATCH "release ([0-9]+)\\.([0-9]+)" release "${nvcc_says}")
+set(nvcc_major "${CMAKE_MATCH_1}")
+set(nvcc_version "${CMAKE_MATCH_1}.${CMAKE_MATCH_2}")
+string(REGEX MATCH "^[0-9]+" torch_cuda_major "${TORCH_CUDA_VERSION}")
+if(NOT release)
+  if(KL_EXT_CUDA STREQUAL "auto")
+    message(STATUS "No CUDA kernels: no nvcc found, and KL_EXT_CUDA=auto.")
+    return()
+  endif()
+  message(FATAL_ERROR
+    "kl_ext: torch ${TORCH_VERSION} is a CUDA build, and no nvcc was found to build the CUDA kernels with (looked at CUDACXX, "
+    "CUDA_HOME, PATH and /usr/local/cuda).\n"
+    "Install the CUDA ${torch_cuda_major} toolkit's nvcc or set CUDACXX to it; or set KL_EXT_CUDA=0 to mean a CPU-only build.")
+endif()
+if(NOT nvcc_major STREQUAL torch_cuda_major)
+  message(FATAL_ERROR
+    "kl_ext: torch ${TORCH_VERSION} was built with CUDA ${TORCH_CUDA_VERSION}, and ${nvcc} is CUDA ${nvcc_version}: the major "
+    "versions must agree.\n"
+    "Set CUDACXX to a CUDA ${torch_cuda_major} nvcc; or install a torch built with CUDA ${nvcc_major}; or set KL_EXT_CUDA=0 "
+    "to mean a CPU-only build.")
+endif()
+
+# TORCH_CUDA_ARCH_LIST as torch writes it, "8.0 9.0a 12.0+PTX", to CMake's "80-real;90a-real;120".
+function(kl_ext_cuda_architectures list result)
+  foreach(name_and_list "Turing=7.5" "Ampere=8.0 8.6" "Ada=8.9" "Hopper=9.0" "Blackwell=10.0 10.3 12.0 12.1")
+    string(REGEX MATCH "(.*)=(.*)" _ "${name_and_list}")
+    string(REPLACE "${CMAKE_MATCH_1}" "${CMAKE_MATCH_2}" list "${list}")
+  endforeach()
+  string(REGEX REPLACE "[ ;,]+" ";" list "${list}")
+  set(architectures "")
+  foreach(item IN LISTS list)
+    if(NOT item MATCHES "^([0-9]+)\\.([0-9][af]?)(\\+PTX)?$")
+      message(FATAL_ERROR "kl_ext: expected TORCH_CUDA_ARCH_LIST like '8.0 9.0 12.0+PTX', got '${item}' in it.")
+    endif()
+    if(CMAKE_MATCH_3)
+      list(APPEND architectures "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
+    else()
+      list(APPEND architectures "${CMAKE_MATCH_1}${CMAKE_MATCH_2}-real")
+    endif()
+  endforeach()
+  set(${result} "${architectures}" PARENT_SCOPE)
+endfunction()
+
+if(NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
+  kl_ext_cuda_architectures("$ENV{TORCH_CUDA_ARCH_LIST}" CMAKE_CUDA_ARCHITECTURES)
+elseif(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND nvcc_version VERSION_LESS 12.8)
+  set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 90) # nvcc knows no later ones
+elseif(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 90-real 100-real 120)
+endif()
+
+set(KL_EXT_WITH_CUDA ON)
+set(CMAKE_CUDA_COMPILER "${nvcc}")
+set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)
+enable_language(CUDA)
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_EXTENSIONS OFF)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION) # CMake 3.25 does not know that nvcc has C++20
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+  set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+endif()
+
+set(KL_EXT_CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
+set(KL_EXT_CUDA_COMPILER_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
+message(STATUS "CUDA kernels for ${KL_EXT_CUDA_ARCHITECTURES} with ${nvcc} ${KL_EXT_CUDA_COMPILER_VERSION}")
+
+# Where the nvidia packages that torch depends on put libcudart.so.
+if(torch_cuda_major VERSION_LESS 13)
+  set(KL_EXT_CUDA_RPATH ":$ORIGIN/../../nvidia/cuda_runtime/lib")
+else()
+  set(KL_EXT_CUDA_RPATH ":$ORIGIN/../../nvidia/cu${torch_cuda_major}/lib")
+endif()
+kl_ext_add_torch_library(c10_cuda)
+target_include_directories(c10_cuda SYSTEM INTERFACE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})

@@ -1,0 +1,109 @@
+// Argument checks, with one style of message: `function: expected ARGUMENT to be WHAT, got WHAT CAME`. TypeError for what a tensor
+// is, ValueError for the value of a number, RuntimeError for shapes and devices, as torch has it.
+#pragma once
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+
+namespace kl_ext {
+
+struct Argument {
+  const char* name;
+  const at::Tensor& tensor;
+};
+
+using Arguments = c10::ArrayRef<Argument>;
+
+inline bool is_supported(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
+}
+
+// The name Python prints for a dtype, without "torch.".
+std::string dtype_name(at::ScalarType dtype);
+
+// The name Python prints for a layout.
+std::string layout_name(at::Layout layout);
+
+inline void check_clamp(const char* function, double clamp_min, double clamp_max) {
+  TORCH_CHECK_VALUE(clamp_min <= clamp_max, function, ": expected clamp_min <= clamp_max, got ", clamp_min, " and ", clamp_max);
+}
+
+inline void check_result_dtype(const char* function, std::optional<at::ScalarType> dtype) {
+  TORCH_CHECK_TYPE(!dtype || is_supported(*dtype), function,
+                   ": expected dtype to be float16, bfloat16, float32 or float64, got ", dtype_name(*dtype));
+}
+
+inline void check_tensors(const char* function, Arguments arguments) {
+  for (const auto& [name, tensor] : arguments) {
+    TORCH_CHECK_TYPE(is_supported(tensor.scalar_type()), function, ": expected ", name,
+                     " to be a float16, bfloat16, float32 or float64 tensor, got ", dtype_name(tensor.scalar_type()));
+    TORCH_CHECK_TYPE(tensor.layout() == at::kStrided || tensor.layout() == at::kJagged, function, ": expected ", name,
+                     " to be a strided tensor, got ", layout_name(tensor.layout()));
+  }
+}
+
+// All on the device of the first that is not a 0-dim CPU tensor: those go with tensors of any device, as in torch.
+inline void check_devices(const char* function, Arguments arguments) {
+  const Argument* first = &arguments[0];
+  for (const auto& argument : arguments) {
+    const bool is_scalar = argument.tensor.dim() == 0 && argument.tensor.is_cpu();
+    if (is_scalar || argument.tensor.device() == first->tensor.device()) {
+      continue;
+    }
+    const bool first_is_scalar = first->tensor.dim() == 0 && first->tensor.is_cpu();
+    TORCH_CHECK(first_is_scalar, function, ": expected ", argument.name, " on ", first->tensor.device(), " like ", first->name,
+                ", got ", argument.tensor.device());
+    first = &argument;
+  }
+}
+
+inline void check_broadcast(const char* function, Arguments arguments) {
+  at::DimVector shape(arguments[0].tensor.sizes());
+  for (const auto& [name, tensor] : arguments.slice(1)) {
+    if (tensor.sizes() == at::IntArrayRef(shape)) {
+      continue;
+    }
+    const auto sizes = tensor.sizes();
+    at::DimVector common(std::max(shape.size(), sizes.size()), 1);
+    for (size_t back = 1; back <= common.size(); ++back) {
+      const int64_t left = back <= shape.size() ? shape[shape.size() - back] : 1;
+      const int64_t right = back <= sizes.size() ? sizes[sizes.size() - back] : 1;
+      TORCH_CHECK(left == right || left == 1 || right == 1, function, ": expected ", name, " to broadcast with the shape ",
+                  at::IntArrayRef(shape), " of the arguments before it, got shape ", sizes);
+      common[common.size() - back] = left == 1 ? right : left;
+    }
+    shape = std::move(common);
+  }
+}
+
+// The arguments after the first, which is grad_output, must expand to its shape.
+inline void check_expand(const char* function, Arguments arguments) {
+  const auto shape = arguments[0].tensor.sizes();
+  for (const auto& [name, tensor] : arguments.slice(1)) {
+    TORCH_CHECK(tensor.sizes() == shape || at::is_expandable_to(tensor.sizes(), shape), function, ": expected ", name,
+                " to expand to the shape ", shape, " of grad_output, got shape ", tensor.sizes());
+  }
+}
+
+inline void check_forward(const char* function, Arguments inputs, double clamp_min, double clamp_max,
+                          std::optional<at::ScalarType> dtype) {
+  check_tensors(function, inputs);
+  check_clamp(function, clamp_min, clamp_max);
+  check_result_dtype(function, dtype);
+  check_devices(function, inputs);
+  check_broadcast(function, inputs);
+}
+
+inline void check_backward(const char* function, Arguments arguments, double clamp_min, double clamp_max) {
+  check_tensors(function, arguments);
+  check_clamp(function, clamp_min, clamp_max);
+  check_devices(function, arguments);
+  check_expand(function, arguments);
+}
+
+} // namespace kl_ext

@@ -1,0 +1,123 @@
+// The loops, compiled once per instruction set: KL_EXT_CPU_CAPABILITY names it. The compiler vectorises them (contraction and
+// fast-math stay off: the arithmetic is what math/ writes, on every instruction set the same).
+#include "kernels.h"
+
+#include "../math/gaussian.h"
+#include "../math/half.h"
+
+#define KL_EXT_LOOP _Pragma("GCC ivdep")
+
+namespace kl_ext::cpu::KL_EXT_CPU_CAPABILITY {
+namespace {
+
+using math::Range;
+
+template <class T>
+math::Clamp<T> to_clamp(Bounds bounds) {
+  return {static_cast<T>(bounds.low), static_cast<T>(bounds.high)};
+}
+
+template <class Loss, Range range, class T>
+void forward(void* out, const void* const* inputs, std::int64_t numel, Bounds bounds) {
+  const math::Clamp<T> clamp = to_clamp<T>(bounds);
+  T* result = static_cast<T*>(out);
+  const T* data[Loss::kInputs];
+  for (int input = 0; input < Loss::kInputs; ++input) {
+    data[input] = static_cast<const T*>(inputs[input]);
+  }
+  KL_EXT_LOOP
+  for (std::int64_t i = 0; i < numel; ++i) {
+    T values[Loss::kInputs];
+    for (int input = 0; input < Loss::kInputs; ++input) {
+      values[input] = data[input][i];
+    }
+    result[i] = Loss::template forward<range>(values, clamp);
+  }
+}
+
+template <class Loss, Range range, class T>
+void backward(void* const* gradients, const void* grad_output, const void* const* inputs, std::int64_t numel, Bounds bounds) {
+  const math::Clamp<T> clamp = to_clamp<T>(bounds);
+  const T* grad = static_cast<const T*>(grad_output);
+  const T* data[Loss::kInputs];
+  T* results[Loss::kInputs];
+  for (int input = 0; input < Loss::kInputs; ++input) {
+    data[input] = static_cast<const T*>(inputs[input]);
+    results[input] = static_cast<T*>(gradients[input]);
+  }
+  KL_EXT_LOOP
+  for (std::int64_t i = 0; i < numel; ++i) {
+    T values[Loss::kInputs];
+    T gradient[Loss::kInputs];
+    for (int input = 0; input < Loss::kInputs; ++input) {
+      values[input] = data[input][i];
+    }
+    Loss::template backward<range>(grad[i], values, clamp, gradient);
+    for (int input = 0; input < Loss::kInputs; ++input) {
+      results[input][i] = gradient[input];
+    }
+  }
+}
+
+template <class S, class T>
+void load(void* contiguous, const void* strided, const Tile& tile) {
+  T* out = static_cast<T*>(contiguous);
+  for (std::int64_t row = 0; row < tile.rows; ++row, out += tile.columns) {
+    const char* in = static_cast<const char*>(strided) + row * tile.row_stride;
+    if (tile.column_stride == sizeof(S)) {
+      const S* values = reinterpret_cast<const S*>(in);
+      KL_EXT_LOOP
+      for (std::int64_t i = 0; i < tile.columns; ++i) {
+        out[i] = static_cast<T>(math::widen(values[i]));
+      }
+    } else {
+      for (std::int64_t i = 0; i < tile.columns; ++i) {
+        out[i] = static_cast<T>(math::widen(*reinterpret_cast<const S*>(in + i * tile.column_stride)));
+      }
+    }
+  }
+}
+
+template <class S, class T>
+void store(void* strided, const void* contiguous, const Tile& tile) {
+  const T* in = static_cast<const T*>(contiguous);
+  for (std::int64_t row = 0; row < tile.rows; ++row, in += tile.columns) {
+    char* out = static_cast<char*>(strided) + row * tile.row_stride;
+    if (tile.column_stride == sizeof(S)) {
+      S* values = reinterpret_cast<S*>(out);
+      KL_EXT_LOOP
+      for (std::int64_t i = 0; i < tile.columns; ++i) {
+        math::narrow(values[i], in[i]);
+      }
+    } else {
+      for (std::int64_t i = 0; i < tile.columns; ++i) {
+        math::narrow(*reinterpret_cast<S*>(out + i * tile.column_stride), in[i]);
+      }
+    }
+  }
+}
+
+} // namespace
+
+// One row per line of the tables in kernels.h.
+#define KL_EXT_BY_RANGE(function, Loss)                                            \
+  {                                                                                \
+    {function<Loss, Range::kNarrow, float>, function<Loss, Range::kNarrow, double>}, \
+        {function<Loss, Range::kWide, float>, function<Loss, Range::kWide, double>}, \
+  }
+#define KL_EXT_BY_STORAGE(function)                             \
+  {                                                             \
+    {function<math::Half, float>, function<math::Half, double>},            \
+        {function<math::BFloat16, float>, function<math::BFloat16, double>}, \
+        {function<float, float>, function<float, double>},      \
+        {function<double, float>, function<double, double>},    \
+  }
+
+const Kernels kernels = {
+    {KL_EXT_BY_RANGE(forward, math::SingleLoss), KL_EXT_BY_RANGE(forward, math::PairLoss)},
+    {KL_EXT_BY_RANGE(backward, math::SingleLoss), KL_EXT_BY_RANGE(backward, math::PairLoss)},
+    KL_EXT_BY_STORAGE(load),
+    KL_EXT_BY_STORAGE(store),
+};
+
+} // namespace kl_ext::cpu::KL_EXT_CPU_CAPABILITY

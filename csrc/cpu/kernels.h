@@ -1,0 +1,55 @@
+// The interface of the CPU kernels, compiled once per instruction set: plain loops over blocks of contiguous numbers. Shapes,
+// strides and threads are the caller's. Neither this header nor kernels.cpp includes any of torch: an inline function that two
+// instruction sets share would be merged by the linker.
+#pragma once
+
+#include <cstdint>
+
+namespace kl_ext::cpu {
+
+// The dtypes of tensors, and those of the arithmetic.
+enum Storage { kFloat16, kBFloat16, kFloat32, kFloat64, kStorages };
+enum Arithmetic { kSingle, kDouble, kArithmetics };
+
+enum Loss { kSingleLoss, kPairLoss, kLosses };
+
+struct Bounds {
+  double low;
+  double high;
+};
+
+// A matrix of numbers in memory: strides in bytes, either may be zero or negative.
+struct Tile {
+  std::int64_t columns;
+  std::int64_t rows;
+  std::int64_t column_stride;
+  std::int64_t row_stride;
+};
+
+// out[i] from inputs[..][i]; all contiguous, in the arithmetic type.
+using Forward = void (*)(void* out, const void* const* inputs, std::int64_t numel, Bounds bounds);
+// gradients[..][i] from grad_output[i] and inputs[..][i]; likewise.
+using Backward =
+    void (*)(void* const* gradients, const void* grad_output, const void* const* inputs, std::int64_t numel, Bounds bounds);
+// Between a tile of any storage and contiguous numbers of the arithmetic type; Store rounds to nearest even.
+using Load = void (*)(void* contiguous, const void* strided, const Tile& tile);
+using Store = void (*)(void* strided, const void* contiguous, const Tile& tile);
+
+struct Kernels {
+  Forward forward[kLosses][2][kArithmetics];  // [..][wide][..]
+  Backward backward[kLosses][2][kArithmetics];
+  Load load[kStorages][kArithmetics];
+  Store store[kStorages][kArithmetics];
+};
+
+namespace DEFAULT {
+extern const Kernels kernels;
+}
+namespace AVX2 {
+extern const Kernels kernels;
+}
+namespace AVX512 {
+extern const Kernels kernels;
+}
+
+} // namespace kl_ext::cpu

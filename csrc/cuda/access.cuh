@@ -1,0 +1,272 @@
+// How a thread of an elementwise kernel reads and writes its numbers: vectors of 16 bytes, or one by one with any strides and
+// dtypes. Access is Vectors or Strided, and Access::Thread<kOperands> a thread's view of the operands in its plan:
+//
+//   kItems                              the numbers of each operand that a thread works on
+//   load<S>(first, loaded)              of consecutive operands: every load is issued before any number is used
+//   get<T>(loaded, operand, item)       one number, widened to the arithmetic type T
+//   store<S>(first, results)            into consecutive operands, rounded; those without data are left out
+//
+// S is the dtype of the operands, which Strided knows at run time only.
+#pragma once
+
+#include "convert.cuh"
+#include "layout.h"
+
+namespace kl_ext::cuda {
+
+constexpr std::uint32_t kThreads = 256;
+
+// Copied as a whole, which compiles to accesses of 16 bytes: number by number or with memcpy it need not.
+template <class S, int kItems>
+struct alignas(kVectorBytes) Pack {
+  S values[kItems];
+};
+
+// A vector of each operand per thread, the last of which may be short. kFlat: one dimension and no splats.
+template <int kNumbers, bool kFlat>
+struct Vectors {
+  static constexpr int kItems = kNumbers;
+
+  // What is not in memory is zero bits: a splat's pack, a vector's splat.
+  template <class S>
+  struct Loaded {
+    Pack<S, kItems> pack;
+    S splat;
+  };
+
+  template <int kOperands>
+  using Plan = VectorPlan<kOperands>;
+
+  template <int kOperands>
+  class Thread {
+   public:
+    KL_EXT_INLINE Thread(const Plan<kOperands>& plan, std::uint32_t block, std::uint32_t thread) : plan_(plan) {
+      const std::uint32_t index = block * kThreads + thread;
+      is_whole_ = index < plan.vectors;
+      numbers_ = is_whole_ ? kItems : index == plan.vectors ? plan.tail : 0;
+      coordinates_[0] = index;
+      if constexpr (!kFlat) {
+        for (int dim = 1; dim < kMaxVectorDims; ++dim) {
+          coordinates_[dim] = 0;
+          if (dim < plan.ndim) {
+            const Divider& size = plan.sizes[dim - 1];
+            coordinates_[dim] = size.quotient(coordinates_[dim - 1]);
+            coordinates_[dim - 1] -= coordinates_[dim] * size.divisor;
+          }
+        }
+      }
+    }
+
+    KL_EXT_INLINE bool is_idle() const {
+      return numbers_ == 0;
+    }
+
+    template <class S, int kCount>
+    KL_EXT_INLINE void load(int first, Loaded<S> (&loaded)[kCount]) const {
+      if (is_whole_) {
+        for (int i = 0; i < kCount; ++i) {
+          loaded[i] = {};
+          if (is_splat(first + i)) {
+            loaded[i].splat = *at<S>(first + i);
+          } else {
+            loaded[i].pack = *at<Pack<S, kItems>>(first + i);
+          }
+        }
+      } else {
+        for (int i = 0; i < kCount; ++i) {
+          loaded[i] = {};
+          if (is_splat(first + i)) {
+            loaded[i].splat = *at<S>(first + i);
+          } else {
+            const S* values = at<Pack<S, kItems>>(first + i)->values;
+            for (std::uint32_t item = 0; item < kItems; ++item) {
+              if (item < numbers_) {
+                loaded[i].pack.values[item] = values[item];
+              }
+            }
+          }
+        }
+      }
+    }
+
+    template <class T, class S>
+    KL_EXT_INLINE T get(const Loaded<S>& loaded, int, int item) const {
+      const T value = widened(loaded.pack.values[item]);
+      if constexpr (kFlat) {
+        return value;
+      } else {
+        // Bits, and not a condition, for which the compiler would write the whole arithmetic twice.
+        const T splat = widened(loaded.splat);
+        return math::from_bits<T>(math::to_bits(value) | math::to_bits(splat));
+      }
+    }
+
+    template <class S, class T, int kCount>
+    KL_EXT_INLINE void store(int first, const T (&results)[kCount][kItems]) const {
+      Pack<S, kItems> packs[kCount];
+      for (int i = 0; i < kCount; ++i) {
+        for (int item = 0; item < kItems; item += 2) {
+          narrow_pair(packs[i].values[item], packs[i].values[item + 1], results[i][item], results[i][item + 1]);
+        }
+      }
+      for (int i = 0; i < kCount; ++i) {
+        if (plan_.operand[first + i].data == nullptr) {
+          continue;
+        }
+        auto* vector = at<Pack<S, kItems>>(first + i);
+        if (is_whole_) {
+          *vector = packs[i];
+        } else {
+          for (std::uint32_t item = 0; item < kItems; ++item) {
+            if (item < numbers_) {
+              vector->values[item] = packs[i].values[item];
+            }
+          }
+        }
+      }
+    }
+
+   private:
+    KL_EXT_INLINE bool is_splat(int operand) const {
+      return !kFlat && plan_.operand[operand].is_splat;
+    }
+
+    // Where the thread's unit of an operand lies.
+    template <class Unit>
+    KL_EXT_INLINE Unit* at(int operand) const {
+      const auto& [data, strides, splat] = plan_.operand[operand];
+      std::uint32_t offset = coordinates_[0];
+      if constexpr (!kFlat) {
+        offset *= strides[0];
+        for (int dim = 1; dim < kMaxVectorDims; ++dim) {
+          offset += coordinates_[dim] * strides[dim];
+        }
+      }
+      return reinterpret_cast<Unit*>(data) + offset;
+    }
+
+    const Plan<kOperands>& plan_;
+    bool is_whole_;
+    std::uint32_t numbers_;
+    std::uint32_t coordinates_[kMaxVectorDims];
+  };
+};
+
+// Two numbers of each operand per thread, a block's width apart. Dtypes at run time: float64 among them only if T is double.
+template <class T>
+struct Strided {
+  static constexpr int kItems = 2;
+
+  using Bits = typename math::Format<T>::Bits;
+
+  template <class>
+  struct Loaded {
+    Bits bits[kItems];
+  };
+
+  template <int kOperands>
+  using Plan = StridedPlan<kOperands>;
+
+  template <int kOperands>
+  class Thread {
+   public:
+    // A thread beyond the end reads the last number and writes none.
+    KL_EXT_INLINE Thread(const Plan<kOperands>& plan, std::uint32_t block, std::uint32_t thread) : plan_(plan) {
+      std::uint32_t rest[kItems];
+      for (std::uint32_t item = 0; item < kItems; ++item) {
+        const std::uint32_t index = (block * kItems + item) * kThreads + thread;
+        is_valid_[item] = index < plan.numel;
+        rest[item] = is_valid_[item] ? index : plan.numel - 1;
+        for (int operand = 0; operand < kOperands; ++operand) {
+          offsets_[operand][item] = 0;
+        }
+      }
+      for (int dim = 0; dim < plan.ndim; ++dim) {
+        for (int item = 0; item < kItems; ++item) {
+          const std::uint32_t quotient = plan.sizes[dim].quotient(rest[item]);
+          const auto coordinate = static_cast<std::int32_t>(rest[item] - quotient * plan.sizes[dim].divisor);
+          rest[item] = quotient;
+          for (int operand = 0; operand < kOperands; ++operand) {
+            offsets_[operand][item] += coordinate * plan.strides[dim][operand];
+          }
+        }
+      }
+    }
+
+    KL_EXT_INLINE bool is_idle() const {
+      return !is_valid_[0];
+    }
+
+    template <class, int kCount, class L>
+    KL_EXT_INLINE void load(int first, L (&loaded)[kCount]) const {
+      for (int i = 0; i < kCount; ++i) {
+        for (int item = 0; item < kItems; ++item) {
+          const std::int64_t size = size_of(plan_.operand[first + i].dtype);
+          loaded[i].bits[item] = size == 2 ? *at<std::uint16_t>(first + i, item)
+              : size == 4                  ? *at<std::uint32_t>(first + i, item)
+                                           : *at<Bits>(first + i, item);
+        }
+      }
+    }
+
+    template <class, class L>
+    KL_EXT_INLINE T get(const L& loaded, int operand, int item) const {
+      const Bits bits = loaded.bits[item];
+      switch (plan_.operand[operand].dtype) {
+        case kFloat16:
+          return widened(math::Half{static_cast<std::uint16_t>(bits)});
+        case kBFloat16:
+          return widened(math::BFloat16{static_cast<std::uint16_t>(bits)});
+        case kFloat32:
+          return math::from_bits<float>(static_cast<std::uint32_t>(bits));
+        default:
+          return math::from_bits<T>(bits);
+      }
+    }
+
+    template <class, int kCount>
+    KL_EXT_INLINE void store(int first, const T (&results)[kCount][kItems]) const {
+      for (int i = 0; i < kCount; ++i) {
+        if (plan_.operand[first + i].data == nullptr) {
+          continue;
+        }
+        switch (plan_.operand[first + i].dtype) {
+          case kFloat16:
+            store_as<math::Half>(first + i, results[i]);
+            break;
+          case kBFloat16:
+            store_as<math::BFloat16>(first + i, results[i]);
+            break;
+          case kFloat32:
+            store_as<float>(first + i, results[i]);
+            break;
+          default:
+            store_as<T>(first + i, results[i]);
+        }
+      }
+    }
+
+   private:
+    template <class S>
+    KL_EXT_INLINE S* at(int operand, int item) const {
+      return reinterpret_cast<S*>(plan_.operand[operand].data + offsets_[operand][item]);
+    }
+
+    template <class S>
+    KL_EXT_INLINE void store_as(int operand, const T (&results)[kItems]) const {
+      S values[kItems];
+      narrow_pair(values[0], values[1], results[0], results[1]);
+      for (int item = 0; item < kItems; ++item) {
+        if (is_valid_[item]) {
+          *at<S>(operand, item) = values[item];
+        }
+      }
+    }
+
+    const Plan<kOperands>& plan_;
+    bool is_valid_[kItems];
+    std::int32_t offsets_[kOperands][kItems];
+  };
+};
+
+} // namespace kl_ext::cuda

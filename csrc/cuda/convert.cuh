@@ -1,0 +1,43 @@
+// The conversions of math/half.h (any NaN for any NaN) on the device, where they are single instructions.
+#pragma once
+
+#include "../math/half.h"
+
+#if defined(__CUDA_ARCH__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace kl_ext::cuda {
+
+template <class S>
+KL_EXT_INLINE auto widened(S x) {
+  return math::widen(x);
+}
+
+// Two at a time, as the instructions have it.
+template <class S, class T>
+KL_EXT_INLINE void narrow_pair(S& first, S& second, T x, T y) {
+  math::narrow(first, x);
+  math::narrow(second, y);
+}
+
+#if defined(__CUDA_ARCH__)
+KL_EXT_INLINE float widened(math::Half x) {
+  return __half2float(__ushort_as_half(x.bits));
+}
+
+KL_EXT_INLINE void narrow_pair(math::Half& first, math::Half& second, float x, float y) {
+  const __half2 pair = __floats2half2_rn(x, y);
+  first.bits = __half_as_ushort(pair.x);
+  second.bits = __half_as_ushort(pair.y);
+}
+
+KL_EXT_INLINE void narrow_pair(math::BFloat16& first, math::BFloat16& second, float x, float y) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+  first.bits = __bfloat16_as_ushort(pair.x);
+  second.bits = __bfloat16_as_ushort(pair.y);
+}
+#endif
+
+} // namespace kl_ext::cuda

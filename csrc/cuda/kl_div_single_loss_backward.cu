@@ -1,0 +1,9 @@
+#include "elementwise.cuh"
+
+namespace kl_ext::cuda {
+
+void kl_div_single_loss_backward(const Iteration& iteration, Bounds bounds, CUstream_st* stream) {
+  run<Backward<math::SingleLoss>>(iteration, bounds, stream);
+}
+
+} // namespace kl_ext::cuda

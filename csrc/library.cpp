@@ -1,0 +1,121 @@
+// The only list of the operators: their schemas, the typed handles to call them, and what answers where no kernel does.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "ops.h"
+
+namespace kl_ext {
+
+std::string dtype_name(at::ScalarType dtype) {
+  return std::string(c10::getDtypeNames(dtype).first);
+}
+
+std::string layout_name(at::Layout layout) {
+  switch (layout) {
+    case at::kSparse:
+      return "torch.sparse_coo";
+    case at::kSparseCsr:
+      return "torch.sparse_csr";
+    case at::kSparseCsc:
+      return "torch.sparse_csc";
+    case at::kSparseBsr:
+      return "torch.sparse_bsr";
+    case at::kSparseBsc:
+      return "torch.sparse_bsc";
+    case at::kMkldnn:
+      return "torch._mkldnn";
+    default:
+      return c10::str(layout);
+  }
+}
+
+namespace ops {
+namespace {
+
+template <class Function>
+c10::TypedOperatorHandle<Function> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
+}
+
+} // namespace
+
+at::Tensor kl_div_single_loss(const at::Tensor& mu, const at::Tensor& log_var, double clamp_min, double clamp_max,
+                              std::optional<at::ScalarType> dtype) {
+  static const auto handle = find<decltype(kl_div_single_loss)>("kl_ext::kl_div_single_loss");
+  return handle.call(mu, log_var, clamp_min, clamp_max, dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor> kl_div_single_loss_backward(const at::Tensor& grad_output, const at::Tensor& mu,
+                                                               const at::Tensor& log_var, double clamp_min, double clamp_max,
+                                                               std::array<bool, 2> output_mask) {
+  static const auto handle = find<decltype(kl_div_single_loss_backward)>("kl_ext::kl_div_single_loss_backward");
+  return handle.call(grad_output, mu, log_var, clamp_min, clamp_max, output_mask);
+}
+
+at::Tensor kl_div_pair_loss(const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
+                            const at::Tensor& log_var_q, double clamp_min, double clamp_max,
+                            std::optional<at::ScalarType> dtype) {
+  static const auto handle = find<decltype(kl_div_pair_loss)>("kl_ext::kl_div_pair_loss");
+  return handle.call(mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_div_pair_loss_backward(
+    const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
+    const at::Tensor& log_var_q, double clamp_min, double clamp_max, std::array<bool, 4> output_mask) {
+  static const auto handle = find<decltype(kl_div_pair_loss_backward)>("kl_ext::kl_div_pair_loss_backward");
+  return handle.call(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, output_mask);
+}
+
+} // namespace ops
+
+namespace {
+
+// For tensors that no backend of ours takes: says which argument it is.
+void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& schema = op.schema();
+  const std::string function = schema.name().substr(schema.name().find("::") + 2);
+  const char* const devices =
+      op.hasKernelForDispatchKey(c10::DispatchKey::CUDA) ? "cpu or cuda" : "cpu (this build has no CUDA kernels)";
+  const auto values = torch::jit::last(*stack, schema.arguments().size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (values[i].isTensor()) {
+      const Argument argument{schema.arguments()[i].name().c_str(), values[i].toTensor()};
+      check_tensors(function.c_str(), argument);
+      TORCH_CHECK(argument.tensor.is_cpu(), function, ": expected ", argument.name, " on ", devices, ", got ",
+                  argument.tensor.device());
+    }
+  }
+  TORCH_CHECK(false, function, ": expected tensors that hold their numbers, on ", devices);
+}
+
+} // namespace
+} // namespace kl_ext
+
+TORCH_LIBRARY(kl_ext, m) {
+  const std::vector<at::Tag> elementwise = {at::Tag::pt2_compliant_tag, at::Tag::pointwise};
+  const std::vector<at::Tag> compliant = {at::Tag::pt2_compliant_tag};
+  m.def(
+      "kl_div_single_loss(Tensor mu, Tensor log_var, *, float clamp_min=-30.0, float clamp_max=20.0, ScalarType? dtype=None)"
+      " -> Tensor",
+      elementwise);
+  m.def(
+      "kl_div_single_loss_backward(Tensor grad_output, Tensor mu, Tensor log_var, float clamp_min, float clamp_max,"
+      " bool[2] output_mask) -> (Tensor, Tensor)",
+      compliant);
+  m.def(
+      "kl_div_pair_loss(Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor log_var_q, *, float clamp_min=-30.0,"
+      " float clamp_max=20.0, ScalarType? dtype=None) -> Tensor",
+      elementwise);
+  m.def(
+      "kl_div_pair_loss_backward(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor log_var_q,"
+      " float clamp_min, float clamp_max, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+      compliant);
+}
+
+TORCH_LIBRARY_IMPL(kl_ext, CompositeExplicitAutograd, m) {
+  for (const char* name :
+       {"kl_div_single_loss", "kl_div_single_loss_backward", "kl_div_pair_loss", "kl_div_pair_loss_backward"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&kl_ext::refuse>());
+  }
+}

@@ -1,0 +1,188 @@
+// The divergences of two Gaussians and their derivatives, per element: the only home of the formulas. With lp, lq the clamped
+// log-variances, d = lp - lq, D = mu_p - mu_q and w = e^-lq, in nats:
+//
+//   KL(p||q) = half_phi(d) + D (D w) / 2
+//   dKL/dmu_p = D w = -dKL/dmu_q      dKL/dlp = expm1(d) / 2      dKL/dlq = -(expm1(d) + D^2 w) / 2
+//
+// Against N(0, 1): mu_q = 0, lq = 0. Error bounds, for finite inputs, in ulps of the result (largest found in brackets):
+//
+//   single      2.5 (2.2)      KL, documented pair      4.5 (4.02)      gradients 3 (2.48)
+//   the gradient of log_var_q      6 (4.5) of the larger of its two terms
+//
+// never negative, exactly 0 where p = q, infinite only where the value itself overflows. Infinite inputs give what the plain
+// formulas give, and NaN propagates.
+#pragma once
+
+#include "exponential.h"
+
+namespace kl_ext::math {
+
+// NaN stays: both comparisons are false.
+template <class T>
+KL_EXT_INLINE T clamp(T x, T low, T high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+// What torch.clamp does to the gradient of its input: the bounds themselves pass, NaN does not.
+template <class T>
+KL_EXT_INLINE T clamp_gradient(T gradient, T x, T low, T high) {
+  return (x >= low) & (x <= high) ? gradient : T(0);
+}
+
+template <class T>
+KL_EXT_INLINE bool is_infinite(T x) {
+  return (x == Format<T>::kInfinity) | (x == -Format<T>::kInfinity);
+}
+
+template <class T>
+struct Clamp {
+  T low;
+  T high;
+};
+
+// x = significand * 2^exponent with 1 <= |significand| < 2; zeros, infinities and NaN stay as they are.
+template <class T>
+struct Scientific {
+  T significand;
+  T exponent;
+};
+
+template <class T>
+KL_EXT_INLINE Scientific<T> to_scientific(T x) {
+  using F = Format<T>;
+  using Bits = typename F::Bits;
+  constexpr Bits kExponentField = static_cast<Bits>(2 * F::kBias + 1) << F::kMantissaBits;
+  constexpr Bits kExponentOfOne = static_cast<Bits>(F::kBias) << F::kMantissaBits;
+  constexpr T kSubnormalScale = static_cast<T>(Bits{2} << F::kMantissaBits);
+  constexpr T kInteger = static_cast<T>(Bits{1} << F::kMantissaBits);
+  const bool subnormal = (to_bits(x) & kExponentField) == 0;
+  const Bits bits = to_bits(subnormal ? x * kSubnormalScale : x);
+  const T biased = from_bits<T>(to_bits(kInteger) + ((bits & kExponentField) >> F::kMantissaBits)) - kInteger;
+  const T exponent = biased - T(F::kBias) - (subnormal ? T(F::kMantissaBits + 1) : T(0));
+  const bool regular = ((to_bits(x) & kExponentField) != kExponentField) & (x != T(0));
+  return {regular ? from_bits<T>((bits & ~kExponentField) | kExponentOfOne) : x, regular ? exponent : T(0)};
+}
+
+// x * 2^n for 1/16 < |x| < 16 and any integral n, rounded once.
+template <class T>
+KL_EXT_INLINE T scale_by_power_of_two(T x, T n) {
+  using F = Format<T>;
+  n = clamp(n, T(-F::kBias - F::kMantissaBits - 8), T(F::kBias + 5));
+  const T half = trunc(T(0.5) * n);
+  return (x * power_of_two(half)) * power_of_two(n - half);
+}
+
+// The means' share of the divergence: D w and D^2 w / 2.
+template <class T>
+struct Shift {
+  T scaled;
+  T half_square;
+};
+
+template <Range range, class T>
+KL_EXT_INLINE Shift<T> shift(T mu_p, T mu_q, T log_var_q) {
+  const T difference = mu_p - mu_q;
+  if constexpr (range == Range::kNarrow) {
+    const Reduced<T> x = reduce_to_nearest(-log_var_q);
+    const T scale = power_of_two(x.k);
+    const T inverse_var = fma(scale, x.r + phi_of_remainder(x.r), scale);
+    const T scaled = difference * inverse_var;
+    const T without_overflow = (T(0.5) * mu_p - T(0.5) * mu_q) * (T(2) * inverse_var);
+    return {is_infinite(difference) ? without_overflow : scaled, (T(0.5) * difference) * scaled};
+  } else {
+    // Significands and exponents apart. Beyond kFar no difference of means brings the product back into range.
+    constexpr T kFar = T(2.5) * T(Format<T>::kBias + Format<T>::kMantissaBits);
+    const Reduced<T> x = reduce_to_nearest(clamp(-log_var_q, -kFar, kFar));
+    T inverse_var = T(1) + (x.r + phi_of_remainder(x.r));
+    inverse_var = log_var_q == Format<T>::kInfinity ? T(0) : inverse_var;
+    inverse_var = log_var_q == -Format<T>::kInfinity ? Format<T>::kInfinity : inverse_var;
+    const bool overflow = is_infinite(difference);
+    const Scientific<T> mean = to_scientific(overflow ? T(0.5) * mu_p - T(0.5) * mu_q : difference);
+    const T exponent = mean.exponent + (overflow ? T(1) : T(0));
+    const T scaled = mean.significand * inverse_var;
+    return {scale_by_power_of_two(scaled, x.k + exponent),
+            scale_by_power_of_two((T(0.5) * mean.significand) * scaled, x.k + T(2) * exponent)};
+  }
+}
+
+// The difference of two log-variances, with its rounding error folded into the reduction: without it the divergence of two
+// distributions that nearly agree is off by 33 ulp, with it by 4.
+template <class T>
+struct Difference {
+  T half;
+  Reduced<T> reduced;
+};
+
+template <Range range, class T>
+KL_EXT_INLINE Difference<T> subtract(T log_var_p, T log_var_q) {
+  const T difference = log_var_p - log_var_q;
+  const T minus_q = difference - log_var_p;
+  const T error = (log_var_p - (difference - minus_q)) - (log_var_q + minus_q);
+  if constexpr (range == Range::kNarrow) {
+    return {T(0.5) * difference, reduce<range>(difference, error)};
+  } else {
+    const bool overflow = is_infinite(difference);
+    return {overflow ? T(0.5) * log_var_p - T(0.5) * log_var_q : T(0.5) * difference,
+            reduce<range>(difference, overflow ? T(0) : error)};
+  }
+}
+
+// KL(p||q).
+template <Range range, class T>
+KL_EXT_INLINE T divergence(T mu_p, T log_var_p, T mu_q, T log_var_q) {
+  const Difference<T> difference = subtract<range>(log_var_p, log_var_q);
+  return half_phi(difference.half, difference.reduced) + shift<range>(mu_p, mu_q, log_var_q).half_square;
+}
+
+// KL(p||N(0, 1)).
+template <Range range, class T>
+KL_EXT_INLINE T divergence(T mu, T log_var) {
+  return fma(T(0.5) * mu, mu, half_phi(T(0.5) * log_var, reduce<range>(log_var, T(0))));
+}
+
+// The losses, for kernels of any kind: inputs in the order of the operators' arguments, log-variances not yet clamped.
+
+struct SingleLoss {
+  static constexpr int kInputs = 2;
+
+  template <Range range, class T>
+  KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T> bounds) {
+    return divergence<range>(input[0], clamp(input[1], bounds.low, bounds.high));
+  }
+
+  template <Range range, class T>
+  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T> bounds, T (&gradient)[kInputs]) {
+    const T log_var = clamp(input[1], bounds.low, bounds.high);
+    gradient[0] = grad_output * input[0];
+    gradient[1] = grad_output * half_expm1(reduce<range>(log_var, T(0)));
+    gradient[1] = clamp_gradient(gradient[1], input[1], bounds.low, bounds.high);
+  }
+};
+
+// As documented: log(var_q / var_p) + (var_p + D^2) / var_q - 1/2 = 2 KL(p||q) + 1/2.
+struct PairLoss {
+  static constexpr int kInputs = 4;
+
+  template <Range range, class T>
+  KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T> bounds) {
+    const T log_var_p = clamp(input[1], bounds.low, bounds.high);
+    const T log_var_q = clamp(input[3], bounds.low, bounds.high);
+    return fma(T(2), divergence<range>(input[0], log_var_p, input[2], log_var_q), T(0.5));
+  }
+
+  template <Range range, class T>
+  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T> bounds, T (&gradient)[kInputs]) {
+    const T log_var_p = clamp(input[1], bounds.low, bounds.high);
+    const T log_var_q = clamp(input[3], bounds.low, bounds.high);
+    const T half_ratio = half_expm1(subtract<range>(log_var_p, log_var_q).reduced);
+    const Shift<T> means = shift<range>(input[0], input[2], log_var_q);
+    gradient[0] = grad_output * (T(2) * means.scaled);
+    gradient[1] = clamp_gradient(grad_output * (T(2) * half_ratio), input[1], bounds.low, bounds.high);
+    gradient[2] = -gradient[0];
+    gradient[3] = grad_output * (T(-2) * (half_ratio + means.half_square));
+    gradient[3] = clamp_gradient(gradient[3], input[3], bounds.low, bounds.high);
+  }
+};
+
+} // namespace kl_ext::math

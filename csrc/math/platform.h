@@ -1,0 +1,61 @@
+// What lets one header serve host and device: the only file in math/ that knows which compiler reads it.
+#pragma once
+
+#include <cstdint>
+
+// Always inlined: the CPU kernels are compiled once per instruction set, and a function left out of line would be one weak
+// symbol of which the linker keeps a single copy, for the wrong instruction set.
+#if defined(__CUDACC__)
+#define KL_EXT_INLINE __host__ __device__ __forceinline__
+#else
+#define KL_EXT_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace kl_ext::math {
+
+// The unsigned integer as wide as T, T's mantissa bits without the implicit one, and T's exponent bias.
+template <class T>
+struct Format;
+
+template <>
+struct Format<float> {
+  using Bits = std::uint32_t;
+  static constexpr int kMantissaBits = 23;
+  static constexpr int kBias = 127;
+  static constexpr float kMax = 0x1.fffffep127f;
+  static constexpr float kInfinity = __builtin_huge_valf();
+};
+
+template <>
+struct Format<double> {
+  using Bits = std::uint64_t;
+  static constexpr int kMantissaBits = 52;
+  static constexpr int kBias = 1023;
+  static constexpr double kMax = 0x1.fffffffffffffp1023;
+  static constexpr double kInfinity = __builtin_huge_val();
+};
+
+template <class T>
+KL_EXT_INLINE typename Format<T>::Bits to_bits(T x) {
+  return __builtin_bit_cast(typename Format<T>::Bits, x);
+}
+
+template <class T>
+KL_EXT_INLINE T from_bits(typename Format<T>::Bits bits) {
+  return __builtin_bit_cast(T, bits);
+}
+
+// IEEE operations with one rounding. Contraction is off everywhere, so that a fused operation is one that is written here.
+#if defined(__CUDA_ARCH__)
+KL_EXT_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+KL_EXT_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
+KL_EXT_INLINE float trunc(float x) { return ::truncf(x); }
+KL_EXT_INLINE double trunc(double x) { return ::trunc(x); }
+#else
+KL_EXT_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+KL_EXT_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+KL_EXT_INLINE float trunc(float x) { return __builtin_truncf(x); }
+KL_EXT_INLINE double trunc(double x) { return __builtin_trunc(x); }
+#endif
+
+} // namespace kl_ext::math

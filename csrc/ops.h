@@ -1,0 +1,28 @@
+// The operators, for C++ callers: each goes through the dispatcher, so that autograd, autocast, vmap and fake tensors apply.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace kl_ext::ops {
+
+at::Tensor kl_div_single_loss(const at::Tensor& mu, const at::Tensor& log_var, double clamp_min, double clamp_max,
+                              std::optional<at::ScalarType> dtype);
+
+std::tuple<at::Tensor, at::Tensor> kl_div_single_loss_backward(const at::Tensor& grad_output, const at::Tensor& mu,
+                                                               const at::Tensor& log_var, double clamp_min, double clamp_max,
+                                                               std::array<bool, 2> output_mask);
+
+at::Tensor kl_div_pair_loss(const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
+                            const at::Tensor& log_var_q, double clamp_min, double clamp_max,
+                            std::optional<at::ScalarType> dtype);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_div_pair_loss_backward(
+    const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
+    const at::Tensor& log_var_q, double clamp_min, double clamp_max, std::array<bool, 4> output_mask);
+
+} // namespace kl_ext::ops

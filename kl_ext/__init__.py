@@ -1,0 +1,16 @@
+"""Gaussian KL-divergence losses as compiled PyTorch operators.
+
+`kl_div_single_loss` and `kl_div_pair_loss` are elementwise, in nats, and differentiable by every means torch has. The operators
+behind them are `torch.ops.kl_ext.kl_div_single_loss` and `torch.ops.kl_ext.kl_div_pair_loss`; `kl_ext.reference` holds the same
+formulas in plain torch.
+"""
+
+from ._library import build_facts, load
+
+load()
+
+from . import _fake, _vmap  # noqa: E402, F401
+from .functional import kl_div_pair_loss, kl_div_single_loss  # noqa: E402
+
+__all__ = ["kl_div_pair_loss", "kl_div_single_loss"]
+__version__ = build_facts().version

@@ -1,0 +1,92 @@
+"""Drives CMakeLists.txt, the one definition of the build. Everything static about the package is in pyproject.toml.
+
+Environment: MAX_JOBS (compilers at a time), KL_EXT_CMAKE_ARGS (more arguments for CMake); CMakeLists.txt names the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+import setuptools
+from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "cmake"))
+import torch_info
+
+SOURCE = Path(__file__).resolve().parent
+
+# The environment's own CMake and Ninja, where it is used without being activated.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+
+
+def check_build_requirements() -> None:
+    """With --no-build-isolation they are the user's to install, and pip does not look."""
+    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+    missing += ["pybind11"] if find_spec("pybind11") is None else []
+    missing += ["setuptools>=77"] if int(setuptools.__version__.split(".")[0]) < 77 else []
+    if missing:
+        listed = re.search(r"^requires = \[(.*)\]", (SOURCE / "pyproject.toml").read_text(), re.MULTILINE)
+        requirements = listed[1].replace(",", "").replace('"', "'") if listed else ""
+        sys.exit(
+            "kl_ext: --no-build-isolation takes the build requirements from your environment, which lacks "
+            f"{', '.join(missing)}.\n"
+            f"Install them ({sys.executable} -m pip install {requirements}), or leave --no-build-isolation out."
+        )
+
+
+class CMakeBuild(build_ext):
+    """Builds everything compiled (kl_ext/_C, kl_ext/lib, kl_ext/share) with CMake."""
+
+    def build_extension(self, ext: setuptools.Extension) -> None:
+        import pybind11
+
+        # An isolated build has its tools in a new folder each time: nothing may be remembered but the objects.
+        (self.folder / "CMakeCache.txt").unlink(missing_ok=True)
+        self.run_cmake(
+            *("-S", SOURCE, "-B", self.folder, "-G", "Ninja"),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *shlex.split(os.environ.get("KL_EXT_CMAKE_ARGS", "")),
+        )
+        jobs = os.environ.get("MAX_JOBS")
+        self.run_cmake("--build", self.folder, *(["--parallel", jobs] if jobs else []))
+        if not self.editable_mode:
+            self.install_into(Path(self.build_lib) / "kl_ext")
+
+    def copy_extensions_to_source(self) -> None:
+        self.install_into(SOURCE / "kl_ext")
+
+    def install_into(self, package: Path) -> None:
+        self.run_cmake("--install", self.folder, "--prefix", package.resolve())
+
+    @property
+    def folder(self) -> Path:
+        """Objects are kept for each Python and torch they were compiled for."""
+        python = f"cp{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
+        return SOURCE / "build" / f"{python}-torch{torch_info.require()['version']}"
+
+    def run_cmake(self, *arguments: str | Path) -> None:
+        completed = subprocess.run(["cmake", *arguments])
+        if completed.returncode:
+            sys.exit(f"kl_ext: CMake stopped with status {completed.returncode}; what is wrong stands above.")
+
+
+if "sdist" in sys.argv:
+    requirement = f"torch>={torch_info.MINIMUM}"
+else:
+    check_build_requirements()
+    requirement = f"torch=={torch_info.require()['minor']}.*"  # a binary serves the minor version it was built against
+
+setuptools.setup(
+    install_requires=[requirement],
+    ext_modules=[setuptools.Extension("kl_ext._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
