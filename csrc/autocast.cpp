@@ -1,5 +1,5 @@
-// Under autocast the inputs stay as they are, half types included, and the loss comes out in float32: the conversion costs no pass
-// over memory, and the terms are exact to float32. float64 stays float64.
+// Under autocast the inputs stay as they are, half types included, and the loss comes out in float32: the conversion costs no
+// pass over memory, and the terms are exact to float32. float64 stays float64.
 #include <ATen/autocast_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
@@ -24,8 +24,7 @@ at::Tensor kl_div_pair_loss(const at::Tensor& mu_p, const at::Tensor& log_var_p,
                             std::optional<at::ScalarType> dtype) {
   const c10::impl::ExcludeDispatchKeyGuard guard(kAutocast);
   const Argument inputs[] = {{"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", mu_q}, {"log_var_q", log_var_q}};
-  return ops::kl_div_pair_loss(mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max,
-                               dtype.value_or(arithmetic_type(inputs)));
+  return ops::kl_div_pair_loss(mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, dtype.value_or(arithmetic_type(inputs)));
 }
 
 void register_autocast(torch::Library& m) {
@@ -33,13 +32,9 @@ void register_autocast(torch::Library& m) {
   m.impl("kl_div_pair_loss", kl_div_pair_loss);
 }
 
-TORCH_LIBRARY_IMPL(kl_ext, AutocastCPU, m) {
-  register_autocast(m);
-}
+TORCH_LIBRARY_IMPL(kl_ext, AutocastCPU, m) { register_autocast(m); }
 
-TORCH_LIBRARY_IMPL(kl_ext, AutocastCUDA, m) {
-  register_autocast(m);
-}
+TORCH_LIBRARY_IMPL(kl_ext, AutocastCUDA, m) { register_autocast(m); }
 
 } // namespace
 } // namespace kl_ext

@@ -1,5 +1,5 @@
-// Argument checks, with one style of message: `function: expected ARGUMENT to be WHAT, got WHAT CAME`. TypeError for what a tensor
-// is, ValueError for the value of a number, RuntimeError for shapes and devices, as torch has it.
+// Argument checks, with one style of message: `function: expected ARGUMENT to be WHAT, got WHAT CAME`. TypeError for what a
+// tensor is, ValueError for the value of a number, RuntimeError for shapes and devices, as torch has it.
 #pragma once
 
 #include <ATen/ExpandUtils.h>

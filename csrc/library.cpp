@@ -7,9 +7,7 @@
 
 namespace kl_ext {
 
-std::string dtype_name(at::ScalarType dtype) {
-  return std::string(c10::getDtypeNames(dtype).first);
-}
+std::string dtype_name(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
 
 std::string layout_name(at::Layout layout) {
   switch (layout) {

@@ -1,5 +1,5 @@
-// From the arguments of an operator to an iteration over them: dtypes, the result's layout, and torch's own TensorIterator, which
-// broadcasts, orders and merges dimensions. One plan for CPU and CUDA alike.
+// From the arguments of an operator to an iteration over them: dtypes, the result's layout, and torch's own TensorIterator,
+// which broadcasts, orders and merges dimensions. One plan for CPU and CUDA alike.
 #pragma once
 
 #include <ATen/ExpandUtils.h>
@@ -43,7 +43,7 @@ inline at::TensorIterator plan_forward(Arguments inputs, at::ScalarType dtype, a
   config.declare_static_dtype_and_device(dtype, device);
   config.add_owned_output(at::Tensor());
   for (const auto& input : inputs) {
-    config.add_owned_const_input(input.tensor);
+    config.add_const_input(input.tensor);
   }
   return config.build();
 }
@@ -65,8 +65,8 @@ Gradients<kInputs> allocate_gradients(Arguments arguments, const std::array<bool
     if (output_mask[i]) {
       gradients.result[i] = at::empty_like(input);
       gradients.full[i] = input.sizes() == grad_output.sizes()
-          ? gradients.result[i]
-          : at::empty(grad_output.sizes(), grad_output.options().dtype(arithmetic_type(arguments)));
+                              ? gradients.result[i]
+                              : at::empty(grad_output.sizes(), grad_output.options().dtype(arithmetic_type(arguments)));
     }
   }
   return gradients;
@@ -79,11 +79,11 @@ at::TensorIterator plan_backward(Arguments arguments, const Gradients<kInputs>& 
   config.set_check_mem_overlap(false).check_all_same_dtype(false).resize_outputs(false);
   for (const auto& gradient : gradients.full) {
     if (gradient.defined()) {
-      config.add_owned_output(gradient);
+      config.add_output(gradient);
     }
   }
   for (const auto& argument : arguments) {
-    config.add_owned_const_input(argument.tensor);
+    config.add_const_input(argument.tensor);
   }
   return config.build();
 }

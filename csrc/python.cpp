@@ -9,7 +9,7 @@ namespace py = pybind11;
 namespace {
 
 // CMake's lists are separated by semicolons.
-py::object tuple_of(const char* list) { return py::tuple(py::str(list).attr("split")(";")); }
+py::tuple tuple_of(const char* list) { return *list == '\0' ? py::tuple() : py::tuple(py::str(list).attr("split")(";")); }
 
 py::object text_or_none(const char* text) { return *text == '\0' ? py::object(py::none()) : py::str(text); }
 
@@ -21,8 +21,9 @@ PYBIND11_MODULE(_C, module) {
   module.attr("torch_version") = KL_EXT_TORCH_VERSION;
   module.attr("torch_cuda_version") = text_or_none(KL_EXT_TORCH_CUDA_VERSION);
   module.attr("cuda_compiler_version") = text_or_none(KL_EXT_CUDA_COMPILER_VERSION);
-  module.attr("cuda_architectures") = *KL_EXT_CUDA_ARCHITECTURES == '\0' ? py::object(py::tuple()) : tuple_of(KL_EXT_CUDA_ARCHITECTURES);
+  module.attr("cuda_architectures") = tuple_of(KL_EXT_CUDA_ARCHITECTURES);
   module.attr("cpu_capabilities") = tuple_of(KL_EXT_CPU_CAPABILITIES);
   module.attr("compiler") = KL_EXT_COMPILER;
+  module.attr("cxx_flags") = KL_EXT_CXX_FLAGS;
   module.attr("build_type") = KL_EXT_BUILD_TYPE;
 }

@@ -1,5 +1,5 @@
-// The batching of is_grads_batched, of functional.jacobian(vectorize=True) and of gradcheck: torch's first vmap, which has a dispatch
-// key of its own. torch.func.vmap is in kl_ext/_vmap.py.
+// The batching of is_grads_batched, of functional.jacobian(vectorize=True) and of gradcheck: torch's first vmap, which has a
+// dispatch key of its own. torch.func.vmap is in kl_ext/_vmap.py.
 #include <ATen/LegacyVmapTransforms.h>
 #include <torch/library.h>
 
@@ -8,8 +8,8 @@
 namespace kl_ext {
 namespace {
 
-// The physical tensors: batch dimensions in front, expanded to the whole batch, which costs no memory, and ones behind them, so that
-// the logical dimensions broadcast from the right.
+// The physical tensors: batch dimensions in front, expanded to the whole batch, which costs no memory, and ones behind them, so
+// that the logical dimensions broadcast from the right.
 template <size_t N>
 struct Batch {
   explicit Batch(const std::array<at::Tensor, N>& logical)
@@ -27,9 +27,7 @@ struct Batch {
     }
   }
 
-  at::Tensor to_logical(const at::Tensor& result) const {
-    return views[0].getPhysicalToLogicalMap().apply(result);
-  }
+  at::Tensor to_logical(const at::Tensor& result) const { return views[0].getPhysicalToLogicalMap().apply(result); }
 
   at::VmapPhysicalViewVec views;
   std::array<at::Tensor, N> physical;
@@ -49,8 +47,8 @@ template <class Backward, size_t kInputs, class... Inputs>
 auto backward(Backward* operation, double clamp_min, double clamp_max, std::array<bool, kInputs> output_mask,
               const at::Tensor& grad_output, const Inputs&... inputs) {
   const Batch<kInputs + 1> batch({grad_output, inputs...});
-  auto gradients = std::apply(
-      [&](const auto&... tensors) { return operation(tensors..., clamp_min, clamp_max, output_mask); }, batch.physical);
+  auto gradients = std::apply([&](const auto&... tensors) { return operation(tensors..., clamp_min, clamp_max, output_mask); },
+                              batch.physical);
   size_t input = 0;
   const auto restore = [&](at::Tensor& gradient) {
     const at::Tensor& physical = batch.views[++input].tensor();

@@ -6,6 +6,7 @@ import math
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 
 from . import _library
 
@@ -54,54 +55,60 @@ def _self_check(devices: Sequence[str]) -> bool:
             problem = next(_errors(device), None)
         except Exception as error:  # whatever is wrong, say so and go on
             problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        print(f"self-check  {device}: {f'failed: {problem}' if problem else 'ok'}")
+        _print_line("self-check", f"{device}: {f'failed: {problem}' if problem else 'ok'}")
         passed &= problem is None
     return passed
 
 
-def _print_build() -> None:
-    try:
-        built = _library.build_facts()
-    except ImportError:
-        print(f"library     none in {_library.PACKAGE}")
+def _print_line(title: str, text: str) -> None:
+    print(f"{title:<12}{text}")
+
+
+def _print_build(built: ModuleType | None) -> None:
+    if built is None:
+        _print_line("kl_ext", f"no compiled part in {_library.PACKAGE}")
         return
-    cuda = f" and nvcc {built.cuda_compiler_version}" if built.cuda_compiler_version else ""
-    print(f"kl_ext      {built.version} in {_library.PACKAGE}")
-    print(f"built       against {_library.described(built.torch_version, built.torch_cuda_version)}")
-    print(f"            with {built.compiler}{cuda}, {built.build_type}")
-    print(f"CPU         kernels for {' '.join(built.cpu_capabilities)}")
-    print(f"CUDA        kernels for {' '.join(built.cuda_architectures) or 'none: built without'}")
-    print(f"C++         CMAKE_PREFIX_PATH={_library.PACKAGE}")
+    nvcc = f" and nvcc {built.cuda_compiler_version}" if built.cuda_compiler_version else ""
+    _print_line("kl_ext", f"{built.version} in {_library.PACKAGE}")
+    _print_line("built", f"against {_library.described(built.torch_version, built.torch_cuda_version)}")
+    _print_line("", f"with {built.compiler}{nvcc}, {built.build_type} ({built.cxx_flags.strip()})")
+    _print_line("", f"for the CPU capabilities {' '.join(built.cpu_capabilities)}")
+    _print_line("", f"for the CUDA architectures {' '.join(built.cuda_architectures) or 'none: without CUDA kernels'}")
+    _print_line("C++", f"CMAKE_PREFIX_PATH={_library.PACKAGE}")
 
 
-def _print_torch() -> list[str]:
+def _print_running(built: ModuleType | None) -> list[str]:
     """Returns the devices to check."""
+    _print_line("Python", f"{platform.python_version()} ({sys.executable})")
     try:
         import torch
     except Exception as error:
-        print(f"torch       cannot be imported: {error}")
+        _print_line("torch", f"cannot be imported: {error}")
         return []
-    print(f"torch       {_library.described(torch.__version__, torch.version.cuda)}, {torch.get_num_threads()} CPU threads")
-    print(f"running     on CPU capability {torch.backends.cpu.get_cpu_capability()}")
-    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    for device in devices:
-        properties = torch.cuda.get_device_properties(device)
-        print(f"{device:<12}{properties.name}, compute capability {properties.major}.{properties.minor}")
-    if not devices:
-        print("GPU         none")
-    return ["cpu", *devices]
+    _print_line("torch", f"{_library.described(torch.__version__, torch.version.cuda)} in {torch.__path__[0]}")
+    capability = torch.backends.cpu.get_cpu_capability()
+    used = [name for name in built.cpu_capabilities if capability.startswith(name)] if built else []
+    _print_line("CPU", f"{capability}; kl_ext uses {(used or ['DEFAULT'])[0]}, {torch.get_num_threads()} threads")
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.version.cuda else []
+    for gpu in gpus:
+        properties = torch.cuda.get_device_properties(gpu)
+        _print_line(str(gpu), f"{properties.name}, compute capability {properties.major}.{properties.minor}")
+    if not gpus:
+        _print_line("GPU", "none")
+    return ["cpu", *map(str, gpus)] if built and built.cuda_architectures else ["cpu"]
 
 
 def main(problem: ImportError | None = None) -> int:
-    """Prints the report; returns the exit status."""
-    _print_build()
-    print(f"Python      {platform.python_version()} ({sys.executable})")
-    devices = _print_torch()
+    """Prints the report, with the problem where there is one; returns the exit status."""
+    try:
+        built = _library.build_facts()
+    except ImportError:
+        built = None
+    _print_build(built)
+    devices = _print_running(built)
     if problem is not None:
         print(f"\nThe library cannot be loaded.\n{problem}")
         return 1
-    if not _library.build_facts().cuda_architectures:
-        devices = devices[:1]
     return 0 if _self_check(devices) else 1
 
 

@@ -1,5 +1,6 @@
-"""What the operators return without computing it: shapes, dtypes, devices and strides, for torch.compile, export and FakeTensor."""
+"""What the operators return without computing it (shapes, dtypes, devices, strides): for compilation, export and fake tensors."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -8,16 +9,9 @@ from torch._prims_common import compute_elementwise_output_strides
 
 
 def _result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    state = tensors[0].dtype
-    if all(tensor.dtype == state for tensor in tensors):
-        return state
-    # As torch promotes: tensors with dimensions first, 0-dim ones only if they are of a higher category, of which there is one here.
-    with_dims = [tensor.dtype for tensor in tensors if tensor.dim() > 0]
-    dtypes = with_dims or [tensor.dtype for tensor in tensors]
-    result = dtypes[0]
-    for dtype in dtypes[1:]:
-        result = torch.promote_types(result, dtype)
-    return result
+    """As torch promotes: 0-dim tensors count only where there are no others, since all are of one category."""
+    dtypes = [tensor.dtype for tensor in tensors if tensor.dim() > 0] or [tensor.dtype for tensor in tensors]
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:

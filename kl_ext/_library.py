@@ -28,9 +28,9 @@ def build_facts() -> ModuleType:
         return importlib.import_module("kl_ext._C")
     except ImportError as error:
         raise ImportError(
-            f"kl_ext: its compiled part is not in {PACKAGE} for this Python ({error}).\n"
-            "If you are in its source folder, another folder's Python finds the installed package; if it is not installed, "
-            f"install it from its source folder: {sys.executable} -m pip install ."
+            f"kl_ext: {PACKAGE} has no compiled part for this Python ({error}).\n"
+            f"Install the package from its source folder: {sys.executable} -m pip install .\n"
+            "Where it is installed already, Python took this folder for it: start Python in another one."
         ) from error
 
 

@@ -33,7 +33,10 @@ def _backward(operator: Callable[..., tuple[Tensor | None, ...]], inputs: int) -
     def rule(info: Any, in_dims: InDims, *args: Any) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
         tensors, dims, rest = args[: inputs + 1], in_dims[: inputs + 1], args[inputs + 1 :]
         # A gradient per example: what the batch shares is expanded, which costs no memory, so that its gradients stay apart.
-        own = [tensor if dim is not None else tensor.expand(info.batch_size, *tensor.shape) for tensor, dim in zip(tensors, dims, strict=True)]
+        own = [
+            tensor if dim is not None else tensor.expand(info.batch_size, *tensor.shape)
+            for tensor, dim in zip(tensors, dims, strict=True)
+        ]
         own_dims = [0 if dim is None else dim for dim in dims]
         gradients = operator(*_batch_first(own, own_dims), *rest)
         shapes = [tensor.movedim(dim, 0).shape for tensor, dim in zip(own[1:], own_dims[1:], strict=True)]

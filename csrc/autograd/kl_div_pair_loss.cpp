@@ -29,8 +29,8 @@ struct PairLoss {
     return {std::move(mu_p), std::move(log_var_p), std::move(mu_q), std::move(log_var_q)};
   }
 
-  // With D = mu_p - mu_q, w = e^-lq and e = e^(lp - lq), the gradient is (2 D w, e - 1, -2 D w, 1 - e - D^2 w) in the order of the
-  // inputs. Its derivative in the direction v, with v_D the difference of the means' directions:
+  // With D = mu_p - mu_q, w = e^-lq and e = e^(lp - lq), the gradient is (2 D w, e - 1, -2 D w, 1 - e - D^2 w) in the order of
+  // the inputs. Its derivative in the direction v, with v_D the difference of the means' directions:
   static Tensors<4> curvature(const Tensors<4>& x, Clamp clamp, const Tensors<4>& v) {
     const at::Tensor lp = at::clamp(x[1], clamp.min, clamp.max);
     const at::Tensor lq = at::clamp(x[3], clamp.min, clamp.max);

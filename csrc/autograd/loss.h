@@ -3,10 +3,11 @@
 //   kInputs, kForwardName, kBackwardName, kArguments      the operators' names and those of their tensors
 //   kNeeds[i][j]                                          whether the gradient of input i needs input j
 //   forward, backward                                     the operators
-//   curvature(inputs, clamp, v)                           row by row, the Hessian of the term times v, in differentiable operators
+//   curvature(inputs, clamp, v)                           row by row, the Hessian of the term times v, in differentiable
+//   operators
 //
-// First derivatives of any kind come from the backward operator, so that they have the same bits in reverse and forward mode, with
-// and without create_graph; second ones from the curvature, and higher ones from differentiating that.
+// First derivatives of any kind come from the backward operator, so that they have the same bits in reverse and forward mode,
+// with and without create_graph; second ones from the curvature, and higher ones from differentiating that.
 #pragma once
 
 #include <ATen/ExpandUtils.h>
@@ -25,9 +26,7 @@ struct Clamp {
   double max;
 };
 
-inline at::Tensor sum_of(const at::Tensor& a, const at::Tensor& b) {
-  return !a.defined() ? b : !b.defined() ? a : a + b;
-}
+inline at::Tensor sum_of(const at::Tensor& a, const at::Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a + b; }
 
 // The derivative of the loss in the direction v, elementwise: sum over i of v_i dloss/dinput_i.
 template <class Op, size_t N = Op::kInputs>
@@ -51,9 +50,8 @@ at::Tensor directional(Tensors<N> inputs, Clamp clamp, const Tensors<N>& v, c10:
 template <class Op, size_t N = Op::kInputs>
 Tensors<N> second_order(const at::Tensor& grad_output, const Tensors<N>& inputs, Clamp clamp, Tensors<N> v,
                         const std::array<bool, N>& wanted) {
-  const bool is_double = std::any_of(inputs.begin(), inputs.end(), [](const auto& input) {
-    return input.scalar_type() == at::kDouble;
-  });
+  const bool is_double =
+      std::any_of(inputs.begin(), inputs.end(), [](const auto& input) { return input.scalar_type() == at::kDouble; });
   const auto arithmetic = is_double ? at::kDouble : at::kFloat;
   Tensors<N> operands;
   for (size_t i = 0; i < N; ++i) {
@@ -74,9 +72,7 @@ struct BackwardBackward : SavingNode<Op::kInputs + 1> {
   static constexpr size_t N = Op::kInputs;
   using SavingNode<N + 1>::SavingNode;
 
-  std::string name() const override {
-    return std::string(Op::kNodeName) + "Backward";
-  }
+  std::string name() const override { return std::string(Op::kNodeName) + "Backward"; }
 
   variable_list apply(variable_list&& grads) override {
     Tensors<N> v;
@@ -106,9 +102,7 @@ struct Backward : SavingNode<Op::kInputs> {
   static constexpr size_t N = Op::kInputs;
   using SavingNode<N>::SavingNode;
 
-  std::string name() const override {
-    return Op::kNodeName;
-  }
+  std::string name() const override { return Op::kNodeName; }
 
   variable_list apply(variable_list&& grads) override {
     const at::Tensor& grad_output = grads[0];
@@ -118,7 +112,7 @@ struct Backward : SavingNode<Op::kInputs> {
     }
     Tensors<N> inputs = this->unpack();
     for (size_t i = 0; i < N; ++i) {
-      if (!inputs[i].defined()) {  // no wanted gradient depends on it: any number does
+      if (!inputs[i].defined()) { // no wanted gradient depends on it: any number does
         inputs[i] = at::zeros({}, grad_output.options().dtype(this->dtypes[i]));
       }
     }
@@ -150,13 +144,14 @@ std::array<bool, N> needed_by_gradients(const Tensors<N>& inputs) {
   return needed;
 }
 
+template <size_t N, size_t... I>
+std::array<Argument, N> named(const std::array<const char*, N>& names, const Tensors<N>& tensors, std::index_sequence<I...>) {
+  return {{{names[I], tensors[I]}...}};
+}
+
 template <size_t N>
-std::vector<Argument> named(const std::array<const char*, N>& names, const Tensors<N>& tensors) {
-  std::vector<Argument> arguments;
-  for (size_t i = 0; i < N; ++i) {
-    arguments.push_back({names[i], tensors[i]});
-  }
-  return arguments;
+std::array<Argument, N> named(const std::array<const char*, N>& names, const Tensors<N>& tensors) {
+  return named(names, tensors, std::make_index_sequence<N>());
 }
 
 template <class Op, size_t N = Op::kInputs>
@@ -175,9 +170,8 @@ at::Tensor forward(const Tensors<N>& inputs, Clamp clamp, std::optional<at::Scal
   }
   const auto tangents = tangents_of(inputs);
   if (any(defined(tangents))) {
-    result._set_fw_grad(
-        directional<Op>(primals_of(inputs), clamp, tangents, result.sym_sizes(), result.options()), /*level=*/0,
-        /*is_inplace_op=*/false);
+    result._set_fw_grad(directional<Op>(primals_of(inputs), clamp, tangents, result.sym_sizes(), result.options()), /*level=*/0,
+                        /*is_inplace_op=*/false);
   }
   return result;
 }

@@ -25,9 +25,7 @@ using Tensors = std::array<at::Tensor, N>;
 
 template <class T, bool intrusive = std::is_base_of_v<c10::intrusive_ptr_target, Node>>
 struct Counted {
-  static auto make(edge_list&& edges) {
-    return c10::make_intrusive<T>(std::move(edges));
-  }
+  static auto make(edge_list&& edges) { return c10::make_intrusive<T>(std::move(edges)); }
 };
 
 template <class T>
@@ -61,7 +59,7 @@ void set_history(const Tensors<N>& results, const Pointer& node) {
 template <size_t N>
 bool any_requires_grad(const Tensors<N>& tensors) {
   return at::GradMode::is_enabled() &&
-      std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) { return tensor.requires_grad(); });
+         std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) { return tensor.requires_grad(); });
 }
 
 // The forward-mode tangents, undefined where there is none, and the tensors without them.

@@ -1,6 +1,6 @@
-// The losses and their gradients on the CPU: TensorIterator walks the tensors, in parallel; each thread hands blocks of contiguous
-// numbers to the kernels of the instruction set in use. An operand that is not contiguous numbers of the arithmetic type passes
-// through a buffer that stays in the first-level cache, block by block: no input is ever copied whole.
+// The losses and their gradients on the CPU: TensorIterator walks the tensors, in parallel; each thread hands blocks of
+// contiguous numbers to the kernels of the instruction set in use. An operand that is not contiguous numbers of the arithmetic
+// type passes through a buffer that stays in the first-level cache, block by block: no input is ever copied whole.
 #include <ATen/Version.h>
 #include <torch/library.h>
 
@@ -60,9 +60,7 @@ class Operand {
         store_(kernels().store[storage_of(dtype)][arithmetic]) {}
 
   // Whether a row needs no buffer.
-  bool is_direct(int64_t column_stride) const {
-    return is_arithmetic_ && column_stride == element_size_;
-  }
+  bool is_direct(int64_t column_stride) const { return is_arithmetic_ && column_stride == element_size_; }
 
   void* begin_block(char* data, const Tile& tile) {
     is_buffered_ = !is_direct(tile.column_stride) || (tile.rows > 1 && tile.row_stride != tile.columns * element_size_);
@@ -103,12 +101,10 @@ class Operand {
   alignas(64) char buffer_[kBlockBytes];
 };
 
-int64_t block_numel(Arithmetic arithmetic) {
-  return kBlockBytes / (arithmetic == kDouble ? sizeof(double) : sizeof(float));
-}
+int64_t block_numel(Arithmetic arithmetic) { return kBlockBytes / (arithmetic == kDouble ? sizeof(double) : sizeof(float)); }
 
-// Calls compute(pointers, numel) for block after block, the pointers in the order of the iterator's operands. A block holds at most
-// block_numel numbers, unless every operand is direct and `whole_rows` allows it.
+// Calls compute(pointers, numel) for block after block, the pointers in the order of the iterator's operands. A block holds at
+// most block_numel numbers, unless every operand is direct and `whole_rows` allows it.
 template <int kMaxOperands, class Compute>
 void for_each_block(at::TensorIterator& iterator, Arithmetic arithmetic, bool whole_rows, const Compute& compute) {
   const int64_t block = block_numel(arithmetic);
@@ -151,16 +147,15 @@ at::Tensor forward(const char* function, const std::array<Argument, kInputs>& in
   const Arithmetic arithmetic = arithmetic_type(inputs, result) == at::kDouble ? kDouble : kSingle;
   const Forward kernel = kernels().forward[loss][is_wide(bounds, arithmetic)][arithmetic];
   auto iterator = plan_forward(inputs, result, at::kCPU);
-  for_each_block<kInputs + 1>(iterator, arithmetic, true, [&](void* const* pointers, int64_t numel) {
-    kernel(pointers[0], pointers + 1, numel, bounds);
-  });
+  for_each_block<kInputs + 1>(iterator, arithmetic, true,
+                              [&](void* const* pointers, int64_t numel) { kernel(pointers[0], pointers + 1, numel, bounds); });
   return iterator.output();
 }
 
 // arguments: grad_output, then the inputs.
 template <Loss loss, size_t kInputs>
-std::array<at::Tensor, kInputs> backward(const char* function, const std::array<Argument, kInputs + 1>& arguments, Bounds bounds,
-                                         const std::array<bool, kInputs>& output_mask) {
+std::array<at::Tensor, kInputs> backward(const char* function, const std::array<Argument, kInputs + 1>& arguments,
+                                         Bounds bounds, const std::array<bool, kInputs>& output_mask) {
   check_backward(function, arguments, bounds.low, bounds.high);
   auto gradients = allocate_gradients<kInputs>(arguments, output_mask);
   const int wanted = static_cast<int>(std::count(output_mask.begin(), output_mask.end(), true));
@@ -199,21 +194,18 @@ std::tuple<at::Tensor, at::Tensor> kl_div_single_loss_backward(const at::Tensor&
 at::Tensor kl_div_pair_loss(const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
                             const at::Tensor& log_var_q, double clamp_min, double clamp_max,
                             std::optional<at::ScalarType> dtype) {
-  return forward<kPairLoss, 4>(
-      "kl_div_pair_loss", {{{"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", mu_q}, {"log_var_q", log_var_q}}},
-      {clamp_min, clamp_max}, dtype);
+  return forward<kPairLoss, 4>("kl_div_pair_loss",
+                               {{{"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", mu_q}, {"log_var_q", log_var_q}}},
+                               {clamp_min, clamp_max}, dtype);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_div_pair_loss_backward(
     const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
     const at::Tensor& log_var_q, double clamp_min, double clamp_max, std::array<bool, 4> output_mask) {
-  return std::tuple_cat(backward<kPairLoss, 4>("kl_div_pair_loss_backward",
-                                               {{{"grad_output", grad_output},
-                                                 {"mu_p", mu_p},
-                                                 {"log_var_p", log_var_p},
-                                                 {"mu_q", mu_q},
-                                                 {"log_var_q", log_var_q}}},
-                                               {clamp_min, clamp_max}, output_mask));
+  return std::tuple_cat(backward<kPairLoss, 4>(
+      "kl_div_pair_loss_backward",
+      {{{"grad_output", grad_output}, {"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", mu_q}, {"log_var_q", log_var_q}}},
+      {clamp_min, clamp_max}, output_mask));
 }
 
 TORCH_LIBRARY_IMPL(kl_ext, CPU, m) {

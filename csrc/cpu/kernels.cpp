@@ -100,17 +100,17 @@ void store(void* strided, const void* contiguous, const Tile& tile) {
 } // namespace
 
 // One row per line of the tables in kernels.h.
-#define KL_EXT_BY_RANGE(function, Loss)                                            \
-  {                                                                                \
-    {function<Loss, Range::kNarrow, float>, function<Loss, Range::kNarrow, double>}, \
-        {function<Loss, Range::kWide, float>, function<Loss, Range::kWide, double>}, \
+#define KL_EXT_BY_RANGE(function, Loss)                                                \
+  {                                                                                    \
+      {function<Loss, Range::kNarrow, float>, function<Loss, Range::kNarrow, double>}, \
+      {function<Loss, Range::kWide, float>, function<Loss, Range::kWide, double>},     \
   }
-#define KL_EXT_BY_STORAGE(function)                             \
-  {                                                             \
-    {function<math::Half, float>, function<math::Half, double>},            \
-        {function<math::BFloat16, float>, function<math::BFloat16, double>}, \
-        {function<float, float>, function<float, double>},      \
-        {function<double, float>, function<double, double>},    \
+#define KL_EXT_BY_STORAGE(function)                                        \
+  {                                                                        \
+      {function<math::Half, float>, function<math::Half, double>},         \
+      {function<math::BFloat16, float>, function<math::BFloat16, double>}, \
+      {function<float, float>, function<float, double>},                   \
+      {function<double, float>, function<double, double>},                 \
   }
 
 const Kernels kernels = {

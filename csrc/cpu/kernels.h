@@ -29,14 +29,14 @@ struct Tile {
 // out[i] from inputs[..][i]; all contiguous, in the arithmetic type.
 using Forward = void (*)(void* out, const void* const* inputs, std::int64_t numel, Bounds bounds);
 // gradients[..][i] from grad_output[i] and inputs[..][i]; likewise.
-using Backward =
-    void (*)(void* const* gradients, const void* grad_output, const void* const* inputs, std::int64_t numel, Bounds bounds);
+using Backward = void (*)(void* const* gradients, const void* grad_output, const void* const* inputs, std::int64_t numel,
+                          Bounds bounds);
 // Between a tile of any storage and contiguous numbers of the arithmetic type; Store rounds to nearest even.
 using Load = void (*)(void* contiguous, const void* strided, const Tile& tile);
 using Store = void (*)(void* strided, const void* contiguous, const Tile& tile);
 
 struct Kernels {
-  Forward forward[kLosses][2][kArithmetics];  // [..][wide][..]
+  Forward forward[kLosses][2][kArithmetics]; // [..][wide][..]
   Backward backward[kLosses][2][kArithmetics];
   Load load[kStorages][kArithmetics];
   Store store[kStorages][kArithmetics];

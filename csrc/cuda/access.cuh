@@ -57,9 +57,7 @@ struct Vectors {
       }
     }
 
-    KL_EXT_INLINE bool is_idle() const {
-      return numbers_ == 0;
-    }
+    KL_EXT_INLINE bool is_idle() const { return numbers_ == 0; }
 
     template <class S, int kCount>
     KL_EXT_INLINE void load(int first, Loaded<S> (&loaded)[kCount]) const {
@@ -127,9 +125,7 @@ struct Vectors {
     }
 
    private:
-    KL_EXT_INLINE bool is_splat(int operand) const {
-      return !kFlat && plan_.operand[operand].is_splat;
-    }
+    KL_EXT_INLINE bool is_splat(int operand) const { return !kFlat && plan_.operand[operand].is_splat; }
 
     // Where the thread's unit of an operand lies.
     template <class Unit>
@@ -193,18 +189,16 @@ struct Strided {
       }
     }
 
-    KL_EXT_INLINE bool is_idle() const {
-      return !is_valid_[0];
-    }
+    KL_EXT_INLINE bool is_idle() const { return !is_valid_[0]; }
 
     template <class, int kCount, class L>
     KL_EXT_INLINE void load(int first, L (&loaded)[kCount]) const {
       for (int i = 0; i < kCount; ++i) {
         for (int item = 0; item < kItems; ++item) {
           const std::int64_t size = size_of(plan_.operand[first + i].dtype);
-          loaded[i].bits[item] = size == 2 ? *at<std::uint16_t>(first + i, item)
-              : size == 4                  ? *at<std::uint32_t>(first + i, item)
-                                           : *at<Bits>(first + i, item);
+          loaded[i].bits[item] = size == 2   ? *at<std::uint16_t>(first + i, item)
+                                 : size == 4 ? *at<std::uint32_t>(first + i, item)
+                                             : *at<Bits>(first + i, item);
         }
       }
     }

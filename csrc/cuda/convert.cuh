@@ -23,9 +23,7 @@ KL_EXT_INLINE void narrow_pair(S& first, S& second, T x, T y) {
 }
 
 #if defined(__CUDA_ARCH__)
-KL_EXT_INLINE float widened(math::Half x) {
-  return __half2float(__ushort_as_half(x.bits));
-}
+KL_EXT_INLINE float widened(math::Half x) { return __half2float(__ushort_as_half(x.bits)); }
 
 KL_EXT_INLINE void narrow_pair(math::Half& first, math::Half& second, float x, float y) {
   const __half2 pair = __floats2half2_rn(x, y);

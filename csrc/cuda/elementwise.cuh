@@ -7,8 +7,8 @@
 
 namespace kl_ext::cuda {
 
-// 4 blocks of 256 threads to a multiprocessor: at most 64 registers a thread. Without the second number the compiler sinks loads
-// below the arithmetic.
+// 4 blocks of 256 threads to a multiprocessor: at most 64 registers a thread. Without the second number the compiler sinks
+// loads below the arithmetic.
 constexpr int kBlocksPerProcessor = 4;
 
 template <class Loss, math::Range range, class T, class Input, class Output, class Access>
@@ -67,7 +67,7 @@ struct Forward {
   using Loss = L;
   static constexpr int kOperands = Loss::kInputs + 1;
   static constexpr int kOutputs = 1;
-  static constexpr int kOutput = 0;  // the operand with the result's dtype; all others have the inputs'
+  static constexpr int kOutput = 0; // the operand with the result's dtype; all others have the inputs'
 
   template <math::Range range, class T, class Input, class Output, class Access>
   static constexpr auto kKernel = forward<Loss, range, T, Input, Output, Access>;
@@ -78,7 +78,7 @@ struct Backward {
   using Loss = L;
   static constexpr int kOperands = 2 * Loss::kInputs + 1;
   static constexpr int kOutputs = Loss::kInputs;
-  static constexpr int kOutput = Loss::kInputs;  // grad_output
+  static constexpr int kOutput = Loss::kInputs; // grad_output
 
   template <math::Range range, class T, class Input, class Output, class Access>
   static constexpr auto kKernel = backward<Loss, range, T, Input, Output, Access>;
@@ -98,9 +98,7 @@ math::Clamp<T> to_clamp(Bounds bounds) {
   return {static_cast<T>(bounds.low), static_cast<T>(bounds.high)};
 }
 
-constexpr std::uint32_t blocks_for(std::uint32_t threads) {
-  return (threads + kThreads - 1) / kThreads;
-}
+constexpr std::uint32_t blocks_for(std::uint32_t threads) { return (threads + kThreads - 1) / kThreads; }
 
 // Launches a vector kernel if the operands' dtypes and layouts let it.
 template <class Direction, math::Range range, class T, class Input, class Output>

@@ -1,5 +1,5 @@
-// The interface of the CUDA kernels: an iteration over operands in device memory, handed over by the host code that knows torch.
-// Neither this header nor any file compiled by nvcc includes torch.
+// The interface of the CUDA kernels: an iteration over operands in device memory, handed over by the host code that knows
+// torch. Neither this header nor any file compiled by nvcc includes torch.
 #pragma once
 
 #include "../math/platform.h"
@@ -11,16 +11,14 @@ namespace kl_ext::cuda {
 // The dtypes of tensors.
 enum Storage : std::int32_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
-KL_EXT_INLINE constexpr std::int64_t size_of(Storage dtype) {
-  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
-}
+KL_EXT_INLINE constexpr std::int64_t size_of(Storage dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
-constexpr int kMaxDims = 64;     // torch's own limit
-constexpr int kMaxOperands = 9;  // of the pair loss's backward
+constexpr int kMaxDims = 64;    // torch's own limit
+constexpr int kMaxOperands = 9; // of the pair loss's backward
 
 // A tensor as the iteration walks it: strides in bytes, any of them may be zero.
 struct Operand {
-  char* data = nullptr;  // null for a gradient that is not wanted
+  char* data = nullptr; // null for a gradient that is not wanted
   Storage dtype = kFloat32;
   std::int64_t strides[kMaxDims] = {};
 };
@@ -38,6 +36,8 @@ struct Bounds {
   double high;
 };
 
+namespace kernels {
+
 // Operands: the result; the inputs. Arithmetic is in float64 if an operand is float64, else in float32; each result is rounded
 // once. All of it is put on the stream: nothing waits.
 void kl_div_single_loss(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
@@ -46,5 +46,7 @@ void kl_div_pair_loss(const Iteration& iteration, Bounds bounds, CUstream_st* st
 // Operands: the gradients, one for each input; grad_output; the inputs.
 void kl_div_single_loss_backward(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
 void kl_div_pair_loss_backward(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
+
+} // namespace kernels
 
 } // namespace kl_ext::cuda

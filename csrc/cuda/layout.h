@@ -41,10 +41,10 @@ struct VectorPlan {
     bool is_splat;
   };
 
-  std::uint32_t vectors;  // the whole ones
-  std::uint32_t tail;     // the numbers after them; 0 unless there is one dimension only
+  std::uint32_t vectors; // the whole ones
+  std::uint32_t tail;    // the numbers after them; 0 unless there is one dimension only
   std::int32_t ndim;
-  Divider sizes[kMaxVectorDims - 1];  // dimension 0 in vectors
+  Divider sizes[kMaxVectorDims - 1]; // dimension 0 in vectors
   Operand operand[kOperands];
 };
 
@@ -82,9 +82,7 @@ inline std::int64_t extent_of(const Iteration& iteration, const Operand& operand
 }
 
 // Whether an operand is read vector by vector, and not as a splat.
-inline bool is_vector(const Operand& operand) {
-  return operand.strides[0] == size_of(operand.dtype);
-}
+inline bool is_vector(const Operand& operand) { return operand.strides[0] == size_of(operand.dtype); }
 
 // The bytes of a vector of `items` numbers, or of the single number of a splat.
 inline std::int64_t unit_of(const Operand& operand, int items) {

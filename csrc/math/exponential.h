@@ -5,8 +5,8 @@
 //   expm1(x) = e^x - 1               error <= 1.5 ulp      (largest found: 1.2)
 //
 // The argument is written x = k ln 2 + r with k = trunc(x / ln 2). Truncation, and not rounding to nearest, is the point: r has
-// the sign of x, and where k is not 0 the terms s (1 + r + phi(r)), s = 2^k, and -1 - x add up without cancelling. Everything is
-// computed as half its value (with s/2), so that a divergence is finite wherever its value is.
+// the sign of x, and where k is not 0 the terms s (1 + r + phi(r)), s = 2^k, and -1 - x add up without cancelling. Everything
+// is computed as half its value (with s/2), so that a divergence is finite wherever its value is.
 #pragma once
 
 #include "platform.h"
@@ -83,8 +83,8 @@ enum class Range { kNarrow, kWide };
 template <class T>
 constexpr T kNarrowBound = sizeof(T) == 4 ? T(43) : T(350);
 
-// x = k ln 2 + r with k truncated. Wide: where e^x overflows, k stays at the largest exponent and r grows without bound, and with
-// it all that is computed from it; where e^x is lost beside 1, x stays at a bound.
+// x = k ln 2 + r with k truncated. Wide: where e^x overflows, k stays at the largest exponent and r grows without bound, and
+// with it all that is computed from it; where e^x is lost beside 1, x stays at a bound.
 template <Range range, class T>
 KL_EXT_INLINE Reduced<T> reduce(T x, T error) {
   using C = Constants<T>;

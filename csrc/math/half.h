@@ -13,9 +13,7 @@ struct BFloat16 {
   std::uint16_t bits;
 };
 
-KL_EXT_INLINE float widen(BFloat16 x) {
-  return from_bits<float>(std::uint32_t{x.bits} << 16);
-}
+KL_EXT_INLINE float widen(BFloat16 x) { return from_bits<float>(std::uint32_t{x.bits} << 16); }
 
 // The exponent moves from bias 15 to bias 127 by a multiplication, which also makes subnormals normal.
 KL_EXT_INLINE float widen(Half x) {
@@ -25,13 +23,9 @@ KL_EXT_INLINE float widen(Half x) {
   return from_bits<float>(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite));
 }
 
-KL_EXT_INLINE float widen(float x) {
-  return x;
-}
+KL_EXT_INLINE float widen(float x) { return x; }
 
-KL_EXT_INLINE double widen(double x) {
-  return x;
-}
+KL_EXT_INLINE double widen(double x) { return x; }
 
 // Adding just under half a unit of the last kept place, or just half if that place is odd, rounds to nearest even; NaN is kept
 // from becoming an infinity.
@@ -53,21 +47,13 @@ KL_EXT_INLINE void narrow(Half& out, float x) {
   out.bits = static_cast<std::uint16_t>(sign | (magnitude >= 0x477ff000u ? large : finite));
 }
 
-KL_EXT_INLINE void narrow(float& out, float x) {
-  out = x;
-}
+KL_EXT_INLINE void narrow(float& out, float x) { out = x; }
 
-KL_EXT_INLINE void narrow(double& out, float x) {
-  out = x;
-}
+KL_EXT_INLINE void narrow(double& out, float x) { out = x; }
 
-KL_EXT_INLINE void narrow(float& out, double x) {
-  out = static_cast<float>(x);
-}
+KL_EXT_INLINE void narrow(float& out, double x) { out = static_cast<float>(x); }
 
-KL_EXT_INLINE void narrow(double& out, double x) {
-  out = x;
-}
+KL_EXT_INLINE void narrow(double& out, double x) { out = x; }
 
 // Rounded to odd on the way through float, so that the second rounding sees whether anything was cut off.
 template <class S>
