@@ -1,0 +1,73 @@
+"""What every test shares: the device it runs on, and a fresh seed that a failure prints."""
+
+import os
+import random
+import secrets
+import zlib
+
+import numpy
+import pytest
+import torch
+
+# One seed per run. Each test derives its own from it and from its name, so that a test alone repeats what it did in the suite.
+SEED = int(os.environ.get("KL_EXT_TEST_SEED", secrets.randbits(32)))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow (exhaustive, or many gigabytes)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+
+
+def pytest_report_header():
+    return f"seed: KL_EXT_TEST_SEED={SEED}"
+
+
+def seed_of(item: pytest.Item) -> int:
+    return zlib.crc32(f"{SEED} {item.nodeid.rpartition('/')[2]}".encode())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    seed = seed_of(item)
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport():
+    report = (yield).get_result()
+    if report.failed:
+        report.sections.append(("seed", f"repeat these random inputs with KL_EXT_TEST_SEED={SEED}"))
+
+
+@pytest.fixture
+def rng(request) -> numpy.random.Generator:
+    """A generator of this test's own random inputs."""
+    return numpy.random.default_rng(seed_of(request.node))
+
+
+def why_no_cuda() -> str:
+    """Why the CUDA kernels cannot run here, or nothing where they can."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    import kl_ext  # noqa: F401
+
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("kl_ext::kl_div_single_loss", "CUDA"):
+        return "kl_ext is built without CUDA kernels"
+    return ""
+
+
+@pytest.fixture(params=["cpu", "cuda"], scope="session")
+def device(request) -> torch.device:
+    if request.param == "cuda" and (reason := why_no_cuda()):
+        pytest.skip(reason)
+    return torch.device(request.param)

@@ -1,0 +1,179 @@
+"""float16, bfloat16, float32, float64 and their mixes: torch's promotion, one rounding to the result's dtype, each gradient in
+its input's."""
+
+import itertools
+
+import numpy
+import pytest
+import torch
+
+import kl_ext
+import oracle
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+LOSSES = pytest.mark.parametrize("loss", ["single", "pair"])
+FUNCTION = {"single": kl_ext.kl_div_single_loss, "pair": kl_ext.kl_div_pair_loss}
+EXACT = {"single": oracle.single, "pair": oracle.pair}
+BOUND = {"single": oracle.SINGLE, "pair": oracle.PAIR}
+
+
+def operator(loss):
+    return getattr(torch.ops.kl_ext, f"kl_div_{loss}_loss")
+
+
+def arithmetic(*dtypes):
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def assert_accurate(loss, inputs, result_dtype, dtype=None):
+    """Value and gradients for a grad_output of 1: to the bound in ulps of the arithmetic, or of a narrower dtype to 0.51."""
+    inputs = [x.requires_grad_() for x in inputs]
+    value = operator(loss)(*inputs, dtype=dtype)
+    assert value.dtype == result_dtype
+    exact = EXACT[loss](*map(oracle.to_longdouble, inputs))
+    kinds = [x.dtype for x in inputs]
+    bound = BOUND[loss] if value.dtype == arithmetic(*kinds, dtype) else oracle.NARROWED
+    oracle.assert_within(value, exact.value, oracle.ulp_error(value, exact.value), bound, inputs)
+    gradients = torch.autograd.grad(value, inputs, torch.ones_like(value))
+    computed = arithmetic(*kinds, value.dtype)
+    for x, got, want, scale, limit in zip(
+        inputs, gradients, exact.gradients, exact.scales, oracle.GRADIENTS[loss], strict=True
+    ):
+        assert got.dtype == x.dtype and got.shape == x.shape
+        if x.shape == value.shape:
+            # Half an ulp of its own, and what the arithmetic may be off by.
+            unit = oracle.ulp(scale, computed)
+            allowed = limit * unit + (0 if x.dtype == computed else oracle.ulp(want, x.dtype) / 2 + limit * unit / 100)
+            oracle.assert_within(got, want, oracle.distance(got, want) / allowed, 1.0, inputs)
+
+
+def values(*shape, dtype, device):
+    return (torch.randn(shape, dtype=torch.float64) * 2).to(device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize("first, second", list(itertools.product(DTYPES, repeat=2)), ids=lambda x: str(x)[6:])
+def test_every_mix_of_two(first, second, device):
+    inputs = [values(3000, dtype=dtype, device=device) for dtype in (first, second)]
+    assert_accurate("single", inputs, torch.add(*inputs).dtype)
+    four = [values(3000, dtype=dtype, device=device) for dtype in (first, second, second, first)]
+    assert_accurate("pair", four, torch.promote_types(first, second))
+
+
+def test_mixes_of_four(device, rng):
+    mixes = list(itertools.product(DTYPES, repeat=4))
+    for index in rng.permutation(len(mixes))[:64]:
+        inputs = [values(500, dtype=dtype, device=device) for dtype in mixes[index]]
+        assert_accurate("pair", inputs, sum(inputs).dtype)
+
+
+@pytest.mark.parametrize("first, second", list(itertools.product(DTYPES, repeat=2)), ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("shapes", [((), (7,)), ((7,), ()), ((), ()), ((1,), (7,))], ids=str)
+def test_zero_dim_tensors_weigh_in_as_in_torch_add(first, second, shapes, device):
+    inputs = [values(*shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, (first, second), strict=True)]
+    want = torch.add(*inputs).dtype
+    assert_accurate("single", inputs, want)
+    assert FUNCTION["pair"](inputs[0], inputs[1], inputs[1], inputs[0]).dtype == want
+
+
+def test_zero_dim_mixes_of_four_promote_as_in_torch(device, rng):
+    for _ in range(64):
+        inputs = [values(*((5,) if rng.integers(2) else ()), dtype=DTYPES[rng.integers(4)], device=device) for _ in range(4)]
+        assert FUNCTION["pair"](*inputs).dtype == result_type(inputs), [(x.dtype, x.dim()) for x in inputs]
+
+
+def result_type(tensors):
+    """torch's rule for more than two: tensors with dimensions decide alone where there are any."""
+    deciding = [x for x in tensors if x.dim()] or tensors
+    result = deciding[0].dtype
+    for x in deciding[1:]:
+        result = torch.promote_types(result, x.dtype)
+    return result
+
+
+def test_the_rule_for_more_than_two_is_torchs(rng):
+    for _ in range(64):
+        tensors = [torch.zeros((5,) if rng.integers(2) else (), dtype=DTYPES[rng.integers(4)]) for _ in range(2)]
+        assert result_type(tensors) == torch.result_type(*tensors) == torch.add(*tensors).dtype
+        tensors.append(torch.zeros((5,) if rng.integers(2) else (), dtype=DTYPES[rng.integers(4)]))
+        assert result_type(tensors) == torch.addcmul(*tensors).dtype
+
+
+@LOSSES
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("source", DTYPES, ids=lambda x: str(x)[6:])
+def test_the_dtype_argument_of_the_operators(loss, source, dtype, device):
+    """The result's dtype; float64 also raises the arithmetic's."""
+    count = 2 if loss == "single" else 4
+    assert_accurate(loss, [values(2000, dtype=source, device=device) for _ in range(count)], dtype, dtype)
+
+
+@LOSSES
+def test_float64_arithmetic_for_a_zero_dim_float64_tensor(loss, device):
+    """The result is float32 by promotion, and rounded once from float64."""
+    count = 2 if loss == "single" else 4
+    inputs = [values(5000, dtype=torch.float32, device=device) for _ in range(count)]
+    inputs[-1] = torch.tensor(0.1, dtype=torch.float64, device=device)
+    value = FUNCTION[loss](*inputs)
+    exact = EXACT[loss](*map(oracle.to_longdouble, inputs)).value
+    assert value.dtype == torch.float32
+    oracle.assert_within(value, exact, oracle.ulp_error(value, exact), oracle.NARROWED, inputs)
+
+
+@LOSSES
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda x: str(x)[6:])
+def test_gradients_of_half_types_are_computed_in_float32_and_rounded_once(loss, dtype, device):
+    """A grad_output of another dtype does not pass through the half type first."""
+    count = 2 if loss == "single" else 4
+    inputs = [values(3000, dtype=dtype, device=device) for _ in range(count)]
+    grad_output = torch.rand(3000, device=device) + 0.5
+    backward = getattr(torch.ops.kl_ext, f"kl_div_{loss}_loss_backward")
+    exact = EXACT[loss](*map(oracle.to_longdouble, inputs))
+    g = oracle.to_longdouble(grad_output)
+    gradients = backward(grad_output, *inputs, -30.0, 20.0, [True] * count)
+    for got, want, scale, bound in zip(gradients, exact.gradients, exact.scales, oracle.GRADIENTS[loss], strict=True):
+        allowed = g * (bound + 1) * oracle.ulp(scale, torch.float32) + oracle.ulp(g * want * 1.000001, dtype) * 0.501
+        assert got.dtype == dtype
+        oracle.assert_within(got, g * want, oracle.distance(got, g * want) / allowed, 1.0, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda x: str(x)[6:])
+def test_every_value_of_a_half_type(dtype, device):
+    """All 65,536 bit patterns as log_var and as mu: within 0.51 ulp where they are finite."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    every = every[every.isfinite()].to(device)
+    other = values(every.numel(), dtype=dtype, device=device)
+    for inputs in ((other, every), (every, other)):
+        assert_accurate("single", inputs, dtype)
+    for position in range(4):
+        inputs = [values(every.numel(), dtype=dtype, device=device) for _ in range(4)]
+        inputs[position] = every
+        assert_accurate("pair", inputs, dtype)
+
+
+@LOSSES
+def test_results_that_overflow_a_half_type_are_infinite_and_no_others(loss, device):
+    """The arithmetic is float32, so only the rounding at the end can overflow."""
+    zeros = torch.zeros(3, dtype=torch.float16, device=device)
+    mu = torch.tensor([300.0, 361.0, 362.5], dtype=torch.float16, device=device)
+    value = FUNCTION[loss](mu, zeros, *([zeros, zeros] if loss == "pair" else []))
+    exact = numpy.array([300.0, 361.0, 362.5]) ** 2 / (2 if loss == "single" else 1)
+    assert value.isinf().tolist() == (exact >= 65520).tolist()
+
+
+def test_subnormal_half_results_are_rounded_once(device):
+    """float16 values of 1e-3 squared fall below its smallest normal number."""
+    mu = torch.linspace(1e-4, 8e-3, 2000, dtype=torch.float64).to(torch.float16).to(device)
+    assert_accurate("single", [mu, torch.zeros_like(mu)], torch.float16)
+
+
+def test_autocast_leaves_inputs_and_returns_float32(device):
+    half = torch.bfloat16
+    inputs = [values(1000, dtype=half, device=device).requires_grad_() for _ in range(4)]
+    exact = oracle.pair(*map(oracle.to_longdouble, inputs)).value
+    with torch.autocast(device.type, dtype=half):
+        value = FUNCTION["pair"](*inputs)
+        assert FUNCTION["single"](*inputs[:2]).dtype == torch.float32
+        assert FUNCTION["single"](inputs[0], inputs[1].double()).dtype == torch.float64
+    assert value.dtype == torch.float32
+    oracle.assert_within(value, exact, oracle.ulp_error(value, exact), oracle.PAIR, inputs)
+    assert all(gradient.dtype == half for gradient in torch.autograd.grad(value.sum(), inputs))

@@ -1,0 +1,198 @@
+"""The formulas of csrc/math, compiled alone: the bounds that they state, before any operator is in between."""
+
+import ctypes
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+import oracle
+import points
+
+HEADERS = Path(__file__).parent.parent / "csrc" / "math"
+
+# The operators' own functions over arrays; and for the exhaustive test, which is too long for numpy, the largest errors of phi
+# and expm1 over a range of float32 bit patterns against long double.
+SOURCE = """
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include "gaussian.h"
+using namespace kl_ext::math;
+
+template <class T, Range range>
+void exponentials(const T* x, T* half_phi_of_x, T* half_expm1_of_x, long n) {
+  for (long i = 0; i < n; ++i) {
+    const auto reduced = reduce<range>(x[i], T(0));
+    half_phi_of_x[i] = half_phi(T(0.5) * x[i], reduced);
+    half_expm1_of_x[i] = half_expm1(reduced);
+  }
+}
+
+template <class T, Range range>
+void divergences(const T* mu_p, const T* log_var_p, const T* mu_q, const T* log_var_q, T* out, long n) {
+  for (long i = 0; i < n; ++i) out[i] = divergence<range>(mu_p[i], log_var_p[i], mu_q[i], log_var_q[i]);
+}
+
+long double long_phi(long double x) {
+  if (std::fabs(x) >= 0.5L) return std::expm1(x) - x;
+  long double sum = 0;
+  for (int n = 21; n >= 2; --n) sum = (1 + sum) * x / n;
+  return sum * x;
+}
+
+double error_in_ulps(float got, long double exact) {
+  const int exponent = exact == 0 ? -126 : std::max(std::ilogb(exact), -126);
+  return std::fabs(got - exact) * std::ldexp(1.0L, 23 - exponent);
+}
+
+extern "C" {
+#define KL_EXT_EXPORT(type, name, range) \\
+  void exponentials_##type##_##name(const type* x, type* p, type* e, long n) { \\
+    exponentials<type, Range::range>(x, p, e, n); \\
+  } \\
+  void divergences_##type##_##name(const type* a, const type* b, const type* c, const type* d, type* out, long n) { \\
+    divergences<type, Range::range>(a, b, c, d, out, n); \\
+  }
+KL_EXT_EXPORT(float, narrow, kNarrow)
+KL_EXT_EXPORT(float, wide, kWide)
+KL_EXT_EXPORT(double, narrow, kNarrow)
+KL_EXT_EXPORT(double, wide, kWide)
+
+void long_phis(const double* x, long double* out, long n) {
+  for (long i = 0; i < n; ++i) out[i] = long_phi(x[i]);
+}
+
+void worst(std::uint32_t first, std::uint32_t last, double* phi_error, double* expm1_error) {
+  for (std::uint32_t bits = first; bits <= last; ++bits) {
+    const float x = from_bits<float>(bits);
+    float p, e;
+    exponentials<float, Range::kNarrow>(&x, &p, &e, 1);
+    *phi_error = std::fmax(*phi_error, error_in_ulps(p, long_phi(x) / 2));
+    *expm1_error = std::fmax(*expm1_error, error_in_ulps(e, std::expm1(static_cast<long double>(x)) / 2));
+  }
+}
+}
+"""
+
+PHI, EXPM1 = 2.0, 1.5  # the bounds that exponential.h states
+EDGE = 50.5  # the widest difference of log-variances under the default clamp, and a little more
+CONFIGURATIONS = pytest.mark.parametrize(
+    "dtype, range_",
+    [(d, r) for d in (numpy.float32, numpy.float64) for r in ("narrow", "wide")],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory):
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("header")
+    (folder / "header.cpp").write_text(SOURCE)
+    options = ["-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{HEADERS}"]
+    subprocess.run([compiler, *options, "header.cpp", "-o", "header.so"], cwd=folder, check=True, timeout=300)
+    return ctypes.CDLL(str(folder / "header.so"))
+
+
+def call(header, name, dtype, range_, inputs, outputs):
+    """Calls name_dtype_range(inputs..., outputs..., length) and returns the outputs as tensors."""
+    inputs = [numpy.ascontiguousarray(x, dtype=dtype) for x in inputs]
+    results = [numpy.empty_like(inputs[0]) for _ in range(outputs)]
+    function = getattr(header, f"{name}_{'float' if dtype is numpy.float32 else 'double'}_{range_}")
+    function(*(ctypes.c_void_p(x.ctypes.data) for x in (*inputs, *results)), ctypes.c_long(inputs[0].size))
+    return [torch.from_numpy(x) for x in results]
+
+
+def assert_exponentials(header, dtype, range_, x):
+    half_phi, half_expm1 = call(header, "exponentials", dtype, range_, [x], 2)
+    exact, inputs = x.astype(numpy.longdouble), (torch.from_numpy(x),)
+    with numpy.errstate(over="ignore"):
+        pairs = (half_phi, oracle.phi(exact) / 2, PHI), (half_expm1, numpy.expm1(exact) / 2, EXPM1)
+    for got, want, bound in pairs:
+        oracle.assert_within(got, want, oracle.ulp_error(got, want), bound, inputs)
+    assert (half_phi >= 0).all()
+
+
+@CONFIGURATIONS
+def test_phi_and_expm1_hold_their_bounds(header, dtype, range_, rng):
+    n = 400_000
+    x = points.mixed(
+        rng,
+        n,
+        rng.uniform(-EDGE, EDGE, n),
+        rng.uniform(-1, 1, n),
+        points.decades(rng, n, -44, 0),
+        points.ln2_multiples(rng, n, dtype, 72),
+    ).astype(dtype)
+    assert_exponentials(header, dtype, range_, x)
+
+
+def test_phi_and_expm1_hold_their_bounds_over_an_even_sample_of_all_floats_in_range(header):
+    """Every 1009th bit pattern: two million of them, from the smallest subnormal number on, both signs."""
+    last = numpy.float32(EDGE).view(numpy.int32)
+    positive = numpy.arange(0, last + 1, 1009, dtype=numpy.int32).view(numpy.float32)
+    assert_exponentials(header, numpy.float32, "narrow", numpy.concatenate([positive, -positive]))
+
+
+def test_the_oracle_of_the_exhaustive_test_agrees_with_the_other(header, rng):
+    x = points.mixed(
+        rng, 10_000, rng.uniform(-EDGE, EDGE, 10_000), rng.uniform(-1, 1, 10_000), points.decades(rng, 10_000, -44, 0)
+    )
+    got = numpy.empty(x.size, dtype=numpy.longdouble)
+    header.long_phis(ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(got.ctypes.data), ctypes.c_long(x.size))
+    want = oracle.phi(x.astype(numpy.longdouble))
+    assert (numpy.abs(got - want) <= 2.0**-60 * want).all()
+
+
+@pytest.mark.slow
+def test_phi_and_expm1_hold_their_bounds_over_all_floats_in_range(header):
+    errors = ctypes.c_double(0), ctypes.c_double(0)
+    last = int(numpy.float32(EDGE).view(numpy.uint32))
+    for sign in (0, 1 << 31):
+        header.worst(ctypes.c_uint32(sign), ctypes.c_uint32(sign + last), *map(ctypes.byref, errors))
+    print(f"largest errors: phi {errors[0].value:.3f} ulp, expm1 {errors[1].value:.3f} ulp")
+    assert errors[0].value <= PHI and errors[1].value <= EXPM1
+
+
+@pytest.mark.parametrize("dtype", [numpy.float32, numpy.float64])
+def test_phi_and_expm1_hold_their_bounds_to_where_they_overflow_and_beyond(header, dtype, rng):
+    assert_exponentials(header, dtype, "wide", points.wide_log_vars(rng, 200_000, dtype))
+
+
+@CONFIGURATIONS
+def test_t_holds_its_bound(header, dtype, range_, rng):
+    """The divergence is t / 2, and halving is exact."""
+    columns = points.pair(rng, 200_000, dtype)
+    columns[1][:], columns[3][:] = numpy.clip(columns[1], -30, 20), numpy.clip(columns[3], -30, 20)
+    (got,) = call(header, "divergences", dtype, range_, columns, 1)
+    want = oracle.pair(*columns).t / 2
+    oracle.assert_within(got, want, oracle.ulp_error(got, want), oracle.PAIR, [torch.from_numpy(c) for c in columns])
+    assert (got >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [numpy.float32, numpy.float64])
+def test_t_holds_its_bound_without_a_clamp(header, dtype, rng):
+    columns = points.wide_pair(rng, 200_000, dtype)
+    (got,) = call(header, "divergences", dtype, "wide", columns, 1)
+    want = oracle.pair(*columns, -math.inf, math.inf).t / 2
+    oracle.assert_within(got, want, oracle.ulp_error(got, want), oracle.PAIR, [torch.from_numpy(c) for c in columns])
+
+
+@pytest.mark.parametrize("dtype", [numpy.float32, numpy.float64])
+def test_t_holds_its_bound_at_the_worst_point_known(header, dtype):
+    columns = [numpy.array([x], dtype=dtype) for x in points.WORST_KNOWN]
+    (got,) = call(header, "divergences", dtype, "narrow", columns, 1)
+    want = oracle.exact_array(oracle.exact_pair, zip(*columns, strict=True)).t / 2
+    assert oracle.ulp_error(got, want)[0] <= oracle.PAIR
+
+
+def test_the_headers_know_no_torch():
+    for header_file in HEADERS.glob("*.h"):
+        text = header_file.read_text()
+        assert not any(f"{name}/" in text for name in ("ATen", "c10", "torch")), header_file.name

@@ -1,0 +1,142 @@
+"""No input is ever copied, however it lies in memory: a call allocates its results and nothing else."""
+
+import itertools
+
+import pytest
+import torch
+
+import kl_ext
+from layouts import LAYOUTS, chunk
+
+FUNCTION = {"single": kl_ext.kl_div_single_loss, "pair": kl_ext.kl_div_pair_loss}
+COUNT = {"single": 2, "pair": 4}
+LOSSES = pytest.mark.parametrize("loss", ["single", "pair"])
+SHAPES = {2: (512, 384), 4: (8, 16, 32, 48), 5: (4, 8, 12, 16, 32)}
+NUMEL = 512 * 384
+# Every layout, at a size where a copy cannot hide.
+EVERY = pytest.mark.parametrize(
+    "shape, make",
+    [(SHAPES[len(shape)], make) for shape, _, make in LAYOUTS],
+    ids=[f"{len(shape)}d {name}" for shape, name, _ in LAYOUTS],
+)
+SMALL = 64 * 1024  # what bookkeeping may take; an input has 12 times as much
+
+
+def allocated(call, device):
+    """All that a call allocates, in bytes, whether or not it is freed within the call; and what the call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["allocated_bytes.all.allocated"]
+        result = call()
+        return torch.cuda.memory_stats()["allocated_bytes.all.allocated"] - before, result
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
+        result = call()
+    events = [event.nbytes() for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    return sum(size for size in events if size > 0), result
+
+
+def nbytes(tensors):
+    return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
+
+
+def assert_allocates_its_results_only(call, device, spare=0):
+    call()  # once before, for what is made on the first call
+    size, result = allocated(call, device)
+    results = result if isinstance(result, tuple) else (result,)
+    assert nbytes(results) <= size <= nbytes(results) + spare + SMALL, f"{size} bytes for results of {nbytes(results)}"
+
+
+def test_a_planted_copy_is_found(device):
+    """What the measure is for: the copy of one strided input, although it is freed before the call returns."""
+    x = torch.randn(512, 384, device=device)
+
+    def with_copy():
+        return kl_ext.kl_div_single_loss(x.t().contiguous(), x.t())
+
+    size, result = allocated(with_copy, device)
+    assert size >= 2 * nbytes([result])
+    with pytest.raises(AssertionError):
+        assert_allocates_its_results_only(with_copy, device)
+    assert_allocates_its_results_only(lambda: torch.add(x.t(), x.t()), device)
+
+
+def test_every_layout_is_large_enough_to_be_seen(device):
+    for (shape, _, make), _ in zip(LAYOUTS, range(100), strict=False):
+        x = make(torch.empty(SHAPES[len(shape)], device=device))
+        assert x.numel() * x.element_size() >= 10 * SMALL
+
+
+@LOSSES
+@EVERY
+def test_forward_never_copies(loss, shape, make, device):
+    inputs = [make(torch.randn(shape, device=device)) for _ in range(COUNT[loss])]
+    assert_allocates_its_results_only(lambda: FUNCTION[loss](*inputs), device)
+    mixed = [torch.randn(shape, device=device), *inputs[1:]]
+    assert_allocates_its_results_only(lambda: FUNCTION[loss](*mixed), device)
+
+
+def backward(loss, grad_output, inputs, mask=None):
+    operator = getattr(torch.ops.kl_ext, f"kl_div_{loss}_loss_backward")
+    return operator(grad_output, *inputs, -30.0, 20.0, mask or [True] * COUNT[loss])
+
+
+@LOSSES
+@EVERY
+def test_backward_never_copies(loss, shape, make, device):
+    inputs = [make(torch.randn(shape, device=device)) for _ in range(COUNT[loss])]
+    dense, one = torch.randn(shape, device=device), torch.ones((), device=device)
+    for grad_output in (dense, make(dense), one.expand(shape)):
+        assert_allocates_its_results_only(lambda g=grad_output: backward(loss, g, inputs), device)
+
+
+@LOSSES
+def test_backward_allocates_only_what_is_wanted(loss, device):
+    inputs = [chunk(torch.randn(512, 384, device=device), 1, 1) for _ in range(COUNT[loss])]
+    grad_output = torch.ones((), device=device).expand(512, 384)
+    for mask in itertools.product([False, True], repeat=COUNT[loss]):
+        assert_allocates_its_results_only(lambda m=mask: backward(loss, grad_output, inputs, list(m)), device)
+
+
+@LOSSES
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_chunks_of_other_dtypes_and_mixes_of_them_are_not_copied(loss, dtype, device):
+    for kinds in ([dtype] * COUNT[loss], [dtype, torch.float32] * (COUNT[loss] // 2)):
+        inputs = [chunk(torch.randn(512, 384, device=device), 1, 1).to(kind) for kind in kinds]
+        inputs = [chunk(x, 1, 0) for x in inputs]
+        value = FUNCTION[loss](*inputs)
+        assert_allocates_its_results_only(lambda i=inputs: FUNCTION[loss](*i), device)
+        assert_allocates_its_results_only(lambda i=inputs, v=value: backward(loss, v, i), device)
+
+
+@LOSSES
+def test_broadcast_priors_are_not_expanded_in_the_forward(loss, device):
+    h = torch.randn(512, 2 * 384, device=device)
+    mu, log_var = h.chunk(2, 1)
+    prior = torch.randn(384, device=device)
+    for inputs in ([mu, prior], [prior, log_var], [mu, prior[:1]]):
+        full = [*inputs, prior, prior][: COUNT[loss]]
+        assert_allocates_its_results_only(lambda i=full: FUNCTION[loss](*i), device)
+
+
+@LOSSES
+def test_broadcast_gradients_take_at_most_one_full_tensor_each(loss, device):
+    """Until they are reduced within the kernel; and the inputs are not copied here either."""
+    mu, log_var = torch.randn(512, 2 * 384, device=device).chunk(2, 1)
+    prior = torch.randn(384, device=device)
+    inputs = [mu, prior] if loss == "single" else [mu, log_var, prior, prior]
+    full = sum(4 * NUMEL for x in inputs if x is prior)
+    grad_output = torch.ones((), device=device).expand(512, 384)
+    assert_allocates_its_results_only(lambda: backward(loss, grad_output, inputs), device, spare=full)
+
+
+@LOSSES
+def test_a_step_of_training_copies_nothing(loss, device):
+    """Through autograd: the result, the sum, and the gradients of the two (or four) parts of the encoder's output."""
+    parts = [x.requires_grad_() for x in torch.randn(512, COUNT[loss] * 384, device=device).chunk(COUNT[loss], 1)]
+    parts = [x.detach().requires_grad_() for x in parts]
+
+    def step():
+        value = FUNCTION[loss](*parts)
+        return (value, *torch.autograd.grad(value.sum(), parts))
+
+    assert_allocates_its_results_only(step, device)
