@@ -1,0 +1,158 @@
+"""Write the tables of README.md and benchmarks/README.md from the committed results, so that no number in them is typed.
+
+    python benchmarks/table.py            (rewrite what stands between the marker comments)
+    python benchmarks/table.py --check    (exit 1 if that would change anything)
+
+A marker names the table and the result that it shows:
+
+    <!-- table: ratios cpu.json -->
+    ... written here ...
+    <!-- end of table -->
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+PAGES = [HERE.parent / "README.md", HERE / "README.md"]
+MARKER = re.compile(r"(<!-- table: (\w+)(?: (\S+))? -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+OTHERS = ["plain torch", "torch.compile"]
+LOSSES = {"kl_div_single_loss": "single", "kl_div_pair_loss": "pair"}
+
+Result = dict[str, Any]
+
+
+def ratios(result: Result) -> str:
+    """A row for each size, a column for each loss and direction: plain torch / torch.compile, as multiples of kl_ext's time."""
+    cells = {(row["loss"], row["pass"], row["elements"]): row for row in result["speed"]}
+    columns = list(dict.fromkeys((loss, direction) for loss, direction, _ in cells))
+    rows = []
+    for size in dict.fromkeys(size for _, _, size in cells):
+        row = [cells[loss, direction, size] for loss, direction in columns]
+        rows.append([elements(size), *(" / ".join(f"{cell[name]['ratio']:.1f}" for name in OTHERS) for cell in row)])
+    return table(["elements", *(f"{LOSSES[loss]}, {direction}" for loss, direction in columns)], rows)
+
+
+def times(result: Result) -> str:
+    """A row for each measurement, in microseconds; the spread is the distance of the quartiles of kl_ext's rounds."""
+    timed = list(dict.fromkeys(name for row in result["speed"] for name in row if isinstance(row[name], dict)))
+    rows = []
+    for row in result["speed"]:
+        medians = [f"{row[name]['median_us']:,.1f}" if name in row else "" for name in timed]
+        low, high = row["kl_ext"]["quartiles_us"]
+        spread = f"{(high - low) / row['kl_ext']['median_us']:.0%}"
+        rows.append([LOSSES[row["loss"]], row["pass"], elements(row["elements"]), *medians, spread])
+    return table(["loss", "pass", "elements", *timed, "spread"], rows)
+
+
+def accuracy(result: Result) -> str:
+    """A row for each loss and distance from the prior; each cell is plain torch / kl_ext."""
+    columns: dict[str, tuple[str, Callable[[float], str]]] = {
+        "below the least value": ("below", share),
+        "value lost": ("lost", share),
+        "mean, of the true mean": ("mean_ratio", "{:.3f}".format),
+        "gradient's error": ("gradient_error", "{:.0e}".format),
+    }
+    rows = []
+    for row in result["accuracy"]:
+        pairs = [(form(row["plain torch"][key]), form(row["kl_ext"][key])) for key, form in columns.values()]
+        rows.append([LOSSES[row["loss"]], f"{row['distance']:g}", *(" / ".join(pair) for pair in pairs)])
+    return table(["loss", "distance", *columns], rows)
+
+
+def machine(result: Result) -> str:
+    """One line on where the result comes from."""
+    facts = result["machine"]
+    where = (
+        facts["device"] if facts["device"] != facts["cpu"] else f"{facts['cpu']}, {facts['threads']} of {facts['cores']} cores"
+    )
+    return f"{where}, {facts['cpu_capability']}, {result['options']['dtype']}, torch {facts['torch']}, {facts['date']}.\n"
+
+
+def values() -> str:
+    """What the losses are at a few pairs of distributions, beside the textbook divergence of torch.distributions."""
+    import torch
+    from torch.distributions import Normal, kl_divergence
+
+    import kl_ext
+
+    rows = []
+    for mu_p, var_p, mu_q, var_q in ((0, 1, 0, 1), (1, 1, 0, 1), (0, 4, 0, 1), (3, 2, 3, 2), (1, 2, 3, 2)):
+        p = torch.tensor([mu_p, var_p], dtype=torch.float64)
+        q = torch.tensor([mu_q, var_q], dtype=torch.float64)
+        pair = kl_ext.kl_div_pair_loss(p[0], p[1].log(), q[0], q[1].log())
+        single = kl_ext.kl_div_single_loss(p[0], p[1].log())
+        textbook = kl_divergence(Normal(p[0], p[1].sqrt()), Normal(q[0], q[1].sqrt()))
+        standard = (mu_q, var_q) == (0, 1)
+        numbers = [f"{textbook:.4f}", f"{pair:.4f}", f"{single:.4f}" if standard else ""]
+        rows.append([f"N({mu_p}, {var_p})", f"N({mu_q}, {var_q})", *numbers])
+    return table(["p", "q", "KL(p, q)", "pair loss", "single loss of p"], rows)
+
+
+KINDS: dict[str, Callable[[Result], str]] = {"ratios": ratios, "times": times, "accuracy": accuracy, "machine": machine}
+
+
+def elements(count: int) -> str:
+    """4096 as 4 Ki."""
+    for unit, name in ((1 << 20, "Mi"), (1 << 10, "Ki")):
+        if count >= unit and count % unit == 0:
+            return f"{count // unit} {name}"
+    return str(count)
+
+
+def share(value: float) -> str:
+    """A share as a percentage; one that is small but not 0 does not look like 0."""
+    return "0" if value == 0 else f"{value:.1%}" if value >= 0.001 else "< 0.1%"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A markdown table that reads well as text too."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    numeric = [all(row[column][:1].isdigit() or row[column][:1] in "<" for row in rows) for column in range(len(head))]
+    lines = [
+        [cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric, strict=True)]
+        for row in [head, *rows]
+    ]
+    rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
+
+
+def fill(text: str) -> str:
+    """The page with each marked table as the results have it."""
+
+    def written(match: re.Match[str]) -> str:
+        opening, kind, name, _, end = match.groups()
+        if (kind not in KINDS) if name else (kind != "values"):
+            raise SystemExit(f"table.py: no table {kind!r}; there are {', '.join(KINDS)} of a result, and values of none")
+        made = KINDS[kind](json.loads((RESULTS / name).read_text())) if name else values()
+        return opening + made + end
+
+    return MARKER.sub(written, text)
+
+
+def main() -> int:
+    """Rewrite the pages, or say which of them are out of date."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table is out of date")
+    check = parser.parse_args().check
+    stale = False
+    for page in PAGES:
+        text = page.read_text()
+        if (filled := fill(text)) != text:
+            stale = True
+            print(f"{'out of date' if check else 'rewritten'}: {page.relative_to(HERE.parent)}")
+            if not check:
+                page.write_text(filled)
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
