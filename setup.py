@@ -85,6 +85,9 @@ else:
     check_build_requirements()
     requirement = f"torch=={torch_info.require()['minor']}.*"  # a binary serves the minor version it was built against
 
+for leftover in (SOURCE / "build").glob("lib*"):  # setuptools would pack modules that have been deleted since
+    shutil.rmtree(leftover)
+
 setuptools.setup(
     install_requires=[requirement],
     ext_modules=[setuptools.Extension("kl_ext._C", sources=[])],

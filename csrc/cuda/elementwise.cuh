@@ -7,12 +7,13 @@
 
 namespace kl_ext::cuda {
 
-// 4 blocks of 256 threads to a multiprocessor: at most 64 registers a thread. Without the second number the compiler sinks
-// loads below the arithmetic.
-constexpr int kBlocksPerProcessor = 4;
+// The blocks that are to fit a multiprocessor, for __launch_bounds__: 4 leave a thread 64 registers; 3 leave the kernels that
+// hold most numbers 80, which those would else keep in local memory. Without this bound the compiler sinks loads below the
+// arithmetic.
+constexpr int blocks_per_processor(int numbers) { return numbers > 64 ? 3 : 4; }
 
 template <class Loss, math::Range range, class T, class Input, class Output, class Access>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, blocks_per_processor((Loss::kInputs + 1) * Access::kItems))
     forward(const typename Access::template Plan<Loss::kInputs + 1> plan, const math::Clamp<T> bounds) {
   constexpr int kInputs = Loss::kInputs;
   const typename Access::template Thread<kInputs + 1> thread(plan, blockIdx.x, threadIdx.x);
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 
 // Every gradient is computed; those not wanted are not written.
 template <class Loss, math::Range range, class T, class Input, class Output, class Access>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, blocks_per_processor((2 * Loss::kInputs + 1) * Access::kItems))
     backward(const typename Access::template Plan<2 * Loss::kInputs + 1> plan, const math::Clamp<T> bounds) {
   constexpr int kInputs = Loss::kInputs;
   const typename Access::template Thread<2 * kInputs + 1> thread(plan, blockIdx.x, threadIdx.x);

@@ -1,0 +1,286 @@
+"""How the loaded library was compiled, and what the build says where it cannot go on. tests/test_install.py installs."""
+
+import filecmp
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from kl_ext import _library
+
+SOURCE = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(SOURCE / "cmake"), str(SOURCE / "build_backend")]
+
+import kl_ext_build  # noqa: E402
+import torch_info  # noqa: E402
+
+OPERATORS = [f"kl_div_{kind}_loss{suffix}" for kind in ("single", "pair") for suffix in ("", "_backward")]
+
+
+@pytest.fixture(scope="module")
+def commands() -> list[dict[str, str]]:
+    """The compiler calls of the loaded library."""
+    for file in SOURCE.glob("build/*/compile_commands.json"):
+        library = file.parent / "libkl_ext.so"
+        if library.exists() and filecmp.cmp(library, _library.LIBRARY, shallow=False):
+            commands: list[dict[str, str]] = json.loads(file.read_text())
+            return commands
+    pytest.skip("the library was not built in this source folder")
+
+
+def object_of(command: dict[str, str]) -> Path:
+    target = re.search(r" -o (\S+)", command["command"])
+    assert target is not None
+    return Path(command["directory"], target[1])
+
+
+def test_no_flag_may_change_a_result(commands):
+    for entry in commands:
+        flags = entry["command"].split()
+        if "csrc/python.cpp" in entry["file"]:
+            continue
+        assert "-fmad=false" in flags if entry["file"].endswith(".cu") else "-ffp-contract=off" in flags, entry
+        for flag in flags:
+            assert not re.search(
+                "fast.?math|Ofast|unsafe-math|reciprocal-math|associative-math|finite-math|signed-zeros|march=native|ftz=true",
+                flag,
+            )
+
+
+def test_the_cpu_kernels_are_optimised_and_compiled_for_each_capability(commands):
+    kernels = [entry["command"] for entry in commands if "KL_EXT_CPU_CAPABILITY=" in entry["command"]]
+    capabilities = {re.findall(r"-DKL_EXT_CPU_CAPABILITY=(\w+)", command)[0] for command in kernels}
+    assert capabilities == set(_library.build_facts().cpu_capabilities)
+    assert all(re.findall(r" -O\S+", command)[-1] == " -O3" for command in kernels)
+    assert all("-fopenmp" in entry["command"] for entry in commands if entry["file"].endswith("cpu/elementwise.cpp"))
+
+
+def test_the_kernels_of_one_capability_share_no_symbol_with_anothers(commands):
+    """Of a weak symbol the linker keeps one copy for all: it would run AVX-512 code on a processor that has none."""
+    objects = [object_of(entry) for entry in commands if "KL_EXT_CPU_CAPABILITY=" in entry["command"]]
+    defined: dict[str, Path] = {}
+    for file in objects:
+        for line in subprocess.check_output(["nm", "--defined-only", str(file)], text=True).splitlines():
+            _, kind, symbol = line.split(maxsplit=2)
+            assert kind not in "WwVvu", f"{symbol} is weak in {file}"
+            if kind.isupper():
+                assert defined.setdefault(symbol, file) == file, f"{symbol} is in {defined[symbol]} and in {file}"
+    assert len(defined) >= len(objects) > 0
+
+
+def test_each_file_links_only_what_it_needs():
+    def needed(file: Path) -> set[str]:
+        return set(re.findall(r"NEEDED.*\[(\w+)", subprocess.check_output(["readelf", "-d", str(file)], text=True)))
+
+    compiled_facts = next(_library.PACKAGE.glob("_C.*.so"))
+    assert not {name for name in needed(compiled_facts) if re.match("libtorch|libc10|libkl_ext|libcuda", name)}
+    libraries = needed(_library.LIBRARY)
+    assert {"libtorch_cpu", "libc10"} <= libraries
+    assert not {name for name in libraries if re.match("libpython|libtorch_python", name)}
+    assert ("libcudart" in libraries) == bool(_library.build_facts().cuda_architectures)
+
+
+@pytest.fixture
+def cuda_build() -> None:
+    # CI asks for the kernels with KL_EXT_CUDA=1 and then takes no excuse.
+    if not _library.build_facts().cuda_architectures and os.environ.get("KL_EXT_CUDA") != "1":
+        pytest.skip("kl_ext is built without CUDA kernels")
+
+
+@pytest.mark.usefixtures("cuda_build")
+def test_the_cuda_kernels_are_registered():
+    for name in OPERATORS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kl_ext::{name}", "CUDA"), name
+
+
+@pytest.mark.usefixtures("cuda_build")
+def test_the_library_holds_code_for_each_cuda_architecture():
+    built = list(_library.build_facts().cuda_architectures)
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        assert built == ["75-real", "80-real", "86-real", "90-real", "100-real", "120"]
+    triton = pytest.importorskip("triton", reason="cuobjdump comes with triton")
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+    def held(option: str) -> set[str]:
+        return set(re.findall(r"sm_(\w+)\.", subprocess.check_output([cuobjdump, option, _library.LIBRARY], text=True)))
+
+    assert held("--list-elf") == {architecture.removesuffix("-real") for architecture in built}
+    assert held("--list-ptx") == {architecture for architecture in built if not architecture.endswith("-real")}
+
+
+@pytest.mark.usefixtures("cuda_build")
+def test_fake_cuda_tensors_give_fake_cuda_results():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        mu = torch.empty(4, 1, device="cuda", dtype=torch.float16, requires_grad=True)
+        log_var = torch.empty(3, device="cuda", requires_grad=True)
+        for loss in (
+            torch.ops.kl_ext.kl_div_single_loss(mu, log_var),
+            torch.ops.kl_ext.kl_div_pair_loss(mu, log_var, mu, log_var),
+        ):
+            gradients = torch.autograd.grad(loss.sum(), (mu, log_var))
+            for result, like, shape in ((loss, log_var, (4, 3)), (gradients[0], mu, mu.shape), (gradients[1], log_var, (3,))):
+                assert (result.device.type, result.dtype, result.shape) == ("cuda", like.dtype, shape)
+
+
+def test_torch_info_describes_the_torch_that_runs():
+    found = json.loads(subprocess.check_output([sys.executable, SOURCE / "cmake" / "torch_info.py"], cwd="/"))
+    assert (found["version"], found["cuda"]) == (torch.__version__, torch.version.cuda)
+    assert torch.__version__.startswith(found["minor"] + ".")
+    assert Path(found["include"][0], "torch/library.h").exists()
+    assert Path(found["lib"], "libtorch_cpu.so").exists()
+
+
+def test_torch_info_sees_through_pips_isolation(tmp_path):
+    """As pip does it: a sitecustomize.py on PYTHONPATH takes the environment's own packages away."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.path = [p for p in sys.path if not p.endswith('-packages')]")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONNOUSERSITE": "1"}
+    blind = [sys.executable, "-c", "import torch"]
+    assert subprocess.run(blind, env=environment, cwd="/", capture_output=True).returncode == 1
+    found = subprocess.check_output([sys.executable, SOURCE / "cmake" / "torch_info.py"], env=environment, cwd="/")
+    assert json.loads(found)["version"] == torch.__version__
+
+
+def hide_torch(monkeypatch) -> None:
+    monkeypatch.setattr(torch_info, "_find_here", lambda: None)
+    monkeypatch.setattr(torch_info, "_find_outside_isolation", lambda: None)
+
+
+def test_torch_becomes_a_build_requirement_only_where_none_is_visible(monkeypatch, capsys):
+    monkeypatch.delenv("KL_EXT_TORCH_VERSION", raising=False)
+    assert kl_ext_build.get_requires_for_build_wheel() == []
+    assert f"building against torch {torch.__version__} in " in capsys.readouterr().out
+    assert kl_ext_build.get_requires_for_build_sdist() == []
+    hide_torch(monkeypatch)
+    assert kl_ext_build.get_requires_for_build_editable() == [f"torch>={torch_info.MINIMUM}"]
+    assert "--no-build-isolation" in capsys.readouterr().out
+
+
+def test_kl_ext_torch_version_fixes_which(monkeypatch):
+    monkeypatch.setenv("KL_EXT_TORCH_VERSION", torch.__version__.split("+")[0])
+    assert kl_ext_build.get_requires_for_build_wheel() == []
+    monkeypatch.setenv("KL_EXT_TORCH_VERSION", "2.11.0")
+    assert kl_ext_build.get_requires_for_build_wheel() == ["torch==2.11.0"]
+    hide_torch(monkeypatch)
+    assert kl_ext_build.get_requires_for_build_wheel() == ["torch==2.11.0"]
+
+
+def test_no_torch_is_said(monkeypatch):
+    hide_torch(monkeypatch)
+    with pytest.raises(SystemExit, match=r"has none\.\nInstall it first .*or build without --no-build-isolation"):
+        torch_info.require()
+
+
+@pytest.mark.parametrize("system, machine", [("darwin", "arm64"), ("win32", "AMD64"), ("linux", "armv7l")])
+def test_another_platform_is_refused(system, machine, monkeypatch):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    with pytest.raises(SystemExit, match=f"supports Linux on x86_64 and aarch64; this is {system} on {machine}"):
+        torch_info.find()
+
+
+# What CMake says. A folder `torch` with a version file is a torch, as far as configuring goes.
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
+    assert found, "the extra `test` names it"
+    return found
+
+
+def make_torch(folder: Path, version: str, cuda: str | None) -> str:
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").touch()
+    (folder / "torch" / "version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
+    return str(folder)
+
+
+def make_nvcc(folder: Path, release: str) -> str:
+    nvcc = folder / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.99'\n")
+    nvcc.chmod(0o755)
+    return str(nvcc)
+
+
+def configure(folder: Path, **environment: str) -> str:
+    """What CMake says, its lines joined as it breaks them anywhere."""
+    options = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"]
+    completed = subprocess.run(
+        [tool("cmake"), "-S", SOURCE, "-B", folder / "build", *options],
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert completed.returncode == 1, completed.stdout
+    return " ".join(completed.stderr.split())
+
+
+@pytest.mark.parametrize("environment", [{"CXX": "/nowhere/g++"}, {"PATH": "/nowhere"}], ids=["CXX", "PATH"])
+def test_no_compiler_is_said(environment, tmp_path):
+    said = configure(tmp_path, **environment)
+    value = next(iter(environment.values()))
+    assert "kl_ext found no C++ compiler (CXX is '" in said
+    assert f"'{value}'" in said
+    assert "apt install g++" in said
+
+
+def test_an_older_torch_is_refused(tmp_path):
+    said = configure(tmp_path, PYTHONPATH=make_torch(tmp_path, "2.10.1+cpu", None))
+    assert f"kl_ext needs torch >= 2.11 and found torch 2.10.1+cpu in {tmp_path}/torch." in said
+    assert "pip install --upgrade 'torch>=2.11'" in said
+
+
+def test_a_cuda_torch_without_nvcc_is_said(tmp_path):
+    said = configure(tmp_path, PYTHONPATH=make_torch(tmp_path, "2.14.1+cu130", "13.0"), CUDACXX="/nowhere/nvcc")
+    assert "torch 2.14.1+cu130 is a CUDA build, and no nvcc was found" in said
+    assert "set KL_EXT_CUDA=0 to mean a CPU-only build" in said
+
+
+def test_an_nvcc_of_another_major_version_is_refused(tmp_path):
+    nvcc = make_nvcc(tmp_path, "12.8")
+    said = configure(tmp_path, PYTHONPATH=make_torch(tmp_path, "2.14.1+cu130", "13.0"), CUDACXX=nvcc)
+    assert f"torch 2.14.1+cu130 was built with CUDA 13.0, and {nvcc} is CUDA 12.8" in said
+    assert "Set CUDACXX to a CUDA 13 nvcc" in said
+    assert "KL_EXT_CUDA=0" in said
+
+
+def test_asking_a_cpu_torch_for_cuda_kernels_is_refused(tmp_path):
+    said = configure(tmp_path, PYTHONPATH=make_torch(tmp_path, "2.14.1+cpu", None), KL_EXT_CUDA="1")
+    assert "KL_EXT_CUDA=1 asks for CUDA kernels, and torch 2.14.1+cpu is not a CUDA build" in said
+
+
+def test_another_value_of_kl_ext_cuda_is_refused(tmp_path):
+    assert "expected KL_EXT_CUDA to be 0, 1 or auto, got 'yes'" in configure(tmp_path, KL_EXT_CUDA="yes")
+
+
+@pytest.mark.parametrize(
+    "written, expected",
+    [
+        ("8.0", "80-real"),
+        ("7.5;8.6 9.0a,12.0+PTX", "75-real;86-real;90a-real;120"),
+        ("Hopper Blackwell", "90-real;100-real;103-real;120-real;121-real"),
+    ],
+)
+def test_torch_cuda_arch_list_is_understood(written, expected, tmp_path):
+    assert architectures(written, tmp_path) == f"-- {expected}"
+
+
+@pytest.mark.parametrize("item", ["sm_90", "8", "Volta", "9.0+ptx"])
+def test_another_cuda_architecture_is_refused(item, tmp_path):
+    assert f"got '{item}' in it" in architectures(f"8.0 {item}", tmp_path)
+
+
+def architectures(written: str, folder: Path) -> str:
+    script = folder / "script.cmake"
+    file = SOURCE / "cmake" / "cuda_architectures.cmake"
+    script.write_text(f'include("{file}")\nkl_ext_cuda_architectures("{written}" result)\nmessage(STATUS "${{result}}")\n')
+    completed = subprocess.run([tool("cmake"), "-P", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return " ".join(completed.stdout.split())

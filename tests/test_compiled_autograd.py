@@ -1,0 +1,193 @@
+"""Compiled autograd: the backward of a graph that was recorded in eager mode, captured whole and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo import compiled_autograd
+from torch._inductor.utils import fresh_inductor_cache
+from torch.autograd import grad
+from torch.fx import GraphModule
+
+from loss_cases import DTYPES, PAIR, SINGLE, Layout, Loss, each_layout, each_loss, each_loss_and_wanted
+from oracle import same_bits
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> Iterator[None]:
+    torch.compiler.reset()
+    compiled_autograd.reset()
+    yield
+    torch.compiler.reset()
+    compiled_autograd.reset()
+
+
+@contextmanager
+def backward_compiled(backend: str = "aot_eager", dynamic: bool = True) -> Iterator[list[GraphModule]]:
+    """Backward passes in here are captured, into the list that it gives, and run compiled."""
+    graphs: list[GraphModule] = []
+
+    def compile_backward(graph: GraphModule) -> Callable[..., Any]:
+        graphs.append(graph)
+        return torch.compile(graph, backend=backend, fullgraph=True)
+
+    with compiled_autograd._enable(compile_backward, dynamic=dynamic):
+        yield graphs
+
+
+def gradients_in_both_ways(
+    function: Callable[..., Tensor], leaves: Sequence[Tensor], backend: str = "aot_eager"
+) -> tuple[list[Tensor], list[Tensor], list[GraphModule]]:
+    """The gradients of the weighted sum: by a compiled backward, by an eager one, and what was captured."""
+    weights = torch.randn_like(function(*leaves))
+    eager = grad(function(*leaves), leaves, weights)
+    result = function(*leaves)
+    with backward_compiled(backend) as graphs:
+        compiled = grad(result, leaves, weights)
+    return list(compiled), list(eager), graphs
+
+
+def assert_same(compiled: Sequence[Tensor], eager: Sequence[Tensor]) -> None:
+    for c, e in zip(compiled, eager, strict=True):
+        assert same_bits(c, e)
+        assert c.stride() == e.stride()
+
+
+@each_loss
+@each_layout
+def test_a_compiled_backward_of_an_eager_forward_gives_the_bits_of_eager(
+    loss: Loss, layout: Layout, device: torch.device
+) -> None:
+    leaves, view = layout(loss, device, torch.float32)
+    compiled, eager, graphs = gradients_in_both_ways(lambda *leaves: loss.function(*view(*leaves)), leaves)
+    assert_same(compiled, eager)
+    assert len(graphs) == 1
+
+
+@each_loss_and_wanted
+def test_a_compiled_backward_computes_only_the_wanted_gradients(
+    loss: Loss, wanted: Sequence[str], device: torch.device
+) -> None:
+    inputs = loss.inputs([2, 3], device=device)
+    leaves = [x.requires_grad_() for a, x in zip(loss.arguments, inputs, strict=True) if a in wanted]
+    compiled, eager, _ = gradients_in_both_ways(lambda *_: loss.function(*inputs), leaves)
+    assert_same(compiled, eager)
+
+
+@each_loss
+@pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[::-1], DTYPES[:1] * 4], ids=lambda d: "-".join(map(str, d)))
+def test_a_compiled_backward_gives_each_gradient_in_its_inputs_dtype(
+    loss: Loss, dtypes: Sequence[torch.dtype], device: torch.device
+) -> None:
+    leaves = [x.to(d).requires_grad_() for x, d in zip(loss.inputs([2, 3], [3], device=device), dtypes, strict=False)]
+    compiled, eager, _ = gradients_in_both_ways(loss.function, leaves)
+    assert_same(compiled, eager)
+
+
+@each_loss
+def test_the_captured_graph_calls_the_backward_operator(loss: Loss, device: torch.device) -> None:
+    leaves = loss.inputs([2, 3], device=device, requires_grad=True)
+    _, _, (graph,) = gradients_in_both_ways(loss.function, leaves, backend="eager")
+    assert loss.backward_operator in [node.target for node in graph.graph.nodes]
+
+
+@each_loss
+def test_a_capture_is_used_again_for_the_same_graph_and_never_for_another(loss: Loss, device: torch.device) -> None:
+    """Clamp bounds, wanted inputs and dtypes are part of what a capture depends on; the numbers in the tensors are not."""
+
+    def step(dtype: torch.dtype, wanted: Sequence[str], **bounds: float) -> Callable[[], list[Tensor]]:
+        inputs = loss.inputs([4, 3], device=device, dtype=dtype)
+        leaves = [x.requires_grad_() for a, x in zip(loss.arguments, inputs, strict=True) if a in wanted]
+        return lambda: list(grad(loss.function(*inputs, **bounds).sum(), leaves))
+
+    everything, one = loss.arguments, loss.arguments[1:2]
+    steps = [
+        step(dtype, wanted, **bounds)
+        for dtype in (torch.float64, torch.bfloat16)
+        for wanted in (everything, one)
+        for bounds in ({}, {"clamp_min": -0.5}, {"clamp_max": 0.5}, {"clamp_min": -0.25, "clamp_max": 0.25})
+        for _ in range(2)
+    ]
+    expected = [run() for run in steps]
+    with backward_compiled("eager") as graphs:
+        for _ in range(2):
+            for run, e in zip(steps, expected, strict=True):
+                assert_same(run(), e)
+    assert len(graphs) <= len(steps) // 2
+
+
+@each_loss
+def test_a_capture_serves_other_sizes(loss: Loss, device: torch.device) -> None:
+    with backward_compiled() as graphs:
+        for rows in (4, 5, 6, 7, 8):
+            leaves = loss.inputs([rows, 3], device=device, requires_grad=True)
+            loss.function(*leaves).sum().backward()
+            for leaf, e in zip(leaves, gradients_of_formula(loss, leaves), strict=True):
+                torch.testing.assert_close(leaf.grad, e)
+    assert len(graphs) <= 2  # of one size, and of any
+
+
+def gradients_of_formula(loss: Loss, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    with compiled_autograd._disable():
+        return grad(loss.formula(*leaves).sum(), leaves)
+
+
+def test_one_graph_may_hold_both_losses_several_times(device: torch.device) -> None:
+    """The nodes are told apart: by class, by bounds, and by place."""
+
+    def step(*leaves: Tensor) -> Tensor:
+        mu_p, log_var_p, mu_q, log_var_q = leaves
+        pair = PAIR.function(mu_p, log_var_p, mu_q, log_var_q) + PAIR.function(mu_q, log_var_q, mu_p, log_var_p, clamp_max=1.0)
+        return pair + SINGLE.function(mu_p, log_var_p, clamp_min=-1.0) * SINGLE.function(mu_q, log_var_q)
+
+    leaves = PAIR.inputs([4, 3], device=device, requires_grad=True)
+    compiled, eager, graphs = gradients_in_both_ways(step, leaves)
+    torch.testing.assert_close(compiled, eager, rtol=1e-14, atol=1e-14)
+    assert len(graphs) == 1
+
+
+@each_loss
+def test_hooks_and_packed_tensors_work_in_a_compiled_backward(loss: Loss, device: torch.device) -> None:
+    def step(*leaves: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x * 2, lambda x: x / 2):
+            result = loss.function(*leaves)
+        result.register_hook(lambda g: g * 3)
+        return result
+
+    leaves = loss.inputs([4, 3], device=device, requires_grad=True)
+    compiled, eager, _ = gradients_in_both_ways(step, leaves)
+    assert_same(compiled, eager)
+
+
+@each_loss
+def test_a_changed_input_is_caught_in_a_compiled_backward(loss: Loss, device: torch.device) -> None:
+    leaves = loss.inputs([4, 3], device=device, requires_grad=True)
+    result = loss.function(*leaves).sum()
+    with torch.no_grad():
+        leaves[1].add_(1)
+    with backward_compiled(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.backward()
+
+
+@each_loss
+def test_gradients_accumulate_over_compiled_backward_calls(loss: Loss, device: torch.device) -> None:
+    leaves = loss.inputs([4, 3], device=device, requires_grad=True)
+    expected = grad(loss.function(*leaves).sum(), leaves)
+    with backward_compiled():
+        for _ in range(3):
+            loss.function(*leaves).sum().backward()
+    for leaf, e in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, 3 * e)
+
+
+def test_forward_and_backward_of_a_training_step_compile_by_inductor(device: torch.device) -> None:
+    leaves = PAIR.inputs([4, 3], device=device, dtype=torch.float32, requires_grad=True)
+    with fresh_inductor_cache():
+        compiled, eager, graphs = gradients_in_both_ways(lambda *a: PAIR.function(*a) * 2, leaves, backend="inductor")
+    assert_same(compiled, eager)
+    assert len(graphs) == 1

@@ -1,0 +1,323 @@
+"""The CUDA kernels without a GPU: their own sources, compiled as C++ and run thread by thread, give the CPU operators' bits."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+import kl_ext  # noqa: F401
+import layouts
+import points
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ("kl_div_single_loss", "kl_div_single_loss_backward", "kl_div_pair_loss", "kl_div_pair_loss_backward")
+LOSSES = ("kl_div_single_loss", "kl_div_pair_loss")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # in the order of csrc/cuda/kernels.h
+NARROW, WIDE = (-30.0, 20.0), (-math.inf, math.inf)
+THREADS = 256
+GUARD = 64  # bytes on either side of a result that nothing may touch
+
+# Dtypes of the inputs and of the result that have vector kernels, with the numbers in a vector.
+VECTORS = (
+    (torch.float32, torch.float32, 4),
+    (torch.float64, torch.float64, 2),
+    (torch.float16, torch.float16, 8),
+    (torch.bfloat16, torch.bfloat16, 8),
+    (torch.float16, torch.float32, 8),
+    (torch.bfloat16, torch.float32, 8),
+)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory) -> ctypes.CDLL:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("cuda_emulation")
+    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "tests/cuda_emulation/driver.cpp"]
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-Wall", "-Wextra"]
+    header = ["-include", str(ROOT / "tests/cuda_emulation/emulation.h")]
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
+    running = [
+        subprocess.Popen([compiler, *flags, *header, "-x", "c++", "-c", str(source), "-o", out])
+        for source, out in zip(sources, objects, strict=True)
+    ]
+    assert [process.wait() for process in running] == [0] * len(running)
+    library = folder / "libemulated.so"
+    subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def dimensions(operands: Sequence[Tensor | None]) -> tuple[list[int], list[list[int]]]:
+    """The sizes, fastest first, and each operand's strides in bytes, merged where they can be, as TensorIterator does it."""
+    defined = [x for x in operands if x is not None]
+    shape = torch.broadcast_shapes(*(x.shape for x in defined))
+    strides = [[s * x.element_size() for s in x.expand(shape).stride()] for x in defined]
+    order = sorted((dim for dim in range(len(shape)) if shape[dim] > 1), key=lambda dim: (strides[0][dim], -dim))
+    sizes: list[int] = []
+    merged: list[list[int]] = []  # by dimension
+    for dim in order:
+        column = [s[dim] for s in strides]
+        if sizes and column == [s * sizes[-1] for s in merged[-1]]:
+            sizes[-1] *= shape[dim]
+        else:
+            sizes.append(shape[dim])
+            merged.append(column)
+    if not sizes:
+        sizes, merged = [1], [[x.element_size() for x in defined]]
+    return sizes, [list(column) for column in zip(*merged, strict=True)]
+
+
+def launch(
+    emulated: ctypes.CDLL,
+    kernel: str,
+    operands: Sequence[Tensor | None],
+    clamp: tuple[float, float],
+    last_blocks: int = 2**32 - 1,
+) -> list[int]:
+    """Runs a kernel, or the last blocks of each of its launches, and returns the launches' grids."""
+    sizes, strides = dimensions(operands)
+    ndim, count = len(sizes), len(operands)
+    remaining = iter(strides)
+    flat = [stride for x in operands for stride in (next(remaining) if x is not None else [0] * ndim)]
+    grids = (ctypes.c_uint32 * 64)()
+    launches = emulated.run(
+        KERNELS.index(kernel),
+        ndim,
+        (ctypes.c_int64 * ndim)(*sizes),
+        count,
+        (ctypes.c_void_p * count)(*(None if x is None else x.data_ptr() for x in operands)),
+        (ctypes.c_int * count)(*(2 if x is None else DTYPES.index(x.dtype) for x in operands)),
+        (ctypes.c_int64 * (ndim * count))(*flat),
+        ctypes.c_double(clamp[0]),
+        ctypes.c_double(clamp[1]),
+        ctypes.c_uint32(last_blocks),
+        grids,
+        len(grids),
+    )
+    return list(grids[:launches])
+
+
+class Result:
+    """A tensor like another for a kernel to write, amid bytes that it must leave alone."""
+
+    def __init__(self, like: Tensor, offset: int = 0):
+        size = like.numel() * like.element_size()
+        self.bytes = torch.full((size + 2 * GUARD,), 0xAB, dtype=torch.uint8)
+        self.start = GUARD + offset * like.element_size()
+        self.stop = self.start + size
+        self.tensor = self.bytes[self.start : self.stop].view(like.dtype).as_strided(like.shape, like.stride())
+
+    def check(self, expected: Tensor, what: str) -> None:
+        assert (self.bytes[: self.start] == 0xAB).all() and (self.bytes[self.stop :] == 0xAB).all(), f"{what}: written outside"
+        assert_same_bits(self.tensor, expected, what)
+
+
+def assert_same_bits(got: Tensor, expected: Tensor, what: str) -> None:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+    assert got.dtype == expected.dtype and got.shape == expected.shape, what
+    same = (got.contiguous().view(integer) == expected.contiguous().view(integer)) | (got.isnan() & expected.isnan())
+    assert same.all(), (
+        f"{what}: {got[~same][:4].tolist()} instead of {expected[~same][:4].tolist()} in {int((~same).sum())} places"
+    )
+
+
+def inputs_of(loss: str) -> int:
+    return 2 if loss == "kl_div_single_loss" else 4
+
+
+def values(rng: numpy.random.Generator, loss: str, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    """Inputs from all over the format: subnormal, huge and non-finite results come with them."""
+    source = points.wide_single if loss == "kl_div_single_loss" else points.wide_pair
+    columns = source(rng, max(math.prod(shape), 1), numpy.float64 if dtype == torch.float64 else numpy.float32)
+    for column in columns:
+        column[rng.random(len(column)) < 0.02] = rng.choice([numpy.nan, numpy.inf, -numpy.inf])
+    return [torch.from_numpy(column[: math.prod(shape)].copy()).view(tuple(shape)).to(dtype) for column in columns]
+
+
+def check_forward(
+    emulated: ctypes.CDLL, loss: str, inputs: Sequence[Tensor], dtype: torch.dtype, clamp: tuple[float, float], offset: int = 0
+) -> list[int]:
+    expected = getattr(torch.ops.kl_ext, loss)(*inputs, clamp_min=clamp[0], clamp_max=clamp[1], dtype=dtype)
+    result = Result(expected, offset)
+    grids = launch(emulated, loss, [result.tensor, *inputs], clamp)
+    result.check(expected, f"{loss} of {layouts.describe(*inputs)}")
+    return grids
+
+
+def check_backward(
+    emulated: ctypes.CDLL,
+    loss: str,
+    grad_output: Tensor,
+    inputs: Sequence[Tensor],
+    clamp: tuple[float, float],
+    mask: Sequence[bool] | None = None,
+    offset: int = 0,
+) -> list[int]:
+    """Inputs that grad_output's shape broadcasts are given expanded: it is their full gradient that a kernel writes."""
+    inputs = [x.expand(grad_output.shape) for x in inputs]
+    mask = [True] * len(inputs) if mask is None else mask
+    kernel = f"{loss}_backward"
+    expected = getattr(torch.ops.kl_ext, kernel)(grad_output, *inputs, *clamp, list(mask))
+    results = [None if x is None else Result(x, offset) for x in expected]
+    grids = launch(emulated, kernel, [*(r and r.tensor for r in results), grad_output, *inputs], clamp)
+    for i, result in enumerate(results):
+        if result is not None:
+            result.check(expected[i], f"gradient {i} of {kernel} of {layouts.describe(grad_output, *inputs)}")
+    return grids
+
+
+def vector_grid(numel: int, items: int) -> list[int]:
+    return [-(-numel // (items * THREADS))]
+
+
+def strided_grid(numel: int) -> list[int]:
+    return vector_grid(numel, 2)
+
+
+@pytest.mark.parametrize("clamp", [NARROW, WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("input_dtype, dtype, items", VECTORS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_contiguous_sizes_around_every_boundary(emulated, rng, loss, input_dtype, dtype, items, clamp):
+    tile = items * THREADS
+    for numel in (1, items - 1, items, items + 1, tile - 1, tile, tile + 1, 2 * tile + items + 1):
+        inputs = values(rng, loss, [numel], input_dtype)
+        assert check_forward(emulated, loss, inputs, dtype, clamp) == vector_grid(numel, items)
+        grad_output = torch.randn(numel).to(dtype)
+        assert check_backward(emulated, loss, grad_output, inputs, clamp) == vector_grid(numel, items)
+
+
+def within(x: Tensor, *margins: int) -> Tensor:
+    """x as a corner of a tensor larger by these margins, or by the only one in every dimension."""
+    margins = margins if len(margins) > 1 else margins * x.dim()
+    larger = torch.full([size + margin for size, margin in zip(x.shape, margins, strict=True)], math.nan, dtype=x.dtype)
+    return larger[tuple(slice(size) for size in x.shape)].copy_(x)
+
+
+# What must take 16-byte vectors, each a function of a full tensor of shape [6, 16, 8, 8] and its place among the arguments.
+VECTOR_LAYOUTS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "chunk of dim 0": lambda x, i: layouts.chunk(x, 0, i % 2),
+    "chunk of dim 1": lambda x, i: layouts.chunk(x, 1, i % 2),
+    "chunk of dim 2": lambda x, i: layouts.chunk(x, 2, i % 2),
+    "chunk of the last dim": lambda x, i: layouts.chunk(x, 3, i % 2),
+    "channels last": lambda x, i: x.contiguous(memory_format=torch.channels_last),
+    "chunk, with priors over the last dim": lambda x, i: layouts.chunk(x, 3, i) if i < 2 else x[0, 0, 0],
+    "within a larger tensor": lambda x, i: within(x, 16),
+    "priors over channels": lambda x, i: x if i < 2 else x[0, :, :1, :1],
+    "chunk of dim 1, with priors over channels": lambda x, i: layouts.chunk(x, 1, i) if i < 2 else x[0, :, :1, :1],
+    "priors over the batch": lambda x, i: x if i < 2 else x[:, :1, :1, :1],
+    "scalar priors": lambda x, i: x if i < 2 else x[0, 0, 0, 0],
+    "a column": lambda x, i: x if i != 1 else x[..., :1],
+}
+
+
+@pytest.mark.parametrize("clamp", [NARROW, WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("layout", VECTOR_LAYOUTS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_common_layouts_take_vectors(emulated, rng, loss, layout, clamp):
+    for input_dtype, dtype, items in VECTORS:
+        full = values(rng, loss, [6, 16, 8, 8], input_dtype)
+        inputs = [VECTOR_LAYOUTS[layout](x, i) for i, x in enumerate(full)]
+        grid = vector_grid(full[0].numel(), items)
+        assert check_forward(emulated, loss, inputs, dtype, clamp) == grid
+        of_sum = torch.randn([]).to(dtype).expand(full[0].shape)
+        assert check_backward(emulated, loss, of_sum, inputs, clamp) == grid
+        grad_output = layouts.chunk(torch.randn(full[0].shape).to(dtype), 1, 1) if layout != "channels last" else of_sum
+        assert check_backward(emulated, loss, grad_output, inputs, clamp) == grid
+
+
+# What cannot: functions of a tensor of shape [2, 3, 4, 2, 16], which make its rows start anywhere or have too many dimensions.
+STRIDED_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "misaligned": lambda x: layouts.shifted(x),
+    "rows at an odd pitch": lambda x: within(x.flatten(0, 3), 0, 1),
+    "rows at half a vector's pitch": lambda x: within(x.flatten(0, 3), 0, 8 // x.element_size()),
+    "every second column": lambda x: layouts.inside(x, -1),
+    "transposed": lambda x: layouts.transposed(x, 0, -1),
+    "five dimensions": lambda x: within(x, 16),
+}
+
+
+@pytest.mark.parametrize("layout", STRIDED_LAYOUTS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_layouts_that_vectors_do_not_fit(emulated, rng, loss, layout):
+    for input_dtype, dtype, _ in VECTORS:
+        full = values(rng, loss, [2, 3, 4, 2, 16], input_dtype)
+        chosen = rng.integers(len(full))
+        inputs = [STRIDED_LAYOUTS[layout](x) if i == chosen else x for i, x in enumerate(full)]
+        inputs = [x.view(inputs[chosen].shape) if i != chosen else x for i, x in enumerate(inputs)]
+        assert check_forward(emulated, loss, inputs, dtype, NARROW) == strided_grid(full[0].numel())
+        grad_output = torch.randn(inputs[0].shape).to(dtype)
+        assert check_backward(emulated, loss, grad_output, inputs, NARROW) == strided_grid(full[0].numel())
+
+
+def test_rows_that_no_vector_divides(emulated, rng):
+    """Aligned rows, of the result too, with a short vector at the end of each."""
+    inputs = [within(x, 0, 3) for x in values(rng, "kl_div_single_loss", [5, 33], torch.float32)]
+    out = torch.zeros(5, 36)[:, :33]
+    assert launch(emulated, "kl_div_single_loss", [out, *inputs], NARROW) == strided_grid(5 * 33)
+    assert_same_bits(out, torch.ops.kl_ext.kl_div_single_loss(*inputs), "rows")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_not_wanted_are_not_written(emulated, rng, loss):
+    for input_dtype, dtype, items in VECTORS:
+        inputs = values(rng, loss, [999], input_dtype)
+        grad_output = torch.randn(999).to(dtype)
+        for bits in range(1, 2 ** len(inputs)):
+            mask = [bool(bits >> i & 1) for i in range(len(inputs))]
+            assert check_backward(emulated, loss, grad_output, inputs, NARROW, mask) == vector_grid(999, items)
+            check_backward(emulated, loss, grad_output, inputs, NARROW, mask, offset=1)
+
+
+@pytest.mark.parametrize("shape, name, layout", layouts.LAYOUTS, ids=[f"{len(s)}d {n}" for s, n, _ in layouts.LAYOUTS])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_any_layout_any_dtypes(emulated, rng, loss, shape, name, layout):
+    for clamp in (NARROW, WIDE):
+        for offset in (0, 1):
+            count = inputs_of(loss)
+            dtypes = [DTYPES[i] for i in rng.integers(0, len(DTYPES) - (rng.random() < 0.5), count + 1)]
+            full = [x.to(dtype) for x, dtype in zip(values(rng, loss, shape, torch.float32), dtypes[1:], strict=True)]
+            inputs = [layout(x) if rng.random() < 0.7 else x for x in full]
+            check_forward(emulated, loss, inputs, dtypes[0], clamp, offset)
+            mask = [True, *(rng.random(count - 1) < 0.7)]
+            grad_output = torch.randn(shape).to(dtypes[0])
+            grad_output = layout(grad_output) if rng.random() < 0.5 else grad_output
+            check_backward(emulated, loss, grad_output, inputs, clamp, rng.permutation(mask).tolist(), offset)
+
+
+def test_more_dimensions_than_a_launch_takes(emulated):
+    """One tensor's dimensions in reverse order, so that none merge; of each launch only the last block is run."""
+    dims, last = 26, 512
+    shape, dtype = [2] * dims, torch.bfloat16
+    out = torch.full(shape, -1.0, dtype=dtype)
+    mu = torch.tensor(0.5, dtype=dtype).expand(shape)
+    log_var = torch.rand(2**dims, dtype=dtype).view(shape).permute(*reversed(range(dims)))
+    assert len(launch(emulated, "kl_div_single_loss", [out, mu, log_var], NARROW, last_blocks=1)) == 2
+    for half in range(2):
+        index = (half, *[1] * (dims - 1 - int(math.log2(last))))
+        expected = torch.ops.kl_ext.kl_div_single_loss(mu[index].contiguous(), log_var[index].contiguous())
+        assert_same_bits(out[index], expected, f"the last elements of half {half}")
+    assert int((out != -1).sum()) == 2 * last
+
+
+@pytest.mark.parametrize("misaligned", [0, 1])
+def test_more_elements_than_32_bits_count(emulated, rng, tmp_path, misaligned):
+    """Over sparse files; of each launch only the last blocks are run."""
+    numel, last = 2**31 + 2**20 + 5, 300
+    files = [torch.from_file(str(tmp_path / name), shared=True, size=numel + 1, dtype=torch.bfloat16) for name in "abc"]
+    out, mu, log_var = (x[misaligned : misaligned + numel] for x in files)
+    for x, value in zip((mu, log_var), values(rng, "kl_div_single_loss", [last], torch.bfloat16), strict=True):
+        x[-last:] = value
+    grids = launch(emulated, "kl_div_single_loss", [out, mu, log_var], NARROW, last_blocks=2)
+    assert grids == (vector_grid(numel, 8) if not misaligned else [2**21, 2**21, 2**11 + 1])
+    assert_same_bits(out[-last:], torch.ops.kl_ext.kl_div_single_loss(mu[-last:], log_var[-last:]), "the last elements")
+    assert not out[: 2**20].any()

@@ -1,0 +1,154 @@
+"""Installing in every documented way, in fresh virtual environments: minutes each, so `make nightly` runs them."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+SOURCE = Path(__file__).resolve().parent.parent
+MINOR = ".".join(torch.__version__.split(".")[:2])
+DROPPED = ("PYTHONPATH", "KL_EXT_TORCH_VERSION", "KL_EXT_CMAKE_ARGS")
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in DROPPED}
+ENVIRONMENT["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str | Path, cwd: Path | str = "/", **environment: str) -> str:
+    completed = subprocess.run(
+        command, cwd=cwd, env={**ENVIRONMENT, **environment}, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return completed.stdout
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """A copy, so that nothing is built in the folder under test; its objects serve every test of this file."""
+    target = tmp_path_factory.mktemp("sources") / "kl_ext"
+    ignored = shutil.ignore_patterns(".git", ".venv*", "build", "lib", "share", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(SOURCE, target, ignore=ignored)
+    return target
+
+
+class Environment:
+    def __init__(self, folder: Path) -> None:
+        run(sys.executable, "-m", "venv", folder)
+        self.python = folder / "bin" / "python"
+        self.packages = folder / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+
+    def pip(self, *arguments: str | Path, **environment: str) -> str:
+        return run(self.python, "-m", "pip", *arguments, **environment)
+
+    def check(self) -> str:
+        """The report's self-check passes; returns the report."""
+        return run(self.python, "-m", "kl_ext")
+
+
+@pytest.fixture
+def environment(tmp_path) -> Environment:
+    return Environment(tmp_path / "environment")
+
+
+@pytest.fixture
+def with_torch(environment) -> Environment:
+    """The torch of this environment, seen through a path file instead of copied: pip finds it installed."""
+    (environment.packages / "torch.pth").write_text(sysconfig.get_path("purelib"))
+    return environment
+
+
+def assert_torch_untouched(environment: Environment) -> None:
+    assert not (environment.packages / "torch").exists()
+    assert run(environment.python, "-c", "import torch; print(torch.__version__)").strip() == torch.__version__
+
+
+def test_pip_install_builds_against_the_torch_there_is(with_torch, sources):
+    said = with_torch.pip("install", "-v", sources)
+    assert f"kl_ext: building against torch {torch.__version__} in " in said
+    assert f"torch=={MINOR}.*" in run(with_torch.python, "-c", "import importlib.metadata as m; print(m.requires('kl_ext'))")
+    assert f"against torch {torch.__version__}" in with_torch.check()
+    assert (with_torch.packages / "kl_ext/lib/libkl_ext.so").exists()
+    assert_torch_untouched(with_torch)
+
+
+def test_pip_install_editable(with_torch, sources):
+    with_torch.pip("install", "-e", sources)
+    assert f" in {sources}/kl_ext\n" in with_torch.check()
+    assert_torch_untouched(with_torch)
+    for built in ("lib", "share"):
+        shutil.rmtree(sources / "kl_ext" / built)
+    for built in (sources / "kl_ext").glob("*.so"):
+        built.unlink()
+
+
+def test_pip_install_without_build_isolation(with_torch, sources):
+    with_torch.pip("install", "setuptools>=77", "cmake", "ninja", "pybind11")
+    with_torch.pip("install", "--no-build-isolation", sources)
+    with_torch.check()
+    assert_torch_untouched(with_torch)
+
+
+def test_missing_build_requirements_are_named_without_build_isolation(with_torch, sources):
+    (with_torch.packages / "torch.pth").unlink()  # and with it pybind11 and a newer setuptools
+    completed = subprocess.run(
+        [with_torch.python, "-m", "pip", "install", "--no-build-isolation", sources],
+        env={**ENVIRONMENT, "PATH": "/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert completed.returncode == 1
+    assert "takes the build requirements from your environment, which lacks" in completed.stdout + completed.stderr
+
+
+def test_a_wheel_is_built_from_the_sdist_and_installs(with_torch, sources, tmp_path):
+    script = "import sys; sys.path.insert(0, 'build_backend'); import kl_ext_build as b; print(b.build_sdist(sys.argv[1]))"
+    with_torch.pip("install", "setuptools>=77")
+    name = run(with_torch.python, "-c", script, tmp_path, cwd=sources).splitlines()[-1]
+    with_torch.pip("wheel", "--no-deps", "-w", tmp_path, tmp_path / name)
+    wheel = next(tmp_path.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        files = set(archive.namelist())
+        metadata = archive.read(next(file for file in files if file.endswith("METADATA"))).decode()
+    assert f"Requires-Dist: torch=={MINOR}.*" in metadata
+    assert "Requires-Python: >=3.10" in metadata
+    assert {"kl_ext/lib/libkl_ext.so", "kl_ext/py.typed", "kl_ext/share/cmake/kl_ext/kl_extConfig.cmake"} <= files
+    assert not {file for file in files if not file.startswith("kl_ext")}
+    with_torch.pip("install", "--no-deps", wheel)
+    with_torch.check()
+
+
+def test_pip_install_fetches_torch_where_there_is_none(environment, sources):
+    release = torch.__version__.split("+")[0]
+    said = environment.pip("install", "-v", sources, KL_EXT_TORCH_VERSION=release)
+    assert f"building against torch=={release}, fetched for this build" in said
+    assert f"against torch {release}" in environment.check()
+
+
+def test_a_cpp_program_finds_the_package_and_keeps_its_operators(with_torch, sources, tmp_path):
+    """No Python runs, and the linker drops what it takes to be unneeded."""
+    with_torch.pip("install", sources)
+    (tmp_path / "main.cpp").write_text(
+        "#include <ATen/core/dispatch/Dispatcher.h>\n"
+        "int main() {\n"
+        '  auto op = c10::Dispatcher::singleton().findSchema({"kl_ext::kl_div_single_loss", ""});\n'
+        "  return op && op->hasKernelForDispatchKey(c10::DispatchKey::CPU) ? 0 : 1;\n"
+        "}\n"
+    )
+    lib = Path(torch.__file__).parent / "lib"
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.25)\nproject(program LANGUAGES CXX)\nfind_package(kl_ext REQUIRED)\n"
+        "add_executable(program main.cpp)\ntarget_compile_features(program PRIVATE cxx_std_20)\n"
+        f"target_include_directories(program PRIVATE {lib.parent}/include)\n"
+        f"target_link_options(program PRIVATE LINKER:--as-needed -L{lib} LINKER:-rpath,{lib} LINKER:--allow-shlib-undefined)\n"
+        "target_link_libraries(program PRIVATE kl_ext::kl_ext torch_cpu c10)\n"
+    )
+    prefix = with_torch.packages / "kl_ext"
+    run("cmake", "-S", tmp_path, "-B", tmp_path / "build", "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
+    run("cmake", "--build", tmp_path / "build")
+    run(tmp_path / "build" / "program")

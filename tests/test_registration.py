@@ -1,0 +1,242 @@
+"""How the operators stand in torch: their schemas, tags and dispatch keys, and what subclasses and modes see of them."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+import kl_ext
+from loss_cases import LOSSES, SINGLE, Loss, each_loss
+from oracle import same_bits
+
+KEYWORDS = "*, float clamp_min=-30.0, float clamp_max=20.0, ScalarType? dtype=None"
+SCHEMAS = {
+    "kl_div_single_loss": f"(Tensor mu, Tensor log_var, {KEYWORDS}) -> Tensor",
+    "kl_div_pair_loss": f"(Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor log_var_q, {KEYWORDS}) -> Tensor",
+    "kl_div_single_loss_backward": "(Tensor grad_output, Tensor mu, Tensor log_var, float clamp_min, float clamp_max,"
+    " bool[2] output_mask) -> (Tensor, Tensor)",
+    "kl_div_pair_loss_backward": "(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor log_var_q,"
+    " float clamp_min, float clamp_max, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+}
+
+each_operator = pytest.mark.parametrize("name", SCHEMAS)
+
+
+def registered_for(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"kl_ext::{name}", key)
+
+
+@each_operator
+def test_each_operator_has_its_schema(name: str) -> None:
+    expected = torch._C.parse_schema(f"kl_ext::{name}{SCHEMAS[name]}")
+    assert str(getattr(torch.ops.kl_ext, name).default._schema) == str(expected)
+
+
+def test_there_are_no_other_operators() -> None:
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kl_ext::")]
+    assert sorted(names) == sorted(f"kl_ext::{name}" for name in SCHEMAS)
+
+
+@each_operator
+def test_each_operator_is_marked_for_the_compiler_and_the_forward_ones_as_pointwise(name: str) -> None:
+    tags = getattr(torch.ops.kl_ext, name).default.tags
+    assert torch.Tag.pt2_compliant_tag in tags
+    assert (torch.Tag.pointwise in tags) == (not name.endswith("_backward"))
+
+
+@each_operator
+@pytest.mark.parametrize("key", ["CPU", "Autograd", "Batched", "FuncTorchBatched", "Meta"])
+def test_each_operator_has_kernels_of_its_own_for(name: str, key: str) -> None:
+    assert registered_for(name, key)
+
+
+@each_operator
+@pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA"])
+def test_autocast_concerns_the_forward_operators_alone(name: str, key: str) -> None:
+    assert registered_for(name, key) == (not name.endswith("_backward"))
+
+
+@each_operator
+def test_cuda_kernels_are_registered_where_they_were_built(name: str) -> None:
+    if torch.version.cuda is None:
+        assert not registered_for(name, "CUDA")
+    elif not registered_for("kl_div_single_loss", "CUDA"):
+        pytest.skip("kl_ext is built without CUDA kernels")
+    else:
+        assert registered_for(name, "CUDA")
+
+
+@pytest.mark.parametrize(
+    ("function", "tensors"),
+    [
+        (kl_ext.kl_div_single_loss, ("mu", "log_var")),
+        (kl_ext.kl_div_pair_loss, ("mu_p", "log_var_p", "mu_q", "log_var_q")),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_the_public_functions_have_exactly_the_documented_signature(function: Any, tensors: tuple[str, ...]) -> None:
+    parameters = inspect.signature(function).parameters
+    empty, positional, keyword = (
+        inspect.Parameter.empty,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
+    assert [(p.name, p.kind, p.default) for p in parameters.values()] == [
+        *((name, positional, empty) for name in tensors),
+        ("clamp_min", keyword, -30.0),
+        ("clamp_max", keyword, 20.0),
+    ]
+    assert typing.get_type_hints(function) == {
+        **dict.fromkeys(tensors, Tensor),
+        **dict.fromkeys(("clamp_min", "clamp_max"), float),
+        "return": Tensor,
+    }
+
+
+def test_the_package_offers_the_two_losses_and_nothing_more() -> None:
+    assert sorted(kl_ext.__all__) == ["kl_div_pair_loss", "kl_div_single_loss"]
+
+
+@each_loss
+def test_arguments_are_taken_by_their_documented_names(loss: Loss) -> None:
+    inputs = dict(zip(loss.arguments, loss.inputs([2, 3]), strict=True))
+    expected = loss.function(*inputs.values(), clamp_min=-1.0, clamp_max=1.0)
+    for function in (loss.function, loss.operator, getattr(torch.ops.kl_ext, loss.name)):
+        assert same_bits(function(**inputs, clamp_min=-1.0, clamp_max=1.0), expected)
+
+
+@each_loss
+def test_nothing_more_is_taken(loss: Loss) -> None:
+    inputs = loss.inputs([2, 3])
+    for arguments, keywords in (
+        ((*inputs, -30.0), {}),
+        (inputs, {"reduction": "sum"}),
+        (inputs, {"dtype": None}),
+        (inputs[1:], {}),
+    ):
+        with pytest.raises(TypeError):
+            loss.function(*arguments, **keywords)
+
+
+def test_jagged_nested_tensors_go_through_the_single_loss(device: torch.device) -> None:
+    """By the pointwise tag, for which torch takes operators of one and two tensors."""
+    parts = [SINGLE.inputs([n, 4], device=device, dtype=torch.float32) for n in (2, 5, 3)]
+    mu = torch.nested.nested_tensor([mu for mu, _ in parts], layout=torch.jagged, device=device)
+    log_var = torch.nested.nested_tensor_from_jagged(torch.cat([log_var for _, log_var in parts]), offsets=mu.offsets())
+    result = SINGLE.function(mu, log_var)
+    assert result.layout == torch.jagged
+    for actual, part in zip(result.unbind(), parts, strict=True):
+        assert same_bits(actual, SINGLE.function(*part))
+
+
+class Marked(Tensor):
+    """A subclass that changes nothing."""
+
+
+@each_loss
+def test_a_subclass_of_tensor_gives_its_own_kind(loss: Loss) -> None:
+    inputs = loss.inputs([2, 3])
+    for marked in range(loss.count):
+        given = [x.as_subclass(Marked) if i == marked else x for i, x in enumerate(inputs)]
+        result = loss.function(*given)
+        assert type(result) is Marked
+        assert same_bits(result.as_subclass(Tensor), loss.function(*inputs))
+
+
+@each_loss
+def test_parameters_are_tensors_like_any(loss: Loss) -> None:
+    inputs = [torch.nn.Parameter(x) for x in loss.inputs([2, 3])]
+    result = loss.function(*inputs)
+    assert type(result) is Tensor
+    result.sum().backward()
+    assert all(x.grad is not None for x in inputs)
+
+
+@each_loss
+def test_torch_function_overrides_see_the_operator(loss: Loss) -> None:
+    seen: list[Any] = []
+
+    class Override(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(func)
+            return "instead"
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    inputs = loss.inputs([2, 3])
+    assert loss.function(inputs[0].as_subclass(Override), *inputs[1:]) == "instead"
+    with Mode():
+        loss.function(*inputs)
+    assert len(seen) == 2
+    assert all(func in (loss.operator, loss.function) for func in seen)
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@each_loss
+def test_torch_dispatch_modes_see_one_operator_forward_and_one_backward(loss: Loss, device: torch.device) -> None:
+    inputs = loss.inputs([2, 3], device=device, requires_grad=True)
+    with Recorder() as forward:
+        result = loss.function(*inputs)
+    with Recorder() as backward:
+        torch.autograd.grad(result, inputs, torch.ones_like(result))
+    assert forward.seen == [loss.operator]
+    assert [func for func in backward.seen if func.namespace == "kl_ext"] == [loss.backward_operator]
+    assert loss.operator not in backward.seen
+
+
+class Wrapper(Tensor):
+    """A tensor that holds another and is not one itself, as quantized and distributed tensors are made."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        return Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device, requires_grad=inner.requires_grad
+        )
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def unwrap(x: object) -> object:
+            return x.inner if isinstance(x, Wrapper) else x
+
+        out = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
+        return tree_map(lambda x: Wrapper(x) if isinstance(x, Tensor) else x, out)
+
+
+@each_loss
+def test_wrapper_subclasses_go_forward_and_backward(loss: Loss, device: torch.device) -> None:
+    inputs = loss.inputs([2, 3], device=device)
+    wrapped = [Wrapper(x).requires_grad_() for x in inputs]
+    plain = [x.clone().requires_grad_() for x in inputs]
+    result, expected = loss.function(*wrapped), loss.function(*plain)
+    assert same_bits(result.inner, expected)
+    gradients = torch.autograd.grad(result, wrapped, Wrapper(torch.ones(2, 3, dtype=torch.float64, device=device)))
+    for a, e in zip(gradients, torch.autograd.grad(expected.sum(), plain), strict=True):
+        assert same_bits(a.inner, e)
+
+
+def test_the_schemas_are_those_of_the_losses() -> None:
+    assert {f"{loss.name}{suffix}" for loss in LOSSES for suffix in ("", "_backward")} == set(SCHEMAS)
