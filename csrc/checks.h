@@ -62,22 +62,36 @@ inline void check_devices(const char* function, Arguments arguments) {
   }
 }
 
-inline void check_broadcast(const char* function, Arguments arguments) {
+// Of arguments that broadcast.
+inline at::DimVector broadcast_shape(Arguments arguments) {
   at::DimVector shape(arguments[0].tensor.sizes());
-  for (const auto& [name, tensor] : arguments.slice(1)) {
-    if (tensor.sizes() == at::IntArrayRef(shape)) {
+  for (const auto& argument : arguments.slice(1)) {
+    const auto sizes = argument.tensor.sizes();
+    if (sizes.size() > shape.size()) {
+      shape.insert(shape.begin(), sizes.size() - shape.size(), 1);
+    }
+    for (size_t back = 1; back <= sizes.size(); ++back) {
+      int64_t& common = shape[shape.size() - back];
+      common = common == 1 ? sizes[sizes.size() - back] : common;
+    }
+  }
+  return shape;
+}
+
+inline void check_broadcast(const char* function, Arguments arguments) {
+  for (size_t count = 1; count < arguments.size(); ++count) {
+    const auto& [name, tensor] = arguments[count];
+    const auto sizes = tensor.sizes();
+    if (sizes == arguments[0].tensor.sizes()) {
       continue;
     }
-    const auto sizes = tensor.sizes();
-    at::DimVector common(std::max(shape.size(), sizes.size()), 1);
-    for (size_t back = 1; back <= common.size(); ++back) {
-      const int64_t left = back <= shape.size() ? shape[shape.size() - back] : 1;
-      const int64_t right = back <= sizes.size() ? sizes[sizes.size() - back] : 1;
+    const at::DimVector shape = broadcast_shape(arguments.slice(0, count));
+    for (size_t back = 1; back <= std::min(shape.size(), sizes.size()); ++back) {
+      const int64_t left = shape[shape.size() - back];
+      const int64_t right = sizes[sizes.size() - back];
       TORCH_CHECK(left == right || left == 1 || right == 1, function, ": expected ", name, " to broadcast with the shape ",
                   at::IntArrayRef(shape), " of the arguments before it, got shape ", sizes);
-      common[common.size() - back] = left == 1 ? right : left;
     }
-    shape = std::move(common);
   }
 }
 
@@ -104,6 +118,21 @@ inline void check_backward(const char* function, Arguments arguments, double cla
   check_clamp(function, clamp_min, clamp_max);
   check_devices(function, arguments);
   check_expand(function, arguments);
+}
+
+inline void check_together(const char* function, const std::optional<at::Tensor>& mu_q,
+                           const std::optional<at::Tensor>& log_var_q) {
+  TORCH_CHECK_VALUE(mu_q.has_value() == log_var_q.has_value(), function,
+                    ": expected mu_q and log_var_q together or neither, got ", mu_q ? "mu_q" : "log_var_q", " alone");
+}
+
+// The gradient of a reduced result, on the inputs' device.
+inline void check_grad_output(const char* function, Argument grad_output, Arguments inputs, at::IntArrayRef shape) {
+  check_tensors(function, grad_output);
+  const Argument both[] = {inputs[0], grad_output};
+  check_devices(function, both);
+  TORCH_CHECK(grad_output.tensor.sizes() == shape, function, ": expected grad_output of shape ", shape, ", got shape ",
+              grad_output.tensor.sizes());
 }
 
 } // namespace kl_ext

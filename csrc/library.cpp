@@ -65,6 +65,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_div_pair_loss_back
   return handle.call(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, output_mask);
 }
 
+at::Tensor gaussian_kl_div(const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
+                           const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max,
+                           std::string_view reduction, at::OptionalIntArrayRef dim, std::optional<at::ScalarType> dtype) {
+  static const auto handle = find<decltype(gaussian_kl_div)>("kl_ext::gaussian_kl_div");
+  return handle.call(mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_div_backward(
+    const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
+    const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max, std::string_view reduction,
+    at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask) {
+  static const auto handle = find<decltype(gaussian_kl_div_backward)>("kl_ext::gaussian_kl_div_backward");
+  return handle.call(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, output_mask);
+}
+
 } // namespace ops
 
 namespace {
@@ -94,26 +109,43 @@ TORCH_LIBRARY(kl_ext, m) {
   const std::vector<at::Tag> elementwise = {at::Tag::pt2_compliant_tag, at::Tag::pointwise};
   const std::vector<at::Tag> compliant = {at::Tag::pt2_compliant_tag};
   m.def(
-      "kl_div_single_loss(Tensor mu, Tensor log_var, *, float clamp_min=-30.0, float clamp_max=20.0, ScalarType? dtype=None)"
+      "kl_div_single_loss(Tensor mu, Tensor log_var, *, float "
+      "clamp_min=-30.0, float clamp_max=20.0, ScalarType? dtype=None)"
       " -> Tensor",
       elementwise);
   m.def(
-      "kl_div_single_loss_backward(Tensor grad_output, Tensor mu, Tensor log_var, float clamp_min, float clamp_max,"
+      "kl_div_single_loss_backward(Tensor grad_output, Tensor mu, Tensor "
+      "log_var, float clamp_min, float clamp_max,"
       " bool[2] output_mask) -> (Tensor, Tensor)",
       compliant);
   m.def(
-      "kl_div_pair_loss(Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor log_var_q, *, float clamp_min=-30.0,"
+      "kl_div_pair_loss(Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor "
+      "log_var_q, *, float clamp_min=-30.0,"
       " float clamp_max=20.0, ScalarType? dtype=None) -> Tensor",
       elementwise);
   m.def(
-      "kl_div_pair_loss_backward(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor log_var_q,"
-      " float clamp_min, float clamp_max, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+      "kl_div_pair_loss_backward(Tensor grad_output, Tensor mu_p, Tensor "
+      "log_var_p, Tensor mu_q, Tensor log_var_q,"
+      " float clamp_min, float clamp_max, bool[4] output_mask) -> (Tensor, "
+      "Tensor, Tensor, Tensor)",
+      compliant);
+  m.def(
+      "gaussian_kl_div(Tensor mu_p, Tensor log_var_p, Tensor? mu_q=None, "
+      "Tensor? log_var_q=None, *, float clamp_min=-30.0,"
+      " float clamp_max=20.0, str reduction=\"none\", int[]? dim=None, "
+      "ScalarType? dtype=None) -> Tensor",
+      compliant);
+  m.def(
+      "gaussian_kl_div_backward(Tensor grad_output, Tensor mu_p, Tensor "
+      "log_var_p, Tensor? mu_q, Tensor? log_var_q,"
+      " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] "
+      "output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
       compliant);
 }
 
 TORCH_LIBRARY_IMPL(kl_ext, CompositeExplicitAutograd, m) {
-  for (const char* name :
-       {"kl_div_single_loss", "kl_div_single_loss_backward", "kl_div_pair_loss", "kl_div_pair_loss_backward"}) {
+  for (const char* name : {"kl_div_single_loss", "kl_div_single_loss_backward", "kl_div_pair_loss", "kl_div_pair_loss_backward",
+                           "gaussian_kl_div", "gaussian_kl_div_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&kl_ext::refuse>());
   }
 }

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 namespace kl_ext::ops {
@@ -24,5 +25,14 @@ at::Tensor kl_div_pair_loss(const at::Tensor& mu_p, const at::Tensor& log_var_p,
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_div_pair_loss_backward(
     const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
     const at::Tensor& log_var_q, double clamp_min, double clamp_max, std::array<bool, 4> output_mask);
+
+at::Tensor gaussian_kl_div(const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
+                           const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max,
+                           std::string_view reduction, at::OptionalIntArrayRef dim, std::optional<at::ScalarType> dtype);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_div_backward(
+    const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
+    const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max, std::string_view reduction,
+    at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask);
 
 } // namespace kl_ext::ops

@@ -48,36 +48,11 @@ inline at::TensorIterator plan_forward(Arguments inputs, at::ScalarType dtype, a
   return config.build();
 }
 
-// The gradients an operator was asked for. Each is written where it belongs if its input has the shape of grad_output, else in
-// full and summed afterwards.
-template <size_t kInputs>
-struct Gradients {
-  std::array<at::Tensor, kInputs> result;
-  std::array<at::Tensor, kInputs> full;
-};
-
-template <size_t kInputs>
-Gradients<kInputs> allocate_gradients(Arguments arguments, const std::array<bool, kInputs>& output_mask) {
-  const auto& grad_output = arguments[0].tensor;
-  Gradients<kInputs> gradients;
-  for (size_t i = 0; i < kInputs; ++i) {
-    const auto& input = arguments[i + 1].tensor;
-    if (output_mask[i]) {
-      gradients.result[i] = at::empty_like(input);
-      gradients.full[i] = input.sizes() == grad_output.sizes()
-                              ? gradients.result[i]
-                              : at::empty(grad_output.sizes(), grad_output.options().dtype(arithmetic_type(arguments)));
-    }
-  }
-  return gradients;
-}
-
-// Operands: the wanted gradients, grad_output, the inputs.
-template <size_t kInputs>
-at::TensorIterator plan_backward(Arguments arguments, const Gradients<kInputs>& gradients) {
+// Operands: the gradients that are defined, arguments' grad_output, the inputs; all in one shape.
+inline at::TensorIterator plan_backward(Arguments arguments, at::TensorList gradients) {
   at::TensorIteratorConfig config;
   config.set_check_mem_overlap(false).check_all_same_dtype(false).resize_outputs(false);
-  for (const auto& gradient : gradients.full) {
+  for (const auto& gradient : gradients) {
     if (gradient.defined()) {
       config.add_output(gradient);
     }
@@ -86,17 +61,6 @@ at::TensorIterator plan_backward(Arguments arguments, const Gradients<kInputs>& 
     config.add_const_input(argument.tensor);
   }
   return config.build();
-}
-
-// Sums over the dimensions along which an input was broadcast, in the arithmetic type, and rounds once.
-template <size_t kInputs>
-void reduce_gradients(Gradients<kInputs>& gradients) {
-  for (size_t i = 0; i < kInputs; ++i) {
-    auto& result = gradients.result[i];
-    if (result.defined() && !result.is_same(gradients.full[i])) {
-      result.copy_(at::sum_to(std::move(gradients.full[i]), result.sizes()));
-    }
-  }
 }
 
 } // namespace kl_ext

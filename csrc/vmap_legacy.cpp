@@ -1,9 +1,11 @@
 // The batching of is_grads_batched, of functional.jacobian(vectorize=True) and of gradcheck: torch's first vmap, which has a
 // dispatch key of its own. torch.func.vmap is in kl_ext/_vmap.py.
+#include <ATen/ExpandUtils.h>
 #include <ATen/LegacyVmapTransforms.h>
 #include <torch/library.h>
 
 #include "ops.h"
+#include "reduction.h"
 
 namespace kl_ext {
 namespace {
@@ -33,22 +35,11 @@ struct Batch {
   std::array<at::Tensor, N> physical;
 };
 
-template <class Forward, class... Inputs>
-at::Tensor forward(Forward* operation, double clamp_min, double clamp_max, std::optional<at::ScalarType> dtype,
-                   const Inputs&... inputs) {
-  const Batch<sizeof...(Inputs)> batch({inputs...});
-  return std::apply(
-      [&](const auto&... tensors) { return batch.to_logical(operation(tensors..., clamp_min, clamp_max, dtype)); },
-      batch.physical);
-}
-
 // A gradient for each example, of an input that the batch shares too.
-template <class Backward, size_t kInputs, class... Inputs>
-auto backward(Backward* operation, double clamp_min, double clamp_max, std::array<bool, kInputs> output_mask,
-              const at::Tensor& grad_output, const Inputs&... inputs) {
-  const Batch<kInputs + 1> batch({grad_output, inputs...});
-  auto gradients = std::apply([&](const auto&... tensors) { return operation(tensors..., clamp_min, clamp_max, output_mask); },
-                              batch.physical);
+template <class Backward, class... Inputs>
+auto backward(const Backward& operation, const at::Tensor& grad_output, const Inputs&... inputs) {
+  const Batch<1 + sizeof...(Inputs)> batch({grad_output, inputs...});
+  auto gradients = std::apply(operation, batch.physical);
   size_t input = 0;
   const auto restore = [&](at::Tensor& gradient) {
     const at::Tensor& physical = batch.views[++input].tensor();
@@ -56,39 +47,63 @@ auto backward(Backward* operation, double clamp_min, double clamp_max, std::arra
       gradient = batch.to_logical(gradient.reshape(physical.sizes()));
     }
   };
-  std::apply([&](auto&... gradient) { (restore(gradient), ...); }, gradients);
+  std::apply([&](auto&... gradient) { ((input < sizeof...(Inputs) ? restore(gradient) : void()), ...); }, gradients);
   return gradients;
-}
-
-at::Tensor kl_div_single_loss(const at::Tensor& mu, const at::Tensor& log_var, double clamp_min, double clamp_max,
-                              std::optional<at::ScalarType> dtype) {
-  return forward(ops::kl_div_single_loss, clamp_min, clamp_max, dtype, mu, log_var);
 }
 
 std::tuple<at::Tensor, at::Tensor> kl_div_single_loss_backward(const at::Tensor& grad_output, const at::Tensor& mu,
                                                                const at::Tensor& log_var, double clamp_min, double clamp_max,
                                                                std::array<bool, 2> output_mask) {
-  return backward(ops::kl_div_single_loss_backward, clamp_min, clamp_max, output_mask, grad_output, mu, log_var);
-}
-
-at::Tensor kl_div_pair_loss(const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
-                            const at::Tensor& log_var_q, double clamp_min, double clamp_max,
-                            std::optional<at::ScalarType> dtype) {
-  return forward(ops::kl_div_pair_loss, clamp_min, clamp_max, dtype, mu_p, log_var_p, mu_q, log_var_q);
+  const auto operation = [&](const auto&... tensors) {
+    return ops::kl_div_single_loss_backward(tensors..., clamp_min, clamp_max, output_mask);
+  };
+  return backward(operation, grad_output, mu, log_var);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_div_pair_loss_backward(
     const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
     const at::Tensor& log_var_q, double clamp_min, double clamp_max, std::array<bool, 4> output_mask) {
-  return backward(ops::kl_div_pair_loss_backward, clamp_min, clamp_max, output_mask, grad_output, mu_p, log_var_p, mu_q,
-                  log_var_q);
+  const auto operation = [&](const auto&... tensors) {
+    return ops::kl_div_pair_loss_backward(tensors..., clamp_min, clamp_max, output_mask);
+  };
+  return backward(operation, grad_output, mu_p, log_var_p, mu_q, log_var_q);
+}
+
+// The gradient of the terms from that of their reduction, in operators that batch.
+at::Tensor unreduce(const at::Tensor& grad_output, at::TensorList inputs, std::string_view reduction,
+                    at::OptionalIntArrayRef dim) {
+  at::DimVector shape(inputs[0].sizes());
+  bool is_double = grad_output.scalar_type() == at::kDouble;
+  for (const auto& input : inputs) {
+    shape = at::infer_size_dimvector(shape, input.sizes());
+    is_double |= input.scalar_type() == at::kDouble;
+  }
+  const Reduction how = parse_reduction("gaussian_kl_div_backward", reduction, dim, static_cast<int64_t>(shape.size()));
+  const at::Tensor grad = grad_output.to(is_double ? at::kDouble : at::kFloat);
+  return how.unsqueeze(how.divides ? grad.div(how.divisor(at::IntArrayRef(shape))) : grad).expand(shape);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_div_backward(
+    const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
+    const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max, std::string_view reduction,
+    at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask) {
+  const auto operation = [&](const at::Tensor& grad_terms, const at::Tensor& mean, const at::Tensor& log_var,
+                             const auto&... q) {
+    const std::array<std::optional<at::Tensor>, 2> optional_q = {q...};
+    return ops::gaussian_kl_div_backward(grad_terms, mean, log_var, optional_q[0], optional_q[1], clamp_min, clamp_max, "none",
+                                         std::nullopt, output_mask);
+  };
+  if (!mu_q) {
+    return backward(operation, unreduce(grad_output, {mu_p, log_var_p}, reduction, dim), mu_p, log_var_p);
+  }
+  return backward(operation, unreduce(grad_output, {mu_p, log_var_p, *mu_q, *log_var_q}, reduction, dim), mu_p, log_var_p,
+                  *mu_q, *log_var_q);
 }
 
 TORCH_LIBRARY_IMPL(kl_ext, Batched, m) {
-  m.impl("kl_div_single_loss", kl_div_single_loss);
   m.impl("kl_div_single_loss_backward", kl_div_single_loss_backward);
-  m.impl("kl_div_pair_loss", kl_div_pair_loss);
   m.impl("kl_div_pair_loss_backward", kl_div_pair_loss_backward);
+  m.impl("gaussian_kl_div_backward", gaussian_kl_div_backward);
 }
 
 } // namespace

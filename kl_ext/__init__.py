@@ -10,7 +10,7 @@ from ._library import build_facts, load
 load()
 
 from . import _fake, _vmap  # noqa: E402, F401
-from .functional import kl_div_pair_loss, kl_div_single_loss  # noqa: E402
+from .functional import gaussian_kl_div, kl_div_pair_loss, kl_div_single_loss  # noqa: E402
 
-__all__ = ["kl_div_pair_loss", "kl_div_single_loss"]
+__all__ = ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss"]
 __version__ = build_facts().version

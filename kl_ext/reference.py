@@ -1,4 +1,4 @@
-"""The documented losses written out in plain torch, the way a training script would write them.
+"""The losses and the divergence written out in plain torch, the way a training script would write them.
 
 This is the baseline: the benchmarks and the demo run it beside the operators. It has the same names, signatures, shapes,
 result types and gradients (torch's own autograd differentiates it), and it needs nothing of this package but torch. What it
@@ -6,9 +6,13 @@ does not have is the accuracy: ``exp(x) - 1 - x`` cancels where a distribution a
 smallest losses come out as zero or negative. It also checks nothing that torch does not check.
 """
 
+import math
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-__all__ = ["kl_div_pair_loss", "kl_div_single_loss"]
+__all__ = ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss"]
 
 
 def kl_div_single_loss(mu: Tensor, log_var: Tensor, *, clamp_min: float = -30.0, clamp_max: float = 20.0) -> Tensor:
@@ -71,3 +75,68 @@ def kl_div_pair_loss(
     log_var_p = log_var_p.clamp(clamp_min, clamp_max)
     log_var_q = log_var_q.clamp(clamp_min, clamp_max)
     return log_var_q - log_var_p + (log_var_p.exp() + (mu_p - mu_q).square()) / log_var_q.exp() - 0.5
+
+
+def gaussian_kl_div(
+    mu_p: Tensor,
+    log_var_p: Tensor,
+    mu_q: Tensor | float | None = None,
+    log_var_q: Tensor | float | None = None,
+    *,
+    clamp_min: float = -30.0,
+    clamp_max: float = 20.0,
+    reduction: str = "none",
+    dim: int | Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""The KL divergence of p = N(mu_p, exp(log_var_p)) from q = N(mu_q, exp(log_var_q)), in nats, and its reduction after it.
+
+    .. math::
+        \frac{1}{2} \left( \log \frac{\sigma_q^2}{\sigma_p^2} + \frac{\sigma_p^2 + (\mu_p - \mu_q)^2}{\sigma_q^2} - 1 \right)
+
+    Every step writes a tensor of the broadcast shape and autograd keeps several of them; the sum is torch's, whose order
+    depends on the number of threads.
+
+    Args:
+        mu_p: The means of p, of any shape and floating dtype.
+        log_var_p: The logarithms of the variances of p.
+        mu_q: The means of q, a tensor or a number; without q, q is the standard normal. All shapes broadcast together.
+        log_var_q: The logarithms of the variances of q, a tensor or a number.
+        clamp_min: The smallest log-variance used, for p and q; smaller ones count as this and receive no gradient.
+        clamp_max: The largest log-variance used, for p and q; larger ones count as this and receive no gradient.
+        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``, the sum over the size of the first dimension.
+        dim: What ``"sum"`` and ``"mean"`` reduce, everything by default.
+        dtype: Of the result. The terms are computed in the promoted dtype all the same; only torch's sum is in this one.
+
+    Returns:
+        The terms or their reduction.
+
+    Example:
+        >>> import torch
+        >>> mu, log_var = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.zeros(2, 2)
+        >>> gaussian_kl_div(mu, log_var, reduction="batchmean")
+        tensor(1.2500)
+    """
+    if (mu_q is None) != (log_var_q is None):
+        raise ValueError("gaussian_kl_div: expected mu_q and log_var_q together")
+    log_var_p = log_var_p.clamp(clamp_min, clamp_max)
+    if mu_q is None or log_var_q is None:
+        terms = 0.5 * (mu_p.square() + log_var_p.exp() - log_var_p - 1.0)
+    else:
+        if isinstance(log_var_q, Tensor):
+            log_var_q = log_var_q.clamp(clamp_min, clamp_max)
+            var_q: Tensor | float = log_var_q.exp()
+        else:
+            log_var_q = min(max(log_var_q, clamp_min), clamp_max)
+            var_q = math.exp(log_var_q)
+        terms = 0.5 * (log_var_q - log_var_p + (log_var_p.exp() + (mu_p - mu_q).square()) / var_q - 1.0)
+    dims = dim if dim is None or isinstance(dim, int) else tuple(dim)
+    if reduction == "none":
+        return terms if dtype is None else terms.to(dtype)
+    if reduction == "sum":
+        return terms.sum(dims, dtype=dtype)
+    if reduction == "mean":
+        return terms.mean(dims, dtype=dtype)
+    if reduction == "batchmean":
+        return terms.sum(dtype=dtype) / terms.shape[0]
+    raise ValueError(f"gaussian_kl_div: expected reduction to be none, sum, mean or batchmean, got {reduction!r}")

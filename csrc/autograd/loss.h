@@ -1,10 +1,17 @@
-// Derivatives of an elementwise loss, from what its file in this folder tells of it (Op):
+// Derivatives of a loss, from what its file in this folder tells of it. Op holds the arguments that are not tensors, and has
 //
-//   kInputs, kForwardName, kBackwardName, kArguments      the operators' names and those of their tensors
-//   kNeeds[i][j]                                          whether the gradient of input i needs input j
-//   forward, backward                                     the operators
-//   curvature(inputs, clamp, v)                           row by row, the Hessian of the term times v, in differentiable
-//   operators
+//   kInputs, kForwardName, kBackwardName, kArguments      the operators' names
+//   and those of their tensors kNeeds[i][j] whether the gradient of input i
+//   needs input j needs_shapes()                                        whether
+//   it needs the shape of the terms, which grad_output lacks forward(inputs,
+//   dtype)                                the operator backward(grad_output,
+//   inputs, mask)                   its backward operator
+//   terms_backward(grad_terms, inputs, mask)              that of the terms
+//   before their reduction, if there is one reduce(terms),
+//   unreduce(grad_output, shape)           the reduction, and the gradient of
+//   the terms, broadcasting with them curvature(inputs, v) row by row, the
+//   Hessian of the term times v, in differentiable operators collect(args) what
+//   compiled autograd must know of the arguments
 //
 // First derivatives of any kind come from the backward operator, so that they have the same bits in reverse and forward mode,
 // with and without create_graph; second ones from the curvature, and higher ones from differentiating that.
@@ -21,35 +28,50 @@
 
 namespace kl_ext::autograd {
 
-struct Clamp {
-  double min;
-  double max;
-};
-
 inline at::Tensor sum_of(const at::Tensor& a, const at::Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a + b; }
 
-// The derivative of the loss in the direction v, elementwise: sum over i of v_i dloss/dinput_i.
+// That of grad_output, unless it is reduced: then all inputs are there to tell.
 template <class Op, size_t N = Op::kInputs>
-at::Tensor directional(Tensors<N> inputs, Clamp clamp, const Tensors<N>& v, c10::SymIntArrayRef shape,
-                       const at::TensorOptions& options) {
-  for (auto& input : inputs) {
-    input = input.expand_symint(shape);
+c10::SymDimVector shape_of_terms(const Op& op, const at::Tensor& grad_output, const Tensors<N>& inputs) {
+  c10::SymDimVector shape(op.needs_shapes() ? inputs[0].sym_sizes() : grad_output.sym_sizes());
+  for (const auto& input : inputs) {
+    shape = at::infer_size_symdimvector(shape, input.sym_sizes());
   }
-  const at::Tensor one = at::ones({}, options).expand_symint(shape);
-  const Tensors<N> derivatives = Op::backward(one, inputs, clamp, defined(v));
+  return shape;
+}
+
+// float64 if any tensor is, else float32: in which derivatives are combined, rounded to the dtype of the result at the end.
+template <size_t N>
+at::ScalarType arithmetic_of(const Tensors<N>& tensors, at::ScalarType dtype) {
+  const bool is_double = dtype == at::kDouble || std::any_of(tensors.begin(), tensors.end(), [](const auto& tensor) {
+                           return tensor.scalar_type() == at::kDouble;
+                         });
+  return is_double ? at::kDouble : at::kFloat;
+}
+
+// The derivative of the loss in the direction v: the sum over i of v_i dterm/dinput_i, reduced as the terms are.
+template <class Op, size_t N = Op::kInputs>
+at::Tensor directional(const Op& op, Tensors<N> inputs, const Tensors<N>& v, c10::SymIntArrayRef shape,
+                       const at::TensorOptions& options) {
+  const auto arithmetic = arithmetic_of(inputs, c10::typeMetaToScalarType(options.dtype()));
+  for (auto& input : inputs) {
+    input = input.to(arithmetic).expand_symint(shape);
+  }
+  const at::Tensor one = at::ones({}, options.dtype(arithmetic)).expand_symint(shape);
+  const Tensors<N> derivatives = op.terms_backward(one, inputs, defined(v));
   at::Tensor sum;
   for (size_t i = 0; i < N; ++i) {
     if (v[i].defined()) {
       sum = sum_of(sum, derivatives[i] * v[i]);
     }
   }
-  return sum.to(options.dtype());
+  return op.reduce(sum).to(options.dtype());
 }
 
 // grad_output times the Hessian times v, summed to the shapes of the inputs; undefined where it is zero or not wanted.
 template <class Op, size_t N = Op::kInputs>
-Tensors<N> second_order(const at::Tensor& grad_output, const Tensors<N>& inputs, Clamp clamp, Tensors<N> v,
-                        const std::array<bool, N>& wanted) {
+Tensors<N> second_order(const Op& op, const at::Tensor& grad_output, const Tensors<N>& inputs, Tensors<N> v,
+                        const std::array<bool, N>& wanted, c10::SymIntArrayRef shape) {
   const bool is_double =
       std::any_of(inputs.begin(), inputs.end(), [](const auto& input) { return input.scalar_type() == at::kDouble; });
   const auto arithmetic = is_double ? at::kDouble : at::kFloat;
@@ -58,38 +80,40 @@ Tensors<N> second_order(const at::Tensor& grad_output, const Tensors<N>& inputs,
     operands[i] = inputs[i].to(arithmetic);
     v[i] = v[i].defined() ? v[i].to(arithmetic) : v[i];
   }
-  Tensors<N> rows = Op::curvature(operands, clamp, v);
+  const at::Tensor grad_terms = op.unreduce(grad_output.to(arithmetic), shape);
+  Tensors<N> rows = op.curvature(operands, v);
   for (size_t i = 0; i < N; ++i) {
     if (rows[i].defined()) {
-      rows[i] = wanted[i] ? at::sum_to(grad_output * rows[i], inputs[i].sym_sizes()).to(inputs[i].options()) : at::Tensor();
+      rows[i] = wanted[i] ? at::sum_to(grad_terms * rows[i].expand_symint(shape), inputs[i].sym_sizes()).to(inputs[i].options())
+                          : at::Tensor();
     }
   }
   return rows;
 }
 
 template <class Op>
-struct BackwardBackward : SavingNode<Op::kInputs + 1> {
+struct BackwardBackward : SavingNode<Op, Op::kInputs + 1> {
   static constexpr size_t N = Op::kInputs;
-  using SavingNode<N + 1>::SavingNode;
+  using SavingNode<Op, N + 1>::SavingNode;
 
   std::string name() const override { return std::string(Op::kNodeName) + "Backward"; }
 
   variable_list apply(variable_list&& grads) override {
     Tensors<N> v;
-    std::copy(grads.begin(), grads.end(), v.begin());
+    std::copy_n(grads.begin(), N, v.begin());
     variable_list result(N + 1);
     if (any(defined(v))) {
       const auto saved = this->unpack();
       const at::Tensor& grad_output = saved[0];
       Tensors<N> inputs;
       std::copy(saved.begin() + 1, saved.end(), inputs.begin());
-      const Clamp clamp{this->clamp_min, this->clamp_max};
+      const auto shape = shape_of_terms(this->op, grad_output, inputs);
       if (this->task_should_compute_output(0)) {
-        result[0] = directional<Op>(inputs, clamp, v, grad_output.sym_sizes(), grad_output.options());
+        result[0] = directional(this->op, inputs, v, shape, grad_output.options());
       }
       const auto wanted = this->template wanted<N>(1);
       if (any(wanted)) {
-        auto rows = second_order<Op>(grad_output, inputs, clamp, v, wanted);
+        auto rows = second_order(this->op, grad_output, inputs, v, wanted, shape);
         std::move(rows.begin(), rows.end(), result.begin() + 1);
       }
     }
@@ -98,9 +122,9 @@ struct BackwardBackward : SavingNode<Op::kInputs + 1> {
 };
 
 template <class Op>
-struct Backward : SavingNode<Op::kInputs> {
+struct Backward : SavingNode<Op, Op::kInputs> {
   static constexpr size_t N = Op::kInputs;
-  using SavingNode<N>::SavingNode;
+  using SavingNode<Op, N>::SavingNode;
 
   std::string name() const override { return Op::kNodeName; }
 
@@ -112,27 +136,16 @@ struct Backward : SavingNode<Op::kInputs> {
     }
     Tensors<N> inputs = this->unpack();
     for (size_t i = 0; i < N; ++i) {
-      if (!inputs[i].defined()) { // no wanted gradient depends on it: any number does
-        inputs[i] = at::zeros({}, grad_output.options().dtype(this->dtypes[i]));
+      if (!inputs[i].defined()) { // no wanted gradient depends on it, but for the shape of the terms: any number does
+        inputs[i] = at::zeros({}, grad_output.options().dtype(this->dtypes[i])).expand_symint(this->shape);
       }
     }
-    auto gradients = Op::backward(grad_output, inputs, {this->clamp_min, this->clamp_max}, wanted);
+    auto gradients = this->op.backward(grad_output, inputs, wanted);
     return {std::make_move_iterator(gradients.begin()), std::make_move_iterator(gradients.end())};
   }
 };
 
-template <class Op, size_t N>
-void save(SavingNode<N>& node, const Tensors<N>& tensors, Clamp clamp, const std::array<bool, N>& needed) {
-  for (size_t i = 0; i < N; ++i) {
-    node.dtypes[i] = tensors[i].scalar_type();
-    if (needed[i]) {
-      node.saved[i] = SavedVariable(tensors[i], /*is_output=*/false);
-    }
-  }
-  node.clamp_min = clamp.min;
-  node.clamp_max = clamp.max;
-}
-
+// The inputs that the gradients of those that require one depend on.
 template <class Op, size_t N = Op::kInputs>
 std::array<bool, N> needed_by_gradients(const Tensors<N>& inputs) {
   std::array<bool, N> needed{};
@@ -155,44 +168,51 @@ std::array<Argument, N> named(const std::array<const char*, N>& names, const Ten
 }
 
 template <class Op, size_t N = Op::kInputs>
-at::Tensor forward(const Tensors<N>& inputs, Clamp clamp, std::optional<at::ScalarType> dtype) {
+at::Tensor forward(const Op& op, const Tensors<N>& inputs, std::optional<at::ScalarType> dtype) {
   check_tensors(Op::kForwardName, named(Op::kArguments, inputs));
-  check_clamp(Op::kForwardName, clamp.min, clamp.max);
+  check_clamp(Op::kForwardName, op.clamp_min, op.clamp_max);
   check_result_dtype(Op::kForwardName, dtype);
   at::Tensor result = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return Op::forward(inputs, clamp, dtype);
+    return op.forward(inputs, dtype);
   }();
   if (any_requires_grad(inputs)) {
     auto node = make_node<Backward<Op>>(inputs);
-    save<Op>(*node, inputs, clamp, needed_by_gradients<Op>(inputs));
+    node->op = op;
+    node->save(inputs, needed_by_gradients<Op>(inputs));
+    if (op.needs_shapes()) {
+      const auto shape = shape_of_terms(op, result, inputs);
+      node->shape.assign(shape.begin(), shape.end());
+    }
     set_history(Tensors<1>{result}, node);
   }
   const auto tangents = tangents_of(inputs);
   if (any(defined(tangents))) {
-    result._set_fw_grad(directional<Op>(primals_of(inputs), clamp, tangents, result.sym_sizes(), result.options()), /*level=*/0,
-                        /*is_inplace_op=*/false);
+    const auto shape = shape_of_terms(op, result, inputs);
+    result._set_fw_grad(directional(op, primals_of(inputs), tangents, shape, result.options()),
+                        /*level=*/0, /*is_inplace_op=*/false);
   }
   return result;
 }
 
 template <class Op, size_t N = Op::kInputs>
-Tensors<N> backward(const at::Tensor& grad_output, const Tensors<N>& inputs, Clamp clamp, const std::array<bool, N>& mask) {
+Tensors<N> backward(const Op& op, const at::Tensor& grad_output, const Tensors<N>& inputs, const std::array<bool, N>& mask) {
   Tensors<N + 1> tensors{grad_output};
   std::copy(inputs.begin(), inputs.end(), tensors.begin() + 1);
   std::array<const char*, N + 1> names{"grad_output"};
   std::copy(Op::kArguments.begin(), Op::kArguments.end(), names.begin() + 1);
   check_tensors(Op::kBackwardName, named(names, tensors));
-  check_clamp(Op::kBackwardName, clamp.min, clamp.max);
+  check_clamp(Op::kBackwardName, op.clamp_min, op.clamp_max);
   Tensors<N> gradients = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return Op::backward(grad_output, inputs, clamp, mask);
+    return op.backward(grad_output, inputs, mask);
   }();
   if (any_requires_grad(tensors)) {
     auto node = make_node<BackwardBackward<Op>>(tensors);
+    node->op = op;
     std::array<bool, N + 1> needed;
     needed.fill(true);
-    save<Op>(*node, tensors, clamp, needed);
+    node->save(tensors, needed);
     set_history(gradients, node);
   }
   const at::Tensor grad_tangent = grad_output._fw_grad(/*level=*/0);
@@ -201,16 +221,18 @@ Tensors<N> backward(const at::Tensor& grad_output, const Tensors<N>& inputs, Cla
     const auto primals = primals_of(inputs);
     Tensors<N> from_inputs;
     if (any(defined(tangents))) {
-      from_inputs = second_order<Op>(grad_output._fw_primal(/*level=*/0), primals, clamp, tangents, mask);
+      const auto shape = shape_of_terms(op, grad_output, inputs);
+      from_inputs = second_order(op, grad_output._fw_primal(/*level=*/0), primals, tangents, mask, shape);
     }
     Tensors<N> from_grad;
     if (grad_tangent.defined()) {
-      from_grad = Op::backward(grad_tangent, primals, clamp, mask);
+      from_grad = op.backward(grad_tangent, primals, mask);
     }
     for (size_t i = 0; i < N; ++i) {
       const at::Tensor tangent = sum_of(from_inputs[i], from_grad[i]);
       if (mask[i] && tangent.defined()) {
-        gradients[i]._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
+        gradients[i]._set_fw_grad(tangent, /*level=*/0,
+                                  /*is_inplace_op=*/false);
       }
     }
   }

@@ -95,8 +95,9 @@ bool any(const std::array<bool, N>& flags) {
   return std::any_of(flags.begin(), flags.end(), [](bool flag) { return flag; });
 }
 
-// A node that holds N saved tensors, some of which may be left out, and two numbers.
-template <size_t N>
+// A node of the operator Op, which knows the arguments that are not tensors: it holds N saved tensors, some of which may be
+// left out.
+template <class Op, size_t N>
 struct SavingNode : Node {
   using Node::Node;
 
@@ -115,19 +116,30 @@ struct SavingNode : Node {
     for (const auto dtype : dtypes) {
       args.collect(dtype);
     }
-    args.collect(clamp_min);
-    args.collect(clamp_max);
+    args.collect(shape);
+    op.collect(args);
   }
 
   variable_list apply_with_saved(const variable_list& inputs, SwapSavedVariables& swap) override {
     for (auto& variable : saved) {
       swap.before(variable);
     }
+    swap.before(shape);
     variable_list result = this->apply(variable_list(inputs));
     for (auto& variable : saved) {
       swap.after(variable);
     }
+    swap.after(shape);
     return result;
+  }
+
+  void save(const Tensors<N>& tensors, const std::array<bool, N>& needed) {
+    for (size_t i = 0; i < N; ++i) {
+      dtypes[i] = tensors[i].scalar_type();
+      if (needed[i]) {
+        saved[i] = SavedVariable(tensors[i], /*is_output=*/false);
+      }
+    }
   }
 
   Tensors<N> unpack() {
@@ -148,10 +160,10 @@ struct SavingNode : Node {
     return mask;
   }
 
+  Op op;
   std::array<SavedVariable, N> saved;
   std::array<at::ScalarType, N> dtypes{};
-  double clamp_min = 0;
-  double clamp_max = 0;
+  std::vector<c10::SymInt> shape; // of the terms, where grad_output and what is saved may not tell
 };
 
 } // namespace kl_ext::autograd

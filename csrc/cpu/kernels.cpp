@@ -4,6 +4,7 @@
 
 #include "../math/gaussian.h"
 #include "../math/half.h"
+#include "../math/summation.h"
 
 #define KL_EXT_LOOP _Pragma("GCC ivdep")
 
@@ -97,6 +98,62 @@ void store(void* strided, const void* contiguous, const Tile& tile) {
   }
 }
 
+template <class T>
+void add_to_lanes(void* lanes, const void* terms, int first, std::int64_t rows, std::int64_t columns) {
+  math::add_to_lanes(static_cast<T*>(lanes), static_cast<const T*>(terms), first, rows, columns);
+}
+
+template <class T>
+void fold_lanes(void* lanes, int in_use, std::int64_t columns) {
+  math::fold_lanes(static_cast<T*>(lanes), in_use, columns);
+}
+
+// Rows of at most kInUse terms, a term to a lane.
+template <int kInUse, class T>
+void sum_short_rows(T* sums, const T* row, std::int64_t rows, std::int64_t columns) {
+  for (std::int64_t i = 0; i < rows; ++i, row += columns) {
+    T lanes[kInUse] = {};
+    for (std::int64_t lane = 0; lane < (columns == kInUse ? kInUse : columns); ++lane) {
+      lanes[lane] += row[lane];
+    }
+    math::fold_lanes(lanes, kInUse, 1);
+    sums[i] = lanes[0];
+  }
+}
+
+template <class T>
+void sum_rows(void* sums, const void* terms, std::int64_t rows, std::int64_t columns) {
+  T* out = static_cast<T*>(sums);
+  const T* row = static_cast<const T*>(terms);
+  switch (math::lanes_in_use(columns)) {
+    case 1:
+      return sum_short_rows<1>(out, row, rows, columns);
+    case 2:
+      return sum_short_rows<2>(out, row, rows, columns);
+    case 4:
+      return sum_short_rows<4>(out, row, rows, columns);
+    case 8:
+      return sum_short_rows<8>(out, row, rows, columns);
+    case 16:
+      return sum_short_rows<16>(out, row, rows, columns);
+    case 32:
+      return sum_short_rows<32>(out, row, rows, columns);
+  }
+  for (std::int64_t i = 0; i < rows; ++i, row += columns) {
+    T lanes[math::kLanes] = {};
+    math::add_to_lanes(lanes, row, 0, columns, 1);
+    math::fold_lanes(lanes, math::kLanes, 1);
+    out[i] = lanes[0];
+  }
+}
+
+template <class T>
+void divide(void* numbers, std::int64_t numel, std::int64_t divisor) {
+  for (std::int64_t i = 0; i < numel; ++i) {
+    static_cast<T*>(numbers)[i] /= static_cast<T>(divisor);
+  }
+}
+
 } // namespace
 
 // One row per line of the tables in kernels.h.
@@ -114,10 +171,16 @@ void store(void* strided, const void* contiguous, const Tile& tile) {
   }
 
 const Kernels kernels = {
-    {KL_EXT_BY_RANGE(forward, math::SingleLoss), KL_EXT_BY_RANGE(forward, math::PairLoss)},
-    {KL_EXT_BY_RANGE(backward, math::SingleLoss), KL_EXT_BY_RANGE(backward, math::PairLoss)},
+    {KL_EXT_BY_RANGE(forward, math::SingleLoss), KL_EXT_BY_RANGE(forward, math::PairLoss),
+     KL_EXT_BY_RANGE(forward, math::Divergence)},
+    {KL_EXT_BY_RANGE(backward, math::SingleLoss), KL_EXT_BY_RANGE(backward, math::PairLoss),
+     KL_EXT_BY_RANGE(backward, math::Divergence)},
     KL_EXT_BY_STORAGE(load),
     KL_EXT_BY_STORAGE(store),
+    {add_to_lanes<float>, add_to_lanes<double>},
+    {fold_lanes<float>, fold_lanes<double>},
+    {sum_rows<float>, sum_rows<double>},
+    {divide<float>, divide<double>},
 };
 
 } // namespace kl_ext::cpu::KL_EXT_CPU_CAPABILITY

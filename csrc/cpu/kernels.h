@@ -11,7 +11,8 @@ namespace kl_ext::cpu {
 enum Storage { kFloat16, kBFloat16, kFloat32, kFloat64, kStorages };
 enum Arithmetic { kSingle, kDouble, kArithmetics };
 
-enum Loss { kSingleLoss, kPairLoss, kLosses };
+// kDivergence is KL(p||q); kPairLoss the documented 2 KL(p||q) + 1/2; kSingleLoss KL(p||N(0, 1)).
+enum Loss { kSingleLoss, kPairLoss, kDivergence, kLosses };
 
 struct Bounds {
   double low;
@@ -35,11 +36,23 @@ using Backward = void (*)(void* const* gradients, const void* grad_output, const
 using Load = void (*)(void* contiguous, const void* strided, const Tile& tile);
 using Store = void (*)(void* strided, const void* contiguous, const Tile& tile);
 
+// For sums in the order of math/summation.h, all of contiguous numbers of the arithmetic type. lanes: [64, columns].
+using AddToLanes = void (*)(void* lanes, const void* terms, int first, std::int64_t rows, std::int64_t columns);
+using FoldLanes = void (*)(void* lanes, int in_use, std::int64_t columns);
+// sums[row] from the at most 1024 terms of each row.
+using SumRows = void (*)(void* sums, const void* terms, std::int64_t rows, std::int64_t columns);
+// numbers[i] /= divisor.
+using Divide = void (*)(void* numbers, std::int64_t numel, std::int64_t divisor);
+
 struct Kernels {
   Forward forward[kLosses][2][kArithmetics]; // [..][wide][..]
   Backward backward[kLosses][2][kArithmetics];
   Load load[kStorages][kArithmetics];
   Store store[kStorages][kArithmetics];
+  AddToLanes add_to_lanes[kArithmetics];
+  FoldLanes fold_lanes[kArithmetics];
+  SumRows sum_rows[kArithmetics];
+  Divide divide[kArithmetics];
 };
 
 namespace DEFAULT {

@@ -40,8 +40,11 @@ struct Vectors {
   template <int kOperands>
   class Thread {
    public:
-    KL_EXT_INLINE Thread(const Plan<kOperands>& plan, std::uint32_t block, std::uint32_t thread) : plan_(plan) {
-      const std::uint32_t index = block * kThreads + thread;
+    KL_EXT_INLINE Thread(const Plan<kOperands>& plan, std::uint32_t block, std::uint32_t thread)
+        : Thread(plan, block * kThreads + thread) {}
+
+    // index: of the vector.
+    KL_EXT_INLINE Thread(const Plan<kOperands>& plan, std::uint32_t index) : plan_(plan) {
       is_whole_ = index < plan.vectors;
       numbers_ = is_whole_ ? kItems : index == plan.vectors ? plan.tail : 0;
       coordinates_[0] = index;
@@ -61,6 +64,7 @@ struct Vectors {
 
     template <class S, int kCount>
     KL_EXT_INLINE void load(int first, Loaded<S> (&loaded)[kCount]) const {
+      // One branch for all operands: the loads follow each other.
       if (is_whole_) {
         for (int i = 0; i < kCount; ++i) {
           loaded[i] = {};
@@ -148,6 +152,21 @@ struct Vectors {
   };
 };
 
+// A number from its bits; float64 only if T is double.
+template <class T>
+KL_EXT_INLINE T from_storage(Storage dtype, typename math::Format<T>::Bits bits) {
+  switch (dtype) {
+    case kFloat16:
+      return widened(math::Half{static_cast<std::uint16_t>(bits)});
+    case kBFloat16:
+      return widened(math::BFloat16{static_cast<std::uint16_t>(bits)});
+    case kFloat32:
+      return math::from_bits<float>(static_cast<std::uint32_t>(bits));
+    default:
+      return math::from_bits<T>(bits);
+  }
+}
+
 // Two numbers of each operand per thread, a block's width apart. Dtypes at run time: float64 among them only if T is double.
 template <class T>
 struct Strided {
@@ -205,17 +224,7 @@ struct Strided {
 
     template <class, class L>
     KL_EXT_INLINE T get(const L& loaded, int operand, int item) const {
-      const Bits bits = loaded.bits[item];
-      switch (plan_.operand[operand].dtype) {
-        case kFloat16:
-          return widened(math::Half{static_cast<std::uint16_t>(bits)});
-        case kBFloat16:
-          return widened(math::BFloat16{static_cast<std::uint16_t>(bits)});
-        case kFloat32:
-          return math::from_bits<float>(static_cast<std::uint32_t>(bits));
-        default:
-          return math::from_bits<T>(bits);
-      }
+      return from_storage<T>(plan_.operand[operand].dtype, loaded.bits[item]);
     }
 
     template <class, int kCount>

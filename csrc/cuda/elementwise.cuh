@@ -68,6 +68,7 @@ struct Forward {
   using Loss = L;
   static constexpr int kOperands = Loss::kInputs + 1;
   static constexpr int kOutputs = 1;
+  static constexpr bool kIsBackward = false;
   static constexpr int kOutput = 0; // the operand with the result's dtype; all others have the inputs'
 
   template <math::Range range, class T, class Input, class Output, class Access>
@@ -79,6 +80,7 @@ struct Backward {
   using Loss = L;
   static constexpr int kOperands = 2 * Loss::kInputs + 1;
   static constexpr int kOutputs = Loss::kInputs;
+  static constexpr bool kIsBackward = true;
   static constexpr int kOutput = Loss::kInputs; // grad_output
 
   template <math::Range range, class T, class Input, class Output, class Access>
@@ -169,11 +171,7 @@ void run_arithmetic(const Iteration& iteration, Bounds bounds, CUstream_st* stre
 
 template <class Direction>
 void run(const Iteration& iteration, Bounds bounds, CUstream_st* stream) {
-  bool is_double = false;
-  for (int i = 0; i < iteration.operands; ++i) {
-    is_double |= iteration.operand[i].dtype == kFloat64;
-  }
-  if (is_double) {
+  if (is_double(iteration)) {
     run_arithmetic<Direction, double>(iteration, bounds, stream);
   } else {
     run_arithmetic<Direction, float>(iteration, bounds, stream);

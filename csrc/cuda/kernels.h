@@ -14,7 +14,8 @@ enum Storage : std::int32_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
 KL_EXT_INLINE constexpr std::int64_t size_of(Storage dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 constexpr int kMaxDims = 64;    // torch's own limit
-constexpr int kMaxOperands = 9; // of the pair loss's backward
+constexpr int kMaxOperands = 9; // of the pair's backward
+constexpr int kMaxOutputs = 4;
 
 // A tensor as the iteration walks it: strides in bytes, any of them may be zero.
 struct Operand {
@@ -31,6 +32,16 @@ struct Iteration {
   Operand operand[kMaxOperands];
 };
 
+// An iteration of which outputs are summed over some dimensions, in the order of math/summation.h: that of the logical
+// coordinates, so the dimensions are those of the logical shape, the last first. An output that is summed has no data, and the
+// dtype of the arithmetic.
+struct Summation {
+  Iteration terms;
+  bool reduced[kMaxDims] = {};   // for each dimension
+  bool summed[kMaxOutputs] = {}; // for each output
+  std::int64_t divisor = 1;      // of the sums
+};
+
 struct Bounds {
   double low;
   double high;
@@ -42,10 +53,30 @@ namespace kernels {
 // once. All of it is put on the stream: nothing waits.
 void kl_div_single_loss(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
 void kl_div_pair_loss(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
+void gaussian_kl_div(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
 
 // Operands: the gradients, one for each input; grad_output; the inputs.
 void kl_div_single_loss_backward(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
 void kl_div_pair_loss_backward(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
+void gaussian_kl_div_backward(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
+
+// The same operands. sums: [summed outputs, kept coordinates], contiguous numbers of the arithmetic type; scratch: as many as
+// scratch_numel (sum_layout.h) says. There is at least one term.
+void kl_div_single_loss_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream);
+void gaussian_kl_div_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream);
+void kl_div_single_loss_backward_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream);
+void kl_div_pair_loss_backward_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream);
+void gaussian_kl_div_backward_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream);
+
+// Sums each column of partials [chunks, columns]; the levels between go to scratch, of level_numel(chunks, columns) numbers.
+void finish_sums(const float* partials, std::int64_t chunks, std::int64_t columns, std::int64_t divisor, float* sums,
+                 float* scratch, CUstream_st* stream);
+void finish_sums(const double* partials, std::int64_t chunks, std::int64_t columns, std::int64_t divisor, double* sums,
+                 double* scratch, CUstream_st* stream);
+
+// numbers[i] /= divisor, in place; with IEEE's rounding, which torch's division by a number does not have on CUDA.
+void divide(float* numbers, std::int64_t numel, std::int64_t divisor, CUstream_st* stream);
+void divide(double* numbers, std::int64_t numel, std::int64_t divisor, CUstream_st* stream);
 
 } // namespace kernels
 

@@ -1,8 +1,14 @@
-// The only place that launches kernels: an emulation of CUDA on the host defines the macro before this header is read.
+// The only place that launches kernels: an emulation of CUDA on the host defines the macros before this header is read.
 #pragma once
 
 #if !defined(KL_EXT_LAUNCH)
 #include <cuda_runtime.h>
 // Errors are for the caller's cudaGetLastError().
 #define KL_EXT_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
+// For kernels whose threads exchange numbers: with shuffles, or through an array of the block's and barriers.
+#define KL_EXT_LAUNCH_EXCHANGING KL_EXT_LAUNCH
+#define KL_EXT_UNROLL _Pragma("unroll")
+#define KL_EXT_DEVICE __device__ __forceinline__
+// An array that the threads of a block share.
+#define KL_EXT_SHARED(type, name, size) __shared__ type name[size]
 #endif

@@ -63,6 +63,15 @@ struct StridedPlan {
   Operand operand[kOperands];
 };
 
+// Whether the arithmetic is.
+inline bool is_double(const Iteration& iteration) {
+  bool any = false;
+  for (int i = 0; i < iteration.operands; ++i) {
+    any |= iteration.operand[i].dtype == kFloat64;
+  }
+  return any;
+}
+
 inline std::int64_t numel_of(const Iteration& iteration) {
   std::int64_t numel = 1;
   for (int dim = 0; dim < iteration.ndim; ++dim) {

@@ -1,0 +1,97 @@
+// What the iterations on the CPU share: the kernels of the instruction set in use, and operands read and written block by
+// block.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace kl_ext::cpu {
+
+// The bytes of an operand in one block: nine of them fit the first-level cache.
+constexpr int64_t kBlockBytes = 4096;
+// Rows at least this long are cut into blocks one by one; shorter ones are gathered, several to a block.
+constexpr int64_t kLongRow = 256;
+
+// Of the instruction set that torch itself uses.
+const Kernels& kernels();
+
+inline Storage storage_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kHalf:
+      return kFloat16;
+    case at::kBFloat16:
+      return kBFloat16;
+    case at::kFloat:
+      return kFloat32;
+    default:
+      return kFloat64;
+  }
+}
+
+inline int64_t size_of(Arithmetic arithmetic) { return arithmetic == kDouble ? sizeof(double) : sizeof(float); }
+
+inline int64_t block_numel(Arithmetic arithmetic) { return kBlockBytes / size_of(arithmetic); }
+
+// Whether the kernels for any clamp are needed.
+bool is_wide(Bounds bounds, Arithmetic arithmetic);
+
+// Large fresh memory costs more in page faults than in arithmetic: asks the kernel for huge pages before the first touch, as
+// NumPy does. KL_EXT_HUGE_PAGES=0 turns it off.
+void prefer_huge_pages(const at::Tensor& fresh);
+
+// One operand of an iteration, as a thread sees it: finds the numbers of each block in the arithmetic type.
+class Operand {
+ public:
+  Operand(at::ScalarType dtype, Arithmetic arithmetic, bool is_output)
+      : element_size_(static_cast<int64_t>(c10::elementSize(dtype))),
+        is_arithmetic_(storage_of(dtype) == (arithmetic == kDouble ? kFloat64 : kFloat32)),
+        is_output_(is_output),
+        load_(kernels().load[storage_of(dtype)][arithmetic]),
+        store_(kernels().store[storage_of(dtype)][arithmetic]) {}
+
+  // Whether a row needs no buffer.
+  bool is_direct(int64_t column_stride) const { return is_arithmetic_ && column_stride == element_size_; }
+
+  void* begin_block(char* data, const Tile& tile) {
+    is_buffered_ = !is_direct(tile.column_stride) || (tile.rows > 1 && tile.row_stride != tile.columns * element_size_);
+    if (!is_buffered_) {
+      return data;
+    }
+    if (!is_output_ && !is_loaded(data, tile)) {
+      load_(buffer_, data, tile);
+      loaded_data_ = data;
+      loaded_tile_ = tile;
+    }
+    return buffer_;
+  }
+
+  void end_block(char* data, const Tile& tile) {
+    if (is_buffered_) {
+      store_(data, buffer_, tile);
+    }
+  }
+
+ private:
+  // A broadcast operand comes back to the same place block after block.
+  bool is_loaded(const char* data, const Tile& tile) const {
+    const bool repeats = tile.rows == 1 || tile.row_stride == 0;
+    const bool is_prefix = tile.rows == 1 ? tile.columns <= loaded_tile_.columns
+                                          : tile.columns == loaded_tile_.columns && tile.rows <= loaded_tile_.rows;
+    return data == loaded_data_ && tile.column_stride == loaded_tile_.column_stride && repeats && is_prefix;
+  }
+
+  int64_t element_size_;
+  bool is_arithmetic_;
+  bool is_output_;
+  bool is_buffered_ = false;
+  Load load_;
+  Store store_;
+  const char* loaded_data_ = nullptr;
+  Tile loaded_tile_{};
+  alignas(64) char buffer_[kBlockBytes];
+};
+
+} // namespace kl_ext::cpu

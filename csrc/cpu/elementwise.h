@@ -1,0 +1,21 @@
+// Elementwise iteration on the CPU: TensorIterator walks the tensors, in parallel; each thread hands on blocks of contiguous
+// numbers. An operand that is not contiguous numbers of the arithmetic type passes through a buffer that stays in the
+// first-level cache, block by block: no input is ever copied whole.
+#pragma once
+
+#include <ATen/TensorIterator.h>
+#include <c10/util/FunctionRef.h>
+
+#include "kernels.h"
+
+namespace kl_ext::cpu {
+
+constexpr int kMaxOperands = 9; // of the backward of a pair: four gradients, grad_output, four inputs
+
+using Compute = c10::function_ref<void(void* const* pointers, int64_t numel)>;
+
+// Calls compute for block after block, the pointers in the order of the iterator's operands. A block holds at most block_numel
+// numbers, unless every operand is direct and `whole_rows` allows it.
+void for_each_block(at::TensorIterator& iterator, Arithmetic arithmetic, bool whole_rows, Compute compute);
+
+} // namespace kl_ext::cpu

@@ -1,0 +1,35 @@
+// Sums of per-element terms on the CPU, computed and summed in one pass over the operands, in the order of math/summation.h.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/FunctionRef.h>
+#include <c10/util/SmallVector.h>
+
+#include "block.h"
+#include "elementwise.h"
+
+#include <optional>
+
+namespace kl_ext::cpu {
+
+// An operand over the full shape of the terms, strides in bytes. A summed one is contiguous, in the row-major order of the kept
+// coordinates; its sums are divided by `divisor`, if there is one, and then rounded.
+struct SumOperand {
+  enum Role { kInput, kElementwiseOutput, kSummedOutput };
+
+  SumOperand(const at::Tensor& tensor, Role operand_role, at::IntArrayRef shape);
+  SumOperand(const at::Tensor& sums, std::optional<int64_t> sums_divisor, size_t dims);
+
+  char* data;
+  at::ScalarType dtype;
+  Role role;
+  c10::SmallVector<int64_t, 8> strides;
+  std::optional<int64_t> divisor;
+};
+
+// Calls compute(pointers, numel) for blocks of every term there is, the pointers in the order of the operands; what it writes
+// for a summed output are the terms. `reduced` has a flag for each dimension of the shape.
+void sum_terms(at::IntArrayRef shape, c10::ArrayRef<bool> reduced, c10::ArrayRef<SumOperand> operands, Arithmetic arithmetic,
+               Compute compute);
+
+} // namespace kl_ext::cpu

@@ -1,0 +1,9 @@
+#include "sum.cuh"
+
+namespace kl_ext::cuda::kernels {
+
+void gaussian_kl_div_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream) {
+  run_sum<Forward<math::Divergence>>(summation, bounds, sums, scratch, stream);
+}
+
+} // namespace kl_ext::cuda::kernels

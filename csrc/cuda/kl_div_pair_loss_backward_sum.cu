@@ -1,0 +1,9 @@
+#include "sum.cuh"
+
+namespace kl_ext::cuda::kernels {
+
+void kl_div_pair_loss_backward_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream) {
+  run_sum<Backward<math::PairLoss>>(summation, bounds, sums, scratch, stream);
+}
+
+} // namespace kl_ext::cuda::kernels

@@ -1,0 +1,261 @@
+// The operators on CUDA devices, as torch sees them: checks, allocation and the current stream; kernels.h does the rest.
+// Nothing here waits for the device, but for the gradient of an input that is on the CPU.
+#include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "../plan.h"
+#include "../reduction.h"
+#include "operands.h"
+
+namespace kl_ext::cuda {
+namespace {
+
+constexpr size_t kMaxInputs = 4;
+using Mask = c10::ArrayRef<bool>;
+
+using Launch = void (*)(const Iteration&, Bounds, CUstream_st*);
+
+struct Loss {
+  Launch forward;
+  LaunchSum forward_sum;
+  Launch backward;
+  LaunchSum backward_sum;
+};
+
+constexpr Loss kSingleLoss{kernels::kl_div_single_loss, kernels::kl_div_single_loss_sum, kernels::kl_div_single_loss_backward,
+                           kernels::kl_div_single_loss_backward_sum};
+constexpr Loss kPairLoss{kernels::kl_div_pair_loss, nullptr, kernels::kl_div_pair_loss_backward,
+                         kernels::kl_div_pair_loss_backward_sum};
+constexpr Loss kDivergence{kernels::gaussian_kl_div, kernels::gaussian_kl_div_sum, kernels::gaussian_kl_div_backward,
+                           kernels::gaussian_kl_div_backward_sum};
+
+void run(Launch launch, const at::TensorIterator& iterator, c10::ArrayRef<int> operands, Bounds bounds) {
+  if (iterator.numel() > 0) {
+    launch(to_iteration(iterator, operands), bounds, c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+}
+
+at::Tensor forward(const Loss& loss, Arguments inputs, Bounds bounds, at::ScalarType result) {
+  const at::Device device = device_of(inputs);
+  const c10::cuda::CUDAGuard guard(device);
+  const OnDevice moved(inputs, device);
+  const auto iterator = plan_forward(moved, result, device);
+  std::array<int, kMaxInputs + 1> operands;
+  std::iota(operands.begin(), operands.end(), 0);
+  run(loss.forward, iterator, c10::ArrayRef<int>(operands.data(), inputs.size() + 1), bounds);
+  return iterator.output();
+}
+
+at::Tensor forward_sum(const Loss& loss, Arguments inputs, Bounds bounds, at::ScalarType result, at::IntArrayRef shape,
+                       const Reduction& reduction) {
+  const at::Device device = device_of(inputs);
+  const c10::cuda::CUDAGuard guard(device);
+  const OnDevice moved(inputs, device);
+  Sum sum(shape, reduction.reduced, arithmetic_type(inputs, result));
+  sum.add_sum();
+  for (const auto& input : Arguments(moved)) {
+    sum.add(input.tensor, input.tensor.scalar_type());
+  }
+  const int64_t divisor = reduction.divides ? reduction.divisor(shape) : 1;
+  return sum.run(loss.forward_sum, bounds, divisor, device).view(reduction.kept_shape(shape)).to(result);
+}
+
+// The dimensions of grad_output along which an input is broadcast.
+c10::SmallVector<bool, 8> broadcast_dims(at::IntArrayRef input, at::IntArrayRef shape) {
+  c10::SmallVector<bool, 8> dims(shape.size(), true);
+  for (size_t back = 1; back <= input.size(); ++back) {
+    dims[shape.size() - back] = input[input.size() - back] != shape[shape.size() - back];
+  }
+  return dims;
+}
+
+using Gradients = std::array<at::Tensor, kMaxInputs>;
+
+// The gradients of broadcast inputs are summed in the pass that computes them: one pass for each way of being broadcast, of
+// which there is hardly ever more than one; what is elementwise is written in the first.
+void backward_sums(const Loss& loss, Arguments arguments, Bounds bounds, const Gradients& gradients, at::Device device) {
+  const auto shape = arguments[0].tensor.sizes();
+  const size_t inputs = arguments.size() - 1;
+  const at::ScalarType arithmetic = arithmetic_type(arguments);
+  std::array<bool, kMaxInputs> done{};
+  for (size_t leader = 0; leader < inputs; ++leader) {
+    const auto reduced = broadcast_dims(arguments[leader + 1].tensor.sizes(), shape);
+    const bool is_elementwise = std::find(reduced.begin(), reduced.end(), true) == reduced.end();
+    if (!gradients[leader].defined() || done[leader] || is_elementwise) {
+      continue;
+    }
+    Sum sum(shape, reduced, arithmetic);
+    c10::SmallVector<size_t, kMaxInputs> summed;
+    for (size_t i = 0; i < inputs; ++i) {
+      const bool is_wanted = gradients[i].defined() && !done[i];
+      if (is_wanted && gradients[i].sizes() == shape) {
+        sum.add(gradients[i], gradients[i].scalar_type());
+        done[i] = true;
+      } else if (is_wanted && broadcast_dims(gradients[i].sizes(), shape) == reduced) {
+        sum.add_sum();
+        summed.push_back(i);
+        done[i] = true;
+      } else {
+        sum.add({}, arguments[i + 1].tensor.scalar_type());
+      }
+    }
+    for (const auto& argument : arguments) {
+      sum.add(argument.tensor, argument.tensor.scalar_type());
+    }
+    const at::Tensor sums = sum.run(loss.backward_sum, bounds, /*divisor=*/1, device);
+    for (size_t i = 0; i < summed.size(); ++i) {
+      const at::Tensor& gradient = gradients[summed[i]];
+      gradient.copy_(sums[static_cast<int64_t>(i)].view(gradient.sizes()));
+    }
+  }
+}
+
+// arguments: grad_output in the shape of the terms, then the inputs.
+Gradients backward(const Loss& loss, Arguments arguments, Bounds bounds, Mask output_mask) {
+  const auto shape = arguments[0].tensor.sizes();
+  const size_t inputs = output_mask.size();
+  const at::Device device = device_of(arguments);
+  const c10::cuda::CUDAGuard guard(device);
+  const OnDevice copies(arguments, device);
+  const Arguments moved(copies);
+  Gradients gradients;
+  std::array<int, 2 * kMaxInputs + 1> operands;
+  int wanted = 0;
+  bool any_broadcast = false;
+  for (size_t i = 0; i < inputs; ++i) {
+    operands[i] = output_mask[i] ? wanted++ : -1;
+    if (output_mask[i]) {
+      gradients[i] = at::empty_like(moved[i + 1].tensor);
+      any_broadcast |= gradients[i].sizes() != shape;
+    }
+  }
+  if (any_broadcast) {
+    backward_sums(loss, moved, bounds, gradients, device);
+  } else if (wanted > 0) {
+    std::iota(operands.begin() + inputs, operands.begin() + 2 * inputs + 1, wanted);
+    run(loss.backward, plan_backward(moved, at::TensorList(gradients.data(), inputs)),
+        c10::ArrayRef<int>(operands.data(), 2 * inputs + 1), bounds);
+  }
+  for (size_t i = 0; i < inputs; ++i) {
+    if (output_mask[i] && arguments[i + 1].tensor.is_cpu()) {
+      gradients[i] = gradients[i].cpu();
+    }
+  }
+  return gradients;
+}
+
+// The gradient of each term's sum, in the arithmetic type.
+at::Tensor divided(const at::Tensor& grad_output, int64_t divisor, at::ScalarType arithmetic) {
+  at::Tensor grad = grad_output.to(arithmetic, /*non_blocking=*/false, /*copy=*/true, at::MemoryFormat::Contiguous);
+  if (grad.numel() > 0) {
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    if (arithmetic == at::kDouble) {
+      kernels::divide(grad.mutable_data_ptr<double>(), grad.numel(), divisor, stream);
+    } else {
+      kernels::divide(grad.mutable_data_ptr<float>(), grad.numel(), divisor, stream);
+    }
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return grad;
+}
+
+at::Tensor kl_div_single_loss(const at::Tensor& mu, const at::Tensor& log_var, double clamp_min, double clamp_max,
+                              std::optional<at::ScalarType> dtype) {
+  const Argument inputs[] = {{"mu", mu}, {"log_var", log_var}};
+  check_forward("kl_div_single_loss", inputs, clamp_min, clamp_max, dtype);
+  return forward(kSingleLoss, inputs, {clamp_min, clamp_max}, dtype.value_or(result_type(inputs)));
+}
+
+std::tuple<at::Tensor, at::Tensor> kl_div_single_loss_backward(const at::Tensor& grad_output, const at::Tensor& mu,
+                                                               const at::Tensor& log_var, double clamp_min, double clamp_max,
+                                                               std::array<bool, 2> output_mask) {
+  const Argument arguments[] = {{"grad_output", grad_output}, {"mu", mu}, {"log_var", log_var}};
+  check_backward("kl_div_single_loss_backward", arguments, clamp_min, clamp_max);
+  auto gradients = backward(kSingleLoss, arguments, {clamp_min, clamp_max}, output_mask);
+  return {std::move(gradients[0]), std::move(gradients[1])};
+}
+
+at::Tensor kl_div_pair_loss(const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
+                            const at::Tensor& log_var_q, double clamp_min, double clamp_max,
+                            std::optional<at::ScalarType> dtype) {
+  const Argument inputs[] = {{"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", mu_q}, {"log_var_q", log_var_q}};
+  check_forward("kl_div_pair_loss", inputs, clamp_min, clamp_max, dtype);
+  return forward(kPairLoss, inputs, {clamp_min, clamp_max}, dtype.value_or(result_type(inputs)));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_div_pair_loss_backward(
+    const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
+    const at::Tensor& log_var_q, double clamp_min, double clamp_max, std::array<bool, 4> output_mask) {
+  const Argument arguments[] = {
+      {"grad_output", grad_output}, {"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", mu_q}, {"log_var_q", log_var_q}};
+  check_backward("kl_div_pair_loss_backward", arguments, clamp_min, clamp_max);
+  return std::tuple_cat(backward(kPairLoss, arguments, {clamp_min, clamp_max}, output_mask));
+}
+
+// Calls use(loss, inputs): without q, against the standard normal.
+template <class Use>
+auto with_inputs(const char* function, const at::Tensor& mu_p, const at::Tensor& log_var_p,
+                 const std::optional<at::Tensor>& mu_q, const std::optional<at::Tensor>& log_var_q, const Use& use) {
+  check_together(function, mu_q, log_var_q);
+  if (!mu_q) {
+    const Argument inputs[] = {{"mu_p", mu_p}, {"log_var_p", log_var_p}};
+    return use(kSingleLoss, Arguments(inputs));
+  }
+  const Argument inputs[] = {{"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", *mu_q}, {"log_var_q", *log_var_q}};
+  return use(kDivergence, Arguments(inputs));
+}
+
+at::Tensor gaussian_kl_div(const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
+                           const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max,
+                           std::string_view reduction, at::OptionalIntArrayRef dim, std::optional<at::ScalarType> dtype) {
+  const char* const function = "gaussian_kl_div";
+  return with_inputs(function, mu_p, log_var_p, mu_q, log_var_q, [&](const Loss& loss, Arguments inputs) {
+    check_forward(function, inputs, clamp_min, clamp_max, dtype);
+    const at::DimVector shape = broadcast_shape(inputs);
+    const Reduction parsed = parse_reduction(function, reduction, dim, static_cast<int64_t>(shape.size()));
+    const Bounds bounds{clamp_min, clamp_max};
+    const at::ScalarType result = dtype.value_or(result_type(inputs));
+    return parsed.is_none ? forward(loss, inputs, bounds, result) : forward_sum(loss, inputs, bounds, result, shape, parsed);
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_div_backward(
+    const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
+    const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max, std::string_view reduction,
+    at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask) {
+  const char* const function = "gaussian_kl_div_backward";
+  return with_inputs(function, mu_p, log_var_p, mu_q, log_var_q, [&](const Loss& loss, Arguments inputs) {
+    check_forward(function, inputs, clamp_min, clamp_max, std::nullopt);
+    const at::DimVector shape = broadcast_shape(inputs);
+    const Reduction parsed = parse_reduction(function, reduction, dim, static_cast<int64_t>(shape.size()));
+    check_grad_output(function, {"grad_output", grad_output}, inputs, parsed.kept_shape(at::IntArrayRef(shape)));
+    c10::SmallVector<Argument, kMaxInputs + 1> arguments{{"grad_output", grad_output}};
+    arguments.append(inputs.begin(), inputs.end());
+    const c10::cuda::CUDAGuard guard(device_of(arguments));
+    at::Tensor grad = on_device(grad_output, guard.current_device());
+    if (parsed.divides) {
+      grad = divided(grad, parsed.divisor(at::IntArrayRef(shape)), arithmetic_type(inputs, grad.scalar_type()));
+    }
+    grad = parsed.unsqueeze(grad).expand(shape);
+    c10::SmallVector<Argument, kMaxInputs + 1> expanded{{"grad_output", grad}};
+    expanded.append(inputs.begin(), inputs.end());
+    return std::tuple_cat(backward(loss, expanded, {clamp_min, clamp_max}, Mask(output_mask.data(), inputs.size())));
+  });
+}
+
+TORCH_LIBRARY_IMPL(kl_ext, CUDA, m) {
+  m.impl("gaussian_kl_div", gaussian_kl_div);
+  m.impl("gaussian_kl_div_backward", gaussian_kl_div_backward);
+  m.impl("kl_div_single_loss", kl_div_single_loss);
+  m.impl("kl_div_single_loss_backward", kl_div_single_loss_backward);
+  m.impl("kl_div_pair_loss", kl_div_pair_loss);
+  m.impl("kl_div_pair_loss_backward", kl_div_pair_loss_backward);
+}
+
+} // namespace
+} // namespace kl_ext::cuda

@@ -1,0 +1,150 @@
+// Tensors as the operands of the kernels.
+#pragma once
+
+#include <ATen/TensorIterator.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+
+#include "../checks.h"
+#include "kernels.h"
+#include "sum_layout.h"
+
+namespace kl_ext::cuda {
+
+using LaunchSum = void (*)(const Summation&, Bounds, void* sums, void* scratch, CUstream_st*);
+
+inline Storage storage_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kHalf:
+      return kFloat16;
+    case at::kBFloat16:
+      return kBFloat16;
+    case at::kFloat:
+      return kFloat32;
+    default:
+      return kFloat64;
+  }
+}
+
+// The CUDA device that check_devices found all arguments on, except for 0-dim CPU tensors.
+inline at::Device device_of(Arguments arguments) {
+  for (const auto& argument : arguments) {
+    if (argument.tensor.is_cuda()) {
+      return argument.tensor.device();
+    }
+  }
+  TORCH_INTERNAL_ASSERT(false, "the CUDA kernel called without a CUDA tensor");
+}
+
+// The value of a 0-dim CPU tensor goes to the device as an argument of a kernel: there is no copy to wait for.
+inline at::Tensor on_device(const at::Tensor& tensor, at::Device device) {
+  return tensor.is_cpu() ? at::empty({}, tensor.options().device(device)).fill_(tensor.item()) : tensor;
+}
+
+// The arguments with every 0-dim CPU tensor replaced by one on the device.
+class OnDevice {
+ public:
+  OnDevice(Arguments arguments, at::Device device) {
+    tensors_.reserve(arguments.size()); // arguments_ refers to them
+    for (const auto& [name, tensor] : arguments) {
+      tensors_.push_back(on_device(tensor, device));
+      arguments_.push_back({name, tensors_.back()});
+    }
+  }
+
+  OnDevice(const OnDevice&) = delete;
+
+  operator Arguments() const { return arguments_; }
+
+ private:
+  c10::SmallVector<at::Tensor, 5> tensors_;
+  c10::SmallVector<Argument, 5> arguments_;
+};
+
+// Operand i of the result is operand operands[i] of the iterator, or a gradient not wanted where that is negative.
+inline Iteration to_iteration(const at::TensorIterator& iterator, c10::ArrayRef<int> operands) {
+  Iteration iteration;
+  iteration.ndim = std::max(iterator.ndim(), 1);
+  iteration.operands = static_cast<int>(operands.size());
+  iteration.sizes[0] = 1;
+  std::copy(iterator.shape().begin(), iterator.shape().end(), iteration.sizes);
+  for (size_t i = 0; i < operands.size(); ++i) {
+    if (operands[i] >= 0) {
+      Operand& operand = iteration.operand[i];
+      operand.data = static_cast<char*>(iterator.data_ptr(operands[i]));
+      operand.dtype = storage_of(iterator.dtype(operands[i]));
+      const auto strides = iterator.strides(operands[i]);
+      std::copy(strides.begin(), strides.end(), operand.strides);
+      if (iterator.numel() == 1) {
+        operand.strides[0] = size_of(operand.dtype); // whatever it was: a single number is contiguous
+      }
+    }
+  }
+  return iteration;
+}
+
+// Terms of the given shape, to be summed over the dimensions with a flag: operands are added in the order of kernels.h.
+class Sum {
+ public:
+  Sum(at::IntArrayRef shape, c10::ArrayRef<bool> reduced, at::ScalarType arithmetic) : shape_(shape), arithmetic_(arithmetic) {
+    Iteration& terms = summation_.terms;
+    terms.ndim = static_cast<int>(shape.size());
+    for (int dim = 0; dim < terms.ndim; ++dim) {
+      terms.sizes[dim] = shape[terms.ndim - 1 - dim];
+      summation_.reduced[dim] = reduced[terms.ndim - 1 - dim];
+      (summation_.reduced[dim] ? count_ : sums_) *= terms.sizes[dim];
+    }
+  }
+
+  void add_sum() {
+    const int output = summation_.terms.operands++;
+    summation_.summed[output] = true;
+    summation_.terms.operand[output].dtype = storage_of(arithmetic_);
+    ++outputs_;
+  }
+
+  // A gradient that is not wanted, or not in this pass, if the tensor is undefined.
+  void add(const at::Tensor& tensor, at::ScalarType dtype) {
+    Iteration& terms = summation_.terms;
+    Operand& operand = terms.operand[terms.operands++];
+    operand.dtype = storage_of(dtype);
+    if (tensor.defined()) {
+      operand.data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
+      const at::Tensor expanded = tensor.expand(shape_);
+      for (int dim = 0; dim < terms.ndim; ++dim) {
+        operand.strides[dim] = expanded.stride(terms.ndim - 1 - dim) * static_cast<int64_t>(tensor.element_size());
+      }
+    }
+  }
+
+  // [sums added, kept coordinates], divided by the divisor.
+  at::Tensor run(LaunchSum launch, Bounds bounds, int64_t divisor, at::Device device) {
+    const auto options = at::device(device).dtype(arithmetic_);
+    at::Tensor sums = at::empty({outputs_, sums_}, options);
+    if (count_ == 0) {
+      return sums.fill_(0.0 / static_cast<double>(divisor));
+    }
+    if (sums_ > 0) {
+      TORCH_CHECK(lay_out(summation_).terms.ndim <= kMaxSumDims, "kl_ext: expected at most ", kMaxSumDims,
+                  " dimensions that do not merge, in sums on CUDA devices, got ", shape_);
+      summation_.divisor = divisor;
+      const at::Tensor scratch = at::empty({scratch_numel(summation_)}, options);
+      launch(summation_, bounds, sums.data_ptr(), scratch.data_ptr(), c10::cuda::getCurrentCUDAStream());
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+    return sums;
+  }
+
+ private:
+  Summation summation_;
+  at::IntArrayRef shape_;
+  at::ScalarType arithmetic_;
+  int64_t count_ = 1; // terms of a sum
+  int64_t sums_ = 1;
+  int64_t outputs_ = 0;
+};
+
+} // namespace kl_ext::cuda

@@ -1,0 +1,299 @@
+// The kernels that sum terms in the order of math/summation.h, and which of them a summation takes. Each leaves a sum of at
+// most 1024 terms, of a chunk; finish.cu sums up the chunks. Gradients that are not summed are written in the same pass.
+#pragma once
+
+#include <algorithm>
+
+#include "elementwise.cuh"
+#include "exchange.cuh"
+#include "sum_access.cuh"
+
+namespace kl_ext::cuda {
+
+// As blocks_per_processor in elementwise.cuh.
+template <class Direction, class T, class Access>
+constexpr int sum_blocks_per_processor() {
+  return sizeof(T) == sizeof(double) || Direction::kOutputs * Access::kItems > 16 ? 2 : 3;
+}
+
+// The steps whose loads are all issued before any of their numbers is used: a chunk takes 16 steps at most, and what a short
+// sum waits for is memory.
+template <class Direction, class Access>
+constexpr int kStepsAtOnce = Direction::kIsBackward                       ? 1
+                             : Access::kNeighbours && Access::kItems <= 4 ? 8 / Direction::Loss::kInputs
+                                                                          : 4 / Direction::Loss::kInputs;
+
+// A thread's numbers in one step, and what becomes of them. Every gradient is computed.
+template <class Direction, math::Range range, class T, class Input, class Output, class Access>
+struct Step {
+  using Loss = typename Direction::Loss;
+  using Thread = typename Access::template Thread<Direction::kOperands>;
+  static constexpr int kInputs = Loss::kInputs;
+  static constexpr int kFirstInput = Direction::kOperands - kInputs;
+
+  typename Access::template Loaded<Input> inputs[kInputs];
+  typename Access::template Loaded<Output> grad_output[1]; // of a backward
+
+  KL_EXT_INLINE void load(const Thread& thread) {
+    thread.template load<Input>(kFirstInput, inputs);
+    if constexpr (Direction::kIsBackward) {
+      thread.template load<Output>(Direction::kOutput, grad_output);
+    }
+  }
+
+  KL_EXT_INLINE void compute(const Thread& thread, math::Clamp<T> bounds,
+                             T (&results)[Direction::kOutputs][Access::kItems]) const {
+    for (int item = 0; item < Access::kItems; ++item) {
+      T values[kInputs];
+      for (int i = 0; i < kInputs; ++i) {
+        values[i] = thread.template get<T>(inputs[i], kFirstInput + i, item);
+      }
+      if constexpr (Direction::kIsBackward) {
+        T gradients[kInputs];
+        const T grad = thread.template get<T>(grad_output[0], Direction::kOutput, item);
+        Loss::template backward<range>(grad, values, bounds, gradients);
+        for (int i = 0; i < kInputs; ++i) {
+          results[i][item] = gradients[i];
+        }
+      } else {
+        results[0][item] = Loss::template forward<range>(values, bounds);
+      }
+    }
+    if constexpr (Direction::kIsBackward) {
+      thread.template store<Input>(0, results);
+    }
+  }
+};
+
+// Adds a thread's terms to its lanes: at `first`, first + stride, ... below count. at(term) gives the access to them, and
+// valid(term) how many of its items there are.
+template <class Direction, math::Range range, class T, class Input, class Output, class Access, class At, class Valid>
+KL_EXT_INLINE void add_terms(std::int32_t first, std::int32_t stride, std::int32_t count, math::Clamp<T> bounds, const At& at,
+                             const Valid& valid, T (&lanes)[Direction::kOutputs][Access::kItems]) {
+  constexpr int kSteps = kStepsAtOnce<Direction, Access>;
+  for (; first < count; first += kSteps * stride) {
+    Step<Direction, range, T, Input, Output, Access> steps[kSteps];
+    KL_EXT_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      const std::int32_t term = first + step * stride;
+      if (term < count) {
+        steps[step].load(at(term));
+      }
+    }
+    KL_EXT_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      const std::int32_t term = first + step * stride;
+      if (term < count) {
+        T terms[Direction::kOutputs][Access::kItems];
+        steps[step].compute(at(term), bounds, terms);
+        for (int output = 0; output < Direction::kOutputs; ++output) {
+          for (int item = 0; item < Access::kItems; ++item) {
+            const T sum = lanes[output][item] + terms[output][item];
+            lanes[output][item] = item < valid(term) ? sum : lanes[output][item];
+          }
+        }
+      }
+    }
+  }
+}
+
+// The sums of a backward are not divided.
+template <class Direction, class T>
+KL_EXT_INLINE T divided(T sum, T divisor) {
+  if constexpr (Direction::kIsBackward) {
+    return sum;
+  } else {
+    return sum / divisor;
+  }
+}
+
+// Rows: the reduced dimensions are the fast ones. A chunk is for `width` threads beside each other, a power of two; they take
+// as many lanes as there are numbers in all their hands: lane = items * thread + item where those are neighbours, else thread +
+// width * item.
+template <class Direction, math::Range range, class T, class Input, class Output, class Access>
+__global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, T, Access>())
+    sum_rows(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,
+             const math::Clamp<T> bounds) {
+  constexpr int kItems = Access::kItems;
+  const std::uint32_t width = 1u << shape.log_width;
+  const std::uint32_t thread = threadIdx.x & (width - 1);
+  const std::uint32_t item_index = (blockIdx.x * kThreads + threadIdx.x) >> shape.log_width;
+  const std::uint32_t row = shape.divider.quotient(item_index);
+  const std::int64_t first_term = static_cast<std::int64_t>(item_index - row * shape.divider.divisor) * math::kChunk;
+  const bool is_idle = item_index >= shape.items;
+  const std::int64_t left = is_idle ? 0 : shape.count - first_term;
+  const std::int32_t count = static_cast<std::int32_t>(left < math::kChunk ? left : math::kChunk);
+  const std::int64_t origin = (shape.first + row) * shape.count + first_term;
+  const std::int32_t log_gap = Access::kNeighbours ? 0 : shape.log_width;
+  const std::int32_t gap = 1 << log_gap;
+
+  const auto valid = [&](std::int32_t term) { return (count - term + gap - 1) >> log_gap; };
+  const auto at = [&](std::int32_t term) {
+    return typename Access::template Thread<Direction::kOperands>(plan, origin + term, gap, valid(term));
+  };
+  T lanes[Direction::kOutputs][kItems] = {};
+  add_terms<Direction, range, T, Input, Output, Access>(thread * (Access::kNeighbours ? kItems : 1), width * kItems, count,
+                                                        bounds, at, valid, lanes);
+  for (int output = 0; output < Direction::kOutputs; ++output) {
+    if (shape.slots[output] >= 0) {
+      const T sum = fold_among_neighbours<Access::kNeighbours>(lanes[output], width);
+      if (thread == 0 && !is_idle) {
+        shape.sums[first_term / math::kChunk * shape.pitch + shape.slots[output] * shape.columns + shape.first + row] =
+            divided<Direction>(sum, shape.divisor);
+      }
+    }
+  }
+}
+
+// Columns: the kept dimensions are the fast ones. A lane is a thread, which works on as many columns as it has items; `width`
+// threads beside each other have columns beside each other; a block has as many chunks as fit.
+template <class Direction, math::Range range, class T, class Input, class Output, class Access>
+__global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, T, Access>())
+    sum_columns(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,
+                const math::Clamp<T> bounds) {
+  constexpr int kItems = Access::kItems;
+  KL_EXT_SHARED(T, exchange, kItems * kThreads / 2);
+  const std::uint32_t width = 1u << shape.log_width;
+  const std::uint32_t lane_count = 1u << shape.log_lanes;
+  const std::uint32_t lane = (threadIdx.x >> shape.log_width) & (lane_count - 1);
+  const std::uint32_t row_of_tiles = shape.divider.quotient(blockIdx.x);
+  const std::uint32_t tile = blockIdx.x - row_of_tiles * shape.divider.divisor;
+  const std::uint32_t log_chunk_threads = shape.log_width + shape.log_lanes;
+  const std::uint32_t chunk = row_of_tiles * (kThreads >> log_chunk_threads) + (threadIdx.x >> log_chunk_threads);
+  const std::int32_t log_gap = Access::kNeighbours ? 0 : shape.log_width;
+  const std::int32_t gap = 1 << log_gap;
+  const std::int64_t column =
+      (static_cast<std::int64_t>(tile) * width * kItems) + (threadIdx.x & (width - 1)) * (Access::kNeighbours ? kItems : 1);
+  const std::int64_t valid = column < shape.columns ? (shape.columns - column + gap - 1) >> log_gap : 0;
+  const std::int64_t first_term = static_cast<std::int64_t>(chunk) * math::kChunk;
+  const std::int64_t left = chunk < shape.items && valid > 0 ? shape.count - first_term : 0;
+  const std::int32_t count = static_cast<std::int32_t>(left < math::kChunk ? left : math::kChunk);
+
+  const auto at = [&](std::int32_t term) {
+    return
+        typename Access::template Thread<Direction::kOperands>(plan, (first_term + term) * shape.columns + column, gap, valid);
+  };
+  const auto all = [](std::int32_t) { return kItems; }; // columns that there are not are not written
+  T lanes[Direction::kOutputs][kItems] = {};
+  add_terms<Direction, range, T, Input, Output, Access>(lane, lane_count, count, bounds, at, all, lanes);
+
+  for (int output = 0; output < Direction::kOutputs; ++output) {
+    if (shape.slots[output] >= 0) {
+      fold_across_block(lanes[output], exchange, lane, lane_count, width);
+      if (lane == 0 && count > 0) {
+        T* sums = shape.sums + chunk * shape.pitch + shape.slots[output] * shape.columns + column;
+        for (int item = 0; item < kItems; ++item) {
+          if (item < valid) {
+            sums[static_cast<std::int64_t>(item) * gap] = divided<Direction>(lanes[output][item], shape.divisor);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Launches a kernel on the layout; plan: of its access.
+template <class Direction, math::Range range, class T, class Input, class Output, class Access, class Plan>
+void launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shape, Bounds bounds, CUstream_st* stream) {
+  static_assert(sizeof(Plan) + sizeof(SumShape<T>) + sizeof(math::Clamp<T>) <= 4096);
+  constexpr int kItems = Access::kItems;
+  constexpr std::int64_t kMostItems = (std::int64_t{1} << 31) - kThreads;
+  shape.count = layout.count;
+  shape.columns = layout.sums;
+  const std::int64_t lanes = math::lanes_in_use(layout.count);
+  if (layout.by_columns) {
+    const std::int64_t width = std::min(kThreads / lanes, next_power_of_two(ceil_divide(layout.sums, kItems)));
+    shape.log_width = log2_of(width);
+    shape.log_lanes = log2_of(lanes);
+    const std::int64_t tiles = ceil_divide(layout.sums, width * kItems);
+    shape.divider = Divider(tiles);
+    shape.items = static_cast<std::uint32_t>(layout.chunks);
+    const std::int64_t blocks = tiles * ceil_divide(layout.chunks, kThreads / (width * lanes));
+    const auto kernel = sum_columns<Direction, range, T, Input, Output, Access>;
+    KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), kThreads, stream, plan, shape, to_clamp<T>(bounds));
+    return;
+  }
+  const std::int64_t width = std::max<std::int64_t>(1, lanes / kItems);
+  shape.log_width = log2_of(width);
+  shape.divider = Divider(layout.chunks);
+  const std::int64_t rows = kMostItems / width / layout.chunks;
+  for (shape.first = 0; shape.first < layout.sums; shape.first += rows) {
+    shape.items = static_cast<std::uint32_t>(std::min(rows, layout.sums - shape.first) * layout.chunks);
+    const std::int64_t blocks = ceil_divide(shape.items * width, kThreads);
+    const auto kernel = sum_rows<Direction, range, T, Input, Output, Access>;
+    KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), kThreads, stream, plan, shape, to_clamp<T>(bounds));
+  }
+}
+
+template <class Direction, math::Range range, class T, class Input, class Output>
+bool run_vector_sums(const SumLayout& layout, const SumShape<T>& shape, Bounds bounds, CUstream_st* stream) {
+  constexpr int kItems = kVectorBytes / (sizeof(Input) < sizeof(Output) ? sizeof(Input) : sizeof(Output));
+  for (int i = 0; i < Direction::kOperands; ++i) {
+    const Operand& operand = layout.terms.operand[i];
+    const Storage dtype = i == Direction::kOutput ? kStorageOf<Output> : kStorageOf<Input>;
+    if (operand.data != nullptr && operand.dtype != dtype) {
+      return false;
+    }
+  }
+  if (layout.fast_dims == 0 || !fits_vectors(layout.terms, kItems, Direction::kOutputs) ||
+      !fits_vector_indices(layout.terms, kItems)) {
+    return false;
+  }
+  const auto plan = plan_vectors<Direction::kOperands>(layout.terms, kItems);
+  launch_sums<Direction, range, T, Input, Output, VectorTerms<kItems>>(layout, plan, shape, bounds, stream);
+  return true;
+}
+
+template <class Direction, math::Range range, class T>
+void run_sums(const SumLayout& layout, const SumShape<T>& shape, Bounds bounds, CUstream_st* stream) {
+  bool done = false;
+  // A wide clamp is rare enough to do without vectors.
+  if constexpr (range == math::Range::kNarrow) {
+    done = run_vector_sums<Direction, range, T, T, T>(layout, shape, bounds, stream);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      done = done || run_vector_sums<Direction, range, T, math::BFloat16, math::BFloat16>(layout, shape, bounds, stream);
+      done = done || run_vector_sums<Direction, range, T, math::Half, math::Half>(layout, shape, bounds, stream);
+      if constexpr (Direction::kIsBackward) { // of a mean
+        done = done || run_vector_sums<Direction, range, T, math::BFloat16, float>(layout, shape, bounds, stream);
+        done = done || run_vector_sums<Direction, range, T, math::Half, float>(layout, shape, bounds, stream);
+      }
+    }
+  }
+  if (!done) {
+    const auto plan = plan_terms<Direction::kOperands>(layout.terms);
+    launch_sums<Direction, range, T, void, void, StridedTerms<T>>(layout, plan, shape, bounds, stream);
+  }
+}
+
+template <class Direction, class T>
+void run_sum_arithmetic(const Summation& summation, Bounds bounds, T* sums, T* scratch, CUstream_st* stream) {
+  const SumLayout layout = lay_out(summation);
+  const std::int64_t columns = layout.outputs * layout.sums;
+  SumShape<T> shape{};
+  shape.pitch = columns;
+  shape.sums = layout.chunks > 1 ? scratch : sums;
+  shape.divisor = layout.chunks > 1 ? T(1) : static_cast<T>(summation.divisor);
+  int slot = 0;
+  for (int output = 0; output < kMaxOutputs; ++output) {
+    shape.slots[output] = summation.summed[output] ? slot++ : -1;
+  }
+  if (bounds.low >= -math::kNarrowBound<T> && bounds.high <= math::kNarrowBound<T>) {
+    run_sums<Direction, math::Range::kNarrow, T>(layout, shape, bounds, stream);
+  } else {
+    run_sums<Direction, math::Range::kWide, T>(layout, shape, bounds, stream);
+  }
+  if (layout.chunks > 1) {
+    kernels::finish_sums(scratch, layout.chunks, columns, summation.divisor, sums, scratch + layout.chunks * columns, stream);
+  }
+}
+
+template <class Direction>
+void run_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream) {
+  if (is_double(summation.terms)) {
+    run_sum_arithmetic<Direction>(summation, bounds, static_cast<double*>(sums), static_cast<double*>(scratch), stream);
+  } else {
+    run_sum_arithmetic<Direction>(summation, bounds, static_cast<float*>(sums), static_cast<float*>(scratch), stream);
+  }
+}
+
+} // namespace kl_ext::cuda

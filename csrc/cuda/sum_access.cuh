@@ -1,0 +1,132 @@
+// How a thread of a kernel that sums reads its terms: as access.cuh has it, from the rank of the first of them.
+//
+//   kItems          the numbers of each operand that a thread works on at a time
+//   kNeighbours     whether they are beside each other; else they are as far apart as the threads that work together are many
+//   Thread(plan, first, gap, valid)   rank of the first, ranks from one to the next, how many of them there are
+#pragma once
+
+#include "access.cuh"
+#include "sum_layout.h"
+
+namespace kl_ext::cuda {
+
+// 16 bytes of each operand, or a splat.
+template <int kNumbers>
+struct VectorTerms : Vectors<kNumbers, false> {
+  using Base = Vectors<kNumbers, false>;
+  static constexpr int kItems = kNumbers;
+  static constexpr bool kNeighbours = true;
+
+  template <int kOperands>
+  class Thread : public Base::template Thread<kOperands> {
+   public:
+    KL_EXT_INLINE Thread(const VectorPlan<kOperands>& plan, std::int64_t first, std::int32_t, std::int64_t)
+        : Base::template Thread<kOperands>(plan, static_cast<std::uint32_t>(static_cast<std::uint64_t>(first) / kItems)) {}
+  };
+};
+
+// Any strides, dtypes at run time: float64 among them only if T is double.
+template <class T>
+struct StridedTerms {
+  static constexpr int kItems = 2;
+  static constexpr bool kNeighbours = false;
+
+  using Bits = typename math::Format<T>::Bits;
+
+  template <class>
+  struct Loaded {
+    Bits bits[kItems];
+  };
+
+  template <int kOperands>
+  using Plan = TermsPlan<kOperands>;
+
+  template <int kOperands>
+  class Thread {
+   public:
+    // Items that there are not read the first and are not written.
+    KL_EXT_INLINE Thread(const Plan<kOperands>& plan, std::int64_t first, std::int32_t gap, std::int64_t valid) : plan_(plan) {
+      std::int64_t rest[kItems];
+      for (int item = 0; item < kItems; ++item) {
+        is_valid_[item] = item < valid;
+        rest[item] = is_valid_[item] ? first + static_cast<std::int64_t>(item) * gap : first;
+        for (int operand = 0; operand < kOperands; ++operand) {
+          offsets_[operand][item] = 0;
+        }
+      }
+      for (int dim = 0; dim < plan.ndim; ++dim) {
+        for (int item = 0; item < kItems; ++item) {
+          const std::int64_t quotient = plan.is_small ? plan.dividers[dim].quotient(static_cast<std::uint32_t>(rest[item]))
+                                                      : rest[item] / plan.sizes[dim];
+          const std::int64_t coordinate = rest[item] - quotient * plan.sizes[dim];
+          rest[item] = quotient;
+          for (int operand = 0; operand < kOperands; ++operand) {
+            offsets_[operand][item] += coordinate * plan.strides[dim][operand];
+          }
+        }
+      }
+    }
+
+    template <class, int kCount, class L>
+    KL_EXT_INLINE void load(int first, L (&loaded)[kCount]) const {
+      for (int i = 0; i < kCount; ++i) {
+        const std::int64_t size = size_of(plan_.operand[first + i].dtype);
+        for (int item = 0; item < kItems; ++item) {
+          loaded[i].bits[item] = size == 2   ? *at<std::uint16_t>(first + i, item)
+                                 : size == 4 ? *at<std::uint32_t>(first + i, item)
+                                             : *at<Bits>(first + i, item);
+        }
+      }
+    }
+
+    template <class, class L>
+    KL_EXT_INLINE T get(const L& loaded, int operand, int item) const {
+      return from_storage<T>(plan_.operand[operand].dtype, loaded.bits[item]);
+    }
+
+    template <class, int kCount>
+    KL_EXT_INLINE void store(int first, const T (&results)[kCount][kItems]) const {
+      for (int i = 0; i < kCount; ++i) {
+        if (plan_.operand[first + i].data == nullptr) {
+          continue;
+        }
+        switch (plan_.operand[first + i].dtype) {
+          case kFloat16:
+            store_as<math::Half>(first + i, results[i]);
+            break;
+          case kBFloat16:
+            store_as<math::BFloat16>(first + i, results[i]);
+            break;
+          case kFloat32:
+            store_as<float>(first + i, results[i]);
+            break;
+          default:
+            store_as<T>(first + i, results[i]);
+        }
+      }
+    }
+
+   private:
+    template <class S>
+    KL_EXT_INLINE S* at(int operand, int item) const {
+      return reinterpret_cast<S*>(plan_.operand[operand].data + offsets_[operand][item]);
+    }
+
+    template <class S>
+    KL_EXT_INLINE void store_as(int operand, const T (&results)[kItems]) const {
+      S values[kItems];
+      narrow_pair(values[0], values[1], results[0], results[1]);
+      for (int item = 0; item < kItems; ++item) {
+        if (is_valid_[item]) {
+          *at<S>(operand, item) = values[item];
+        }
+      }
+    }
+
+    const Plan<kOperands>& plan_;
+    bool is_valid_[kItems];
+    std::int64_t offsets_[kOperands][kItems];
+  };
+};
+
+} // namespace kl_ext::cuda

@@ -1,0 +1,188 @@
+// From terms to be summed to what one launch takes: the order of the dimensions, the chunks of a sum, how threads share them.
+// Host code.
+#pragma once
+
+#include "../math/summation.h"
+#include "layout.h"
+
+namespace kl_ext::cuda {
+
+// What merges to more has at least 2^40 terms. Kernel parameters end at 4 KiB.
+constexpr int kMaxSumDims = 40;
+// The chunks of chunks that one block sums up in the end.
+constexpr int kMaxGroups = 64;
+
+KL_EXT_INLINE constexpr std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+inline std::int64_t next_power_of_two(std::int64_t n) {
+  std::int64_t power = 1;
+  while (power < n) {
+    power *= 2;
+  }
+  return power;
+}
+
+inline int log2_of(std::int64_t power) {
+  int log = 0;
+  while (power > 1) {
+    power /= 2;
+    ++log;
+  }
+  return log;
+}
+
+// The numbers that finish_sums keeps between its launches.
+inline std::int64_t level_numel(std::int64_t chunks, std::int64_t columns) {
+  const std::int64_t groups = ceil_divide(chunks, math::kChunk);
+  return groups > kMaxGroups ? columns * (groups + ceil_divide(groups, math::kChunk)) : 0;
+}
+
+struct SumLayout {
+  // Either the reduced dimensions come first, or the kept ones. Ranks among both are row-major.
+  Iteration terms;
+  bool by_columns;
+  int fast_dims;          // of those that come first
+  std::int64_t count = 1; // terms of a sum
+  std::int64_t sums = 1;  // of an output
+  int outputs = 0;        // that are summed
+  std::int64_t chunks;    // of a sum
+};
+
+// The reduced or the kept dimensions, merged where every operand walks two as one.
+inline Iteration merged(const Summation& summation, bool reduced) {
+  const Iteration& terms = summation.terms;
+  Iteration result;
+  result.operands = terms.operands;
+  for (int dim = 0; dim < terms.ndim; ++dim) {
+    if (summation.reduced[dim] != reduced || terms.sizes[dim] == 1) {
+      continue;
+    }
+    const int last = result.ndim - 1;
+    bool merges = last >= 0;
+    for (int i = 0; merges && i < terms.operands; ++i) {
+      merges = terms.operand[i].strides[dim] == result.operand[i].strides[last] * result.sizes[last];
+    }
+    if (merges) {
+      result.sizes[last] *= terms.sizes[dim];
+      continue;
+    }
+    result.sizes[result.ndim] = terms.sizes[dim];
+    for (int i = 0; i < terms.operands; ++i) {
+      result.operand[i].strides[result.ndim] = terms.operand[i].strides[dim];
+    }
+    ++result.ndim;
+  }
+  return result;
+}
+
+// Whether most operands walk the fastest kept dimension in smaller steps than the fastest reduced one.
+inline bool kept_is_fast(const Iteration& kept, const Iteration& reduced) {
+  int votes = 0;
+  for (int i = 0; kept.ndim > 0 && reduced.ndim > 0 && i < kept.operands; ++i) {
+    const std::int64_t kept_stride = kept.operand[i].strides[0];
+    const std::int64_t reduced_stride = reduced.operand[i].strides[0];
+    if (kept_stride != 0 && reduced_stride != 0) {
+      votes += kept_stride * kept_stride < reduced_stride * reduced_stride ? 1 : -1;
+    }
+  }
+  return votes > 0;
+}
+
+inline SumLayout lay_out(const Summation& summation) {
+  const Iteration kept = merged(summation, false);
+  const Iteration reduced = merged(summation, true);
+  SumLayout layout;
+  layout.by_columns = kept_is_fast(kept, reduced);
+  const Iteration& fast = layout.by_columns ? kept : reduced;
+  const Iteration& slow = layout.by_columns ? reduced : kept;
+  layout.terms = fast;
+  layout.fast_dims = fast.ndim;
+  for (int dim = 0; dim < slow.ndim; ++dim) {
+    layout.terms.sizes[fast.ndim + dim] = slow.sizes[dim];
+  }
+  layout.terms.ndim = fast.ndim + slow.ndim;
+  for (int i = 0; i < fast.operands; ++i) {
+    Operand& operand = layout.terms.operand[i];
+    operand.data = summation.terms.operand[i].data;
+    operand.dtype = summation.terms.operand[i].dtype;
+    for (int dim = 0; dim < slow.ndim; ++dim) {
+      operand.strides[fast.ndim + dim] = slow.operand[i].strides[dim];
+    }
+  }
+  if (layout.terms.ndim == 0) { // a single term
+    layout.terms.ndim = 1;
+    layout.terms.sizes[0] = 1;
+  }
+  for (int dim = 0; dim < kept.ndim; ++dim) {
+    layout.sums *= kept.sizes[dim];
+  }
+  for (int dim = 0; dim < reduced.ndim; ++dim) {
+    layout.count *= reduced.sizes[dim];
+  }
+  layout.chunks = ceil_divide(layout.count, math::kChunk);
+  for (const bool summed : summation.summed) {
+    layout.outputs += summed ? 1 : 0;
+  }
+  return layout;
+}
+
+// The numbers of the arithmetic type that a sum keeps between its launches.
+inline std::int64_t scratch_numel(const Summation& summation) {
+  const SumLayout layout = lay_out(summation);
+  const std::int64_t columns = layout.outputs * layout.sums;
+  return layout.chunks > 1 ? layout.chunks * columns + level_numel(layout.chunks, columns) : 0;
+}
+
+// What a kernel knows of the sums. `width` threads beside each other share a sum (rows), or have a column each (columns).
+template <class T>
+struct SumShape {
+  T* sums;              // [chunks, summed outputs, sums]
+  std::int64_t pitch;   // of the chunks
+  std::int64_t count;   // terms of a sum
+  std::int64_t columns; // sums of an output
+  std::int64_t first;   // the first sum of this launch
+  std::uint32_t items;  // rows: chunks of all sums of this launch; columns: chunks
+  Divider divider;      // rows: the chunks of a sum; columns: the tiles that are beside each other
+  std::int32_t log_width;
+  std::int32_t log_lanes;          // columns: the threads of a column
+  std::int32_t slots[kMaxOutputs]; // the place of an output among those that are summed, or -1
+  T divisor;
+};
+
+// Operands of a launch of a strided kernel that sums: byte offsets are 64-bit.
+template <int kOperands>
+struct TermsPlan {
+  struct Operand {
+    char* data;
+    Storage dtype;
+  };
+
+  bool is_small; // whether ranks of terms stay below 2^31
+  std::int32_t ndim;
+  std::int64_t sizes[kMaxSumDims];
+  Divider dividers[kMaxSumDims]; // if small
+  std::int64_t strides[kMaxSumDims][kOperands];
+  Operand operand[kOperands];
+};
+
+template <int kOperands>
+TermsPlan<kOperands> plan_terms(const Iteration& terms) {
+  TermsPlan<kOperands> plan{};
+  plan.is_small = numel_of(terms) < std::int64_t{1} << 31;
+  plan.ndim = terms.ndim;
+  for (int dim = 0; dim < terms.ndim; ++dim) {
+    plan.sizes[dim] = terms.sizes[dim];
+    if (plan.is_small) {
+      plan.dividers[dim] = Divider(terms.sizes[dim]);
+    }
+    for (int i = 0; i < kOperands; ++i) {
+      plan.strides[dim][i] = terms.operand[i].strides[dim];
+    }
+  }
+  for (int i = 0; i < kOperands; ++i) {
+    plan.operand[i] = {terms.operand[i].data, terms.operand[i].dtype};
+  }
+  return plan;
+}
+
+} // namespace kl_ext::cuda

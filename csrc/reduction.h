@@ -1,0 +1,82 @@
+// What `reduction` and `dim` mean, for the operators that take them.
+#pragma once
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/WrapDimMinimal.h>
+#include <c10/util/Exception.h>
+
+#include <string_view>
+
+namespace kl_ext {
+
+struct Reduction {
+  c10::SmallVector<bool, 8> reduced; // for each dimension of the terms
+  bool is_none = true;
+  bool divides = false; // by the number of terms of a sum, or by the first size
+                        // for batchmean
+  bool by_first = false;
+
+  // Shape is of int64_t or SymInt.
+  template <class Shape>
+  auto kept_shape(const Shape& shape) const {
+    c10::SmallVector<std::decay_t<decltype(shape[0])>, 8> kept;
+    for (size_t dim = 0; dim < reduced.size(); ++dim) {
+      if (!reduced[dim]) {
+        kept.push_back(shape[dim]);
+      }
+    }
+    return kept;
+  }
+
+  template <class Shape>
+  auto divisor(const Shape& shape) const {
+    std::decay_t<decltype(shape[0])> count = 1;
+    for (size_t dim = 0; dim < reduced.size(); ++dim) {
+      if (reduced[dim] && (!by_first || dim == 0)) {
+        count = count * shape[dim];
+      }
+    }
+    return count;
+  }
+
+  // A reduced gradient as the terms see it: dimensions of size 1 where they were reduced.
+  at::Tensor unsqueeze(at::Tensor reduced_tensor) const {
+    for (size_t dim = 0; dim < reduced.size(); ++dim) {
+      reduced_tensor = reduced[dim] ? reduced_tensor.unsqueeze(static_cast<int64_t>(dim)) : reduced_tensor;
+    }
+    return reduced_tensor;
+  }
+};
+
+inline Reduction parse_reduction(const char* function, std::string_view reduction, at::OptionalIntArrayRef dim, int64_t rank) {
+  const bool is_none = reduction == "none";
+  const bool is_batchmean = reduction == "batchmean";
+  TORCH_CHECK_VALUE(is_none || is_batchmean || reduction == "sum" || reduction == "mean", function,
+                    ": expected reduction to be \"none\", \"sum\", \"mean\" or "
+                    "\"batchmean\", got \"",
+                    reduction, "\"");
+  TORCH_CHECK_VALUE(!dim || !(is_none || is_batchmean), function, ": expected no dim with reduction \"", reduction, "\", got ",
+                    *dim);
+  TORCH_CHECK_VALUE(!is_batchmean || rank > 0, function,
+                    ": expected at least one dimension for reduction "
+                    "\"batchmean\", got 0-dim tensors");
+  Reduction result;
+  result.is_none = is_none;
+  result.divides = is_batchmean || reduction == "mean";
+  result.by_first = is_batchmean;
+  result.reduced.assign(rank, !is_none && (!dim || dim->empty()));
+  bool seen = false; // of 0-dim tensors, which have one dimension to name
+  for (const int64_t index : dim.value_or(at::IntArrayRef())) {
+    TORCH_CHECK_INDEX(-std::max<int64_t>(rank, 1) <= index && index < std::max<int64_t>(rank, 1), function,
+                      ": expected dim from ", -std::max<int64_t>(rank, 1), " to ", std::max<int64_t>(rank, 1) - 1, ", got ",
+                      index);
+    const int64_t wrapped = index < 0 ? index + rank : index;
+    bool& reduced = rank > 0 ? result.reduced[wrapped] : seen;
+    TORCH_CHECK(!reduced, function, ": expected each dim once, got ", *dim);
+    reduced = true;
+  }
+  return result;
+}
+
+} // namespace kl_ext
