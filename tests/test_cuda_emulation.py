@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from torch import Tensor
 
 import kl_ext  # noqa: F401
 import layouts
-import points
+from emulated_kernels import DTYPES, NARROW, THREADS, WIDE, Result, assert_same_bits, inputs_of, library, values
 
-ROOT = Path(__file__).parent.parent
-KERNELS = ("kl_div_single_loss", "kl_div_single_loss_backward", "kl_div_pair_loss", "kl_div_pair_loss_backward")
-LOSSES = ("kl_div_single_loss", "kl_div_pair_loss")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # in the order of csrc/cuda/kernels.h
-NARROW, WIDE = (-30.0, 20.0), (-math.inf, math.inf)
-THREADS = 256
-GUARD = 64  # bytes on either side of a result that nothing may touch
+KERNELS = (
+    "kl_div_single_loss",
+    "kl_div_single_loss_backward",
+    "kl_div_pair_loss",
+    "kl_div_pair_loss_backward",
+    "gaussian_kl_div",
+    "gaussian_kl_div_backward",
+)  # in the order of tests/cuda_emulation/driver.cpp
+LOSSES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div")
 
 # Dtypes of the inputs and of the result that have vector kernels, with the numbers in a vector.
 VECTORS = (
@@ -38,23 +36,8 @@ VECTORS = (
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory) -> ctypes.CDLL:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("cuda_emulation")
-    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "tests/cuda_emulation/driver.cpp"]
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-Wall", "-Wextra"]
-    header = ["-include", str(ROOT / "tests/cuda_emulation/emulation.h")]
-    objects = [str(folder / f"{source.stem}.o") for source in sources]
-    running = [
-        subprocess.Popen([compiler, *flags, *header, "-x", "c++", "-c", str(source), "-o", out])
-        for source, out in zip(sources, objects, strict=True)
-    ]
-    assert [process.wait() for process in running] == [0] * len(running)
-    library = folder / "libemulated.so"
-    subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+def emulated() -> ctypes.CDLL:
+    return library()
 
 
 def dimensions(operands: Sequence[Tensor | None]) -> tuple[list[int], list[list[int]]]:
@@ -107,43 +90,6 @@ def launch(
     return list(grids[:launches])
 
 
-class Result:
-    """A tensor like another for a kernel to write, amid bytes that it must leave alone."""
-
-    def __init__(self, like: Tensor, offset: int = 0):
-        size = like.numel() * like.element_size()
-        self.bytes = torch.full((size + 2 * GUARD,), 0xAB, dtype=torch.uint8)
-        self.start = GUARD + offset * like.element_size()
-        self.stop = self.start + size
-        self.tensor = self.bytes[self.start : self.stop].view(like.dtype).as_strided(like.shape, like.stride())
-
-    def check(self, expected: Tensor, what: str) -> None:
-        assert (self.bytes[: self.start] == 0xAB).all() and (self.bytes[self.stop :] == 0xAB).all(), f"{what}: written outside"
-        assert_same_bits(self.tensor, expected, what)
-
-
-def assert_same_bits(got: Tensor, expected: Tensor, what: str) -> None:
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
-    assert got.dtype == expected.dtype and got.shape == expected.shape, what
-    same = (got.contiguous().view(integer) == expected.contiguous().view(integer)) | (got.isnan() & expected.isnan())
-    assert same.all(), (
-        f"{what}: {got[~same][:4].tolist()} instead of {expected[~same][:4].tolist()} in {int((~same).sum())} places"
-    )
-
-
-def inputs_of(loss: str) -> int:
-    return 2 if loss == "kl_div_single_loss" else 4
-
-
-def values(rng: numpy.random.Generator, loss: str, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-    """Inputs from all over the format: subnormal, huge and non-finite results come with them."""
-    source = points.wide_single if loss == "kl_div_single_loss" else points.wide_pair
-    columns = source(rng, max(math.prod(shape), 1), numpy.float64 if dtype == torch.float64 else numpy.float32)
-    for column in columns:
-        column[rng.random(len(column)) < 0.02] = rng.choice([numpy.nan, numpy.inf, -numpy.inf])
-    return [torch.from_numpy(column[: math.prod(shape)].copy()).view(tuple(shape)).to(dtype) for column in columns]
-
-
 def check_forward(
     emulated: ctypes.CDLL, loss: str, inputs: Sequence[Tensor], dtype: torch.dtype, clamp: tuple[float, float], offset: int = 0
 ) -> list[int]:
@@ -167,7 +113,8 @@ def check_backward(
     inputs = [x.expand(grad_output.shape) for x in inputs]
     mask = [True] * len(inputs) if mask is None else mask
     kernel = f"{loss}_backward"
-    expected = getattr(torch.ops.kl_ext, kernel)(grad_output, *inputs, *clamp, list(mask))
+    reduction = ("none", None) if loss == "gaussian_kl_div" else ()
+    expected = getattr(torch.ops.kl_ext, kernel)(grad_output, *inputs, *clamp, *reduction, list(mask))
     results = [None if x is None else Result(x, offset) for x in expected]
     grids = launch(emulated, kernel, [*(r and r.tensor for r in results), grad_output, *inputs], clamp)
     for i, result in enumerate(results):
@@ -292,6 +239,26 @@ def test_any_layout_any_dtypes(emulated, rng, loss, shape, name, layout):
             grad_output = torch.randn(shape).to(dtypes[0])
             grad_output = layout(grad_output) if rng.random() < 0.5 else grad_output
             check_backward(emulated, loss, grad_output, inputs, clamp, rng.permutation(mask).tolist(), offset)
+
+
+def test_division_by_multiplication(emulated, rng):
+    for divisor in {
+        1,
+        2,
+        3,
+        5,
+        7,
+        641,
+        2**16 - 1,
+        2**16 + 1,
+        2**30 + 1,
+        2**31 - 1,
+        *(2 ** rng.uniform(0, 31, 200)).astype(int).tolist(),
+    }:
+        around = [k * divisor + off for k in (0, 1, 2, (2**31 - 1) // divisor) for off in (-1, 0, 1)]
+        for dividend in [*around, 2**31 - 1, *rng.integers(2**31, size=50).tolist()]:
+            if 0 <= dividend < 2**31:
+                assert emulated.quotient(dividend, divisor) == dividend // divisor, (dividend, divisor)
 
 
 def test_more_dimensions_than_a_launch_takes(emulated):

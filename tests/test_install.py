@@ -21,10 +21,10 @@ pytestmark = pytest.mark.slow
 
 
 def run(*command: str | Path, cwd: Path | str = "/", **environment: str) -> str:
-    completed = subprocess.run(
-        command, cwd=cwd, env={**ENVIRONMENT, **environment}, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-    assert completed.returncode == 0, completed.stdout + completed.stderr
+    """What the command prints; pip shows the build's own words on stderr."""
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    completed = subprocess.run(command, cwd=cwd, env={**ENVIRONMENT, **environment}, text=True, **streams)
+    assert completed.returncode == 0, completed.stdout
     return completed.stdout
 
 

@@ -1,5 +1,6 @@
 """What the pages for people say is true: their Python runs, their links lead somewhere, their tables are the results'."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -53,3 +54,49 @@ def test_the_pair_loss_is_twice_the_divergence_and_a_half(losses):
     p, q = (torch.distributions.Normal(mu, (0.5 * log_var).exp()) for mu, log_var in ((mu_p, log_var_p), (mu_q, log_var_q)))
     pair = losses.kl_div_pair_loss(mu_p, log_var_p, mu_q, log_var_q)
     torch.testing.assert_close(pair, 2 * torch.distributions.kl_divergence(p, q) + 0.5)
+
+
+@pytest.mark.parametrize("name", kl_ext.reference.__all__)
+def test_the_reference_has_the_same_signatures(name):
+    assert inspect.signature(getattr(kl_ext.reference, name)) == inspect.signature(getattr(kl_ext, name))
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"reduction": "batchmean"}, {"reduction": "sum", "dim": [0, -1]}, {"reduction": "mean"}], ids=str
+)
+def test_the_reference_divergence_is_that_of_kl_ext(how):
+    mu_p, log_var_p, mu_q, log_var_q = torch.randn(4, 3, 4, 5, dtype=torch.float64) * 2
+    for arguments in [(), (mu_q, log_var_q), (mu_q[0, 0], log_var_q[:, :1]), (0.5, 1.5), (mu_q, -2), (1, log_var_q)]:
+        options = {"clamp_min": -1.0, "clamp_max": 1.0, "dtype": torch.float32, **how}
+        want, value = (module.gaussian_kl_div(mu_p, log_var_p, *arguments, **options) for module in (kl_ext.reference, kl_ext))
+        torch.testing.assert_close(value, want)
+
+
+def test_the_reference_divergence_refuses_half_a_prior_and_unknown_reductions():
+    with pytest.raises(ValueError, match="mu_q and log_var_q together"):
+        kl_ext.reference.gaussian_kl_div(torch.zeros(2), torch.zeros(2), 1.0)
+    with pytest.raises(ValueError, match="to be none, sum, mean or batchmean, got 'max'"):
+        kl_ext.reference.gaussian_kl_div(torch.zeros(2), torch.zeros(2), reduction="max")
+
+
+REDUCTIONS = {
+    '`"batchmean"`': lambda *p: kl_ext.gaussian_kl_div(*p, reduction="batchmean"),
+    '`"sum"` over all but the first `dim`, then `.mean()`': lambda *p: kl_ext.gaussian_kl_div(
+        *p, reduction="sum", dim=tuple(range(1, p[0].dim()))
+    ).mean(),
+    '`"sum"` with `dim=1`, then `.mean()`': lambda *p: kl_ext.gaussian_kl_div(*p, reduction="sum", dim=1).mean(),
+    '`"sum"`': lambda *p: kl_ext.gaussian_kl_div(*p, reduction="sum"),
+    '`"mean"`': lambda *p: kl_ext.gaussian_kl_div(*p, reduction="mean"),
+    '`"none"`, then `.mean()`': lambda *p: kl_ext.gaussian_kl_div(*p).mean(),
+}
+
+
+@pytest.mark.parametrize("sizes", [{"B": 5, "D": 7}, {"B": 5, "C": 3, "H": 2, "W": 4}], ids=["[B, D]", "[B, C, H, W]"])
+def test_the_weights_in_the_table_of_reductions_are_what_the_reductions_do(sizes):
+    column = {2: 2, 4: 3}[len(sizes)]
+    lines = [line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith('| `"')]
+    assert [cells[0] for cells in lines] == list(REDUCTIONS)
+    mu, log_var = torch.randn(2, *sizes.values(), dtype=torch.float64)
+    nats_per_image = kl_ext.kl_div_single_loss(mu, log_var).flatten(1).sum(1).mean()
+    for cells in lines:
+        torch.testing.assert_close(REDUCTIONS[cells[0]](mu, log_var), eval(cells[column], {}, sizes) * nats_per_image)

@@ -25,7 +25,12 @@ SCHEMAS = {
     " bool[2] output_mask) -> (Tensor, Tensor)",
     "kl_div_pair_loss_backward": "(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor log_var_q,"
     " float clamp_min, float clamp_max, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "gaussian_kl_div": "(Tensor mu_p, Tensor log_var_p, Tensor? mu_q=None, Tensor? log_var_q=None, *, float clamp_min=-30.0,"
+    ' float clamp_max=20.0, str reduction="none", int[]? dim=None, ScalarType? dtype=None) -> Tensor',
+    "gaussian_kl_div_backward": "(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor? mu_q, Tensor? log_var_q,"
+    " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
 }
+ELEMENTWISE = ("kl_div_single_loss", "kl_div_pair_loss")
 
 each_operator = pytest.mark.parametrize("name", SCHEMAS)
 
@@ -46,16 +51,21 @@ def test_there_are_no_other_operators() -> None:
 
 
 @each_operator
-def test_each_operator_is_marked_for_the_compiler_and_the_forward_ones_as_pointwise(name: str) -> None:
+def test_each_operator_is_marked_for_the_compiler_and_the_elementwise_ones_as_pointwise(name: str) -> None:
     tags = getattr(torch.ops.kl_ext, name).default.tags
     assert torch.Tag.pt2_compliant_tag in tags
-    assert (torch.Tag.pointwise in tags) == (not name.endswith("_backward"))
+    assert (torch.Tag.pointwise in tags) == (name in ELEMENTWISE)
 
 
 @each_operator
-@pytest.mark.parametrize("key", ["CPU", "Autograd", "Batched", "FuncTorchBatched", "Meta"])
+@pytest.mark.parametrize("key", ["CPU", "Autograd", "FuncTorchBatched", "Meta"])
 def test_each_operator_has_kernels_of_its_own_for(name: str, key: str) -> None:
     assert registered_for(name, key)
+
+
+@each_operator
+def test_the_older_vmap_concerns_the_backward_operators_alone(name: str) -> None:
+    assert registered_for(name, "Batched") == name.endswith("_backward")
 
 
 @each_operator
@@ -101,8 +111,8 @@ def test_the_public_functions_have_exactly_the_documented_signature(function: An
     }
 
 
-def test_the_package_offers_the_two_losses_and_nothing_more() -> None:
-    assert sorted(kl_ext.__all__) == ["kl_div_pair_loss", "kl_div_single_loss"]
+def test_the_package_offers_the_losses_and_nothing_more() -> None:
+    assert sorted(kl_ext.__all__) == ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss"]
 
 
 @each_loss
@@ -239,4 +249,6 @@ def test_wrapper_subclasses_go_forward_and_backward(loss: Loss, device: torch.de
 
 
 def test_the_schemas_are_those_of_the_losses() -> None:
-    assert {f"{loss.name}{suffix}" for loss in LOSSES for suffix in ("", "_backward")} == set(SCHEMAS)
+    names = [*ELEMENTWISE, "gaussian_kl_div"]
+    assert {loss.name for loss in LOSSES} == set(ELEMENTWISE)
+    assert {f"{name}{suffix}" for name in names for suffix in ("", "_backward")} == set(SCHEMAS)

@@ -1,13 +1,15 @@
 // The emulated kernels for tests/test_cuda_emulation.py, through ctypes.
-#include "../../csrc/cuda/kernels.h"
+#include <algorithm>
+
+#include "../../csrc/cuda/sum_layout.h"
 
 using namespace kl_ext;
 
-// Operands in the order of csrc/cuda/kernels.h: data, dtypes, and for each the strides of every dimension. Returns the number
-// of launches and leaves up to `most` of their grids in `grids`.
-extern "C" int run(int kernel, int ndim, const std::int64_t* sizes, int operands, char* const* data, const int* dtypes,
-                   const std::int64_t* strides, double low, double high, std::uint32_t last_blocks, std::uint32_t* grids,
-                   int most) {
+namespace {
+
+// Operands in the order of csrc/cuda/kernels.h: data, dtypes, and for each the strides of every dimension.
+cuda::Iteration to_iteration(int ndim, const std::int64_t* sizes, int operands, char* const* data, const int* dtypes,
+                             const std::int64_t* strides) {
   cuda::Iteration iteration;
   iteration.ndim = ndim;
   iteration.operands = operands;
@@ -21,15 +23,77 @@ extern "C" int run(int kernel, int ndim, const std::int64_t* sizes, int operands
       iteration.operand[i].strides[dim] = strides[i * ndim + dim];
     }
   }
-  emulation::launched.clear();
-  emulation::last_blocks = last_blocks;
-  constexpr decltype(&cuda::kernels::kl_div_single_loss) kKernels[] = {
-      cuda::kernels::kl_div_single_loss, cuda::kernels::kl_div_single_loss_backward, cuda::kernels::kl_div_pair_loss,
-      cuda::kernels::kl_div_pair_loss_backward};
-  kKernels[kernel](iteration, {low, high}, nullptr);
+  return iteration;
+}
+
+// The number of launches, up to `most` of whose grids are left in `grids`.
+int report(std::uint32_t* grids, int most) {
   const int launches = static_cast<int>(emulation::launched.size());
   for (int i = 0; i < launches && i < most; ++i) {
     grids[i] = emulation::launched[i];
   }
   return launches;
+}
+
+} // namespace
+
+extern "C" int run(int kernel, int ndim, const std::int64_t* sizes, int operands, char* const* data, const int* dtypes,
+                   const std::int64_t* strides, double low, double high, std::uint32_t last_blocks, std::uint32_t* grids,
+                   int most) {
+  emulation::launched.clear();
+  emulation::last_blocks = last_blocks;
+  constexpr decltype(&cuda::kernels::kl_div_single_loss) kKernels[] = {
+      cuda::kernels::kl_div_single_loss, cuda::kernels::kl_div_single_loss_backward,
+      cuda::kernels::kl_div_pair_loss,   cuda::kernels::kl_div_pair_loss_backward,
+      cuda::kernels::gaussian_kl_div,    cuda::kernels::gaussian_kl_div_backward};
+  kKernels[kernel](to_iteration(ndim, sizes, operands, data, dtypes, strides), {low, high}, nullptr);
+  return report(grids, most);
+}
+
+// Dimensions are the logical shape's, the last first, with a flag for each that is reduced; an output is summed if it has a
+// flag.
+extern "C" int run_sum(int kernel, int ndim, const std::int64_t* sizes, const bool* reduced, int operands, char* const* data,
+                       const int* dtypes, const std::int64_t* strides, const bool* summed, std::int64_t divisor, double low,
+                       double high, void* sums, std::uint32_t last_blocks, std::uint32_t* grids, int most) {
+  cuda::Summation summation;
+  summation.terms = to_iteration(ndim, sizes, operands, data, dtypes, strides);
+  std::copy_n(reduced, ndim, summation.reduced);
+  std::copy_n(summed, cuda::kMaxOutputs, summation.summed);
+  summation.divisor = divisor;
+  emulation::launched.clear();
+  emulation::last_blocks = last_blocks;
+  constexpr decltype(&cuda::kernels::gaussian_kl_div_sum) kKernels[] = {
+      cuda::kernels::kl_div_single_loss_sum, cuda::kernels::gaussian_kl_div_sum, cuda::kernels::kl_div_single_loss_backward_sum,
+      cuda::kernels::kl_div_pair_loss_backward_sum, cuda::kernels::gaussian_kl_div_backward_sum};
+  std::vector<double> scratch(static_cast<std::size_t>(cuda::scratch_numel(summation)));
+  kKernels[kernel](summation, {low, high}, sums, scratch.data(), nullptr);
+  return report(grids, most);
+}
+
+extern "C" int finish_sums(bool is_double, const void* partials, std::int64_t chunks, std::int64_t columns,
+                           std::int64_t divisor, void* sums, std::uint32_t* grids, int most) {
+  emulation::launched.clear();
+  emulation::last_blocks = ~0u;
+  std::vector<double> scratch(static_cast<std::size_t>(cuda::level_numel(chunks, columns)));
+  if (is_double) {
+    cuda::kernels::finish_sums(static_cast<const double*>(partials), chunks, columns, divisor, static_cast<double*>(sums),
+                               scratch.data(), nullptr);
+  } else {
+    cuda::kernels::finish_sums(static_cast<const float*>(partials), chunks, columns, divisor, static_cast<float*>(sums),
+                               reinterpret_cast<float*>(scratch.data()), nullptr);
+  }
+  return report(grids, most);
+}
+
+extern "C" void divide(bool is_double, void* numbers, std::int64_t numel, std::int64_t divisor) {
+  emulation::last_blocks = ~0u;
+  if (is_double) {
+    cuda::kernels::divide(static_cast<double*>(numbers), numel, divisor, nullptr);
+  } else {
+    cuda::kernels::divide(static_cast<float*>(numbers), numel, divisor, nullptr);
+  }
+}
+
+extern "C" std::uint32_t quotient(std::uint32_t dividend, std::uint32_t divisor) {
+  return cuda::Divider(divisor).quotient(dividend);
 }

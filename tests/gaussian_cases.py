@@ -1,0 +1,172 @@
+"""`gaussian_kl_div` as its tests see it: against plain torch, with and without q, under every reduction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+import kl_ext
+from layouts import inside
+from ordered_sum import reduced_sum, sum_to_shape
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+OPERATOR = torch.ops.kl_ext.gaussian_kl_div.default
+BACKWARD = torch.ops.kl_ext.gaussian_kl_div_backward.default
+
+# Keywords that reduce terms of three dimensions.
+REDUCTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "sum": {"reduction": "sum"},
+    "sum of 0": {"reduction": "sum", "dim": 0},
+    "sum of -1": {"reduction": "sum", "dim": -1},
+    "sum of 0 and 2": {"reduction": "sum", "dim": (0, 2)},
+    "mean": {"reduction": "mean"},
+    "mean of 1": {"reduction": "mean", "dim": [1]},
+    "mean of -1 and 0": {"reduction": "mean", "dim": (-1, 0)},
+    "batchmean": {"reduction": "batchmean"},
+}
+each_reduction = pytest.mark.parametrize("how", REDUCTIONS.values(), ids=REDUCTIONS.keys())
+
+# The shapes of the inputs for terms of shape [2, 3, 4], the largest not always first.
+SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "standard": [(2, 3, 4)] * 2,
+    "standard, log_var shared": [(2, 3, 4), (4,)],
+    "standard, outer": [(2, 1, 4), (3, 1)],
+    "pair": [(2, 3, 4)] * 4,
+    "prior [D]": [(2, 3, 4), (2, 3, 4), (4,), (4,)],
+    "prior [1, D]": [(2, 3, 4), (2, 3, 4), (1, 4), (1, 4)],
+    "prior of scalars": [(2, 3, 4), (2, 3, 4), (), ()],
+    "prior of the middle": [(2, 3, 4), (2, 3, 4), (2, 1, 4), (2, 1, 4)],
+    "all broadcast": [(2, 1, 1), (3, 1), (4,), ()],
+    "q is the largest": [(4,), (), (2, 3, 4), (3, 1)],
+}
+each_shapes = pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
+
+
+def random_inputs(
+    *shapes: Sequence[int],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+    requires_grad: bool = False,
+) -> list[Tensor]:
+    """Uniform in (-2, 2): two or four leaves."""
+    drawn = [torch.rand(tuple(shape), dtype=torch.float64) * 4 - 2 for shape in shapes]
+    return [x.to(device=device, dtype=dtype).requires_grad_(requires_grad) for x in drawn]
+
+
+def reduced_dims(rank: int, reduction: str = "none", dim: int | Sequence[int] | None = None) -> list[int]:
+    if reduction == "none":
+        return []
+    if dim is None:
+        return list(range(rank))
+    return sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim))
+
+
+def divisor(shape: Sequence[int], reduction: str = "none", dim: int | Sequence[int] | None = None) -> int:
+    if reduction == "batchmean":
+        return shape[0]
+    return math.prod(shape[d] for d in reduced_dims(len(shape), reduction, dim)) if reduction == "mean" else 1
+
+
+def formula(
+    *inputs: Tensor, clamp_min: float = -30.0, clamp_max: float = 20.0, reduction: str = "none", dim: Any = None
+) -> Tensor:
+    """The divergence in plain torch, reduced by plain torch: an oracle in float64, for inputs that do not make it cancel."""
+    mu_p, log_var_p = inputs[0], inputs[1].clamp(clamp_min, clamp_max)
+    if len(inputs) == 2:
+        terms = 0.5 * (mu_p.square() + log_var_p.exp() - log_var_p - 1.0)
+    else:
+        mu_q, log_var_q = inputs[2], inputs[3].clamp(clamp_min, clamp_max)
+        terms = 0.5 * (log_var_q - log_var_p + (log_var_p.exp() + (mu_p - mu_q).square()) / log_var_q.exp() - 1.0)
+    if reduction == "none":
+        return terms
+    if reduction == "batchmean":
+        return terms.sum() / terms.shape[0]
+    return getattr(terms, reduction)() if dim is None else getattr(terms, reduction)(dim)
+
+
+def backward_operator(grad_output: Tensor, *inputs: Tensor, mask: Sequence[bool] | None = None, **how: Any) -> list[Tensor]:
+    """The gradients of the two or four inputs, straight from the operator."""
+    q = inputs[2:] or (None, None)
+    dim = how.get("dim")
+    dim = [dim] if isinstance(dim, int) else dim
+    bounds = how.get("clamp_min", -30.0), how.get("clamp_max", 20.0)
+    mask = list(mask or [True] * len(inputs)) + [False] * (4 - len(inputs))
+    return list(BACKWARD(grad_output, *inputs[:2], *q, *bounds, how.get("reduction", "none"), dim, mask))[: len(inputs)]
+
+
+def reduced_with(how: dict[str, Any]) -> Callable[..., Tensor]:
+    def function(*inputs: Tensor) -> Tensor:
+        return kl_ext.gaussian_kl_div(*inputs, **how)
+
+    return function
+
+
+def formula_with(how: dict[str, Any]) -> Callable[..., Tensor]:
+    def function(*inputs: Tensor) -> Tensor:
+        return formula(*inputs, **how)
+
+    return function
+
+
+# What the order of the sums makes of the terms
+
+
+def wide_range(rng: numpy.random.Generator, *shapes: Sequence[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Terms over several orders of magnitude, so that every change of order shows."""
+    scales = [rng.choice([0.01, 0.3, 1.0, 3.0], shape) for shape in shapes]
+    return [torch.as_tensor(rng.normal(size=x.shape) * x).to(dtype) for x in map(numpy.asarray, scales)]
+
+
+def widened(inputs: Sequence[Tensor], *others: Tensor) -> list[Tensor]:
+    """In the arithmetic type."""
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in (*inputs, *others)) else torch.float32
+    return [x.to(wide) for x in inputs]
+
+
+def ordered_value(inputs: Sequence[Tensor], reduction: str, dim: int | Sequence[int] | None = None) -> Tensor:
+    """What the definition gives: elementwise terms in the arithmetic type, S, one division, one rounding."""
+    terms = kl_ext.gaussian_kl_div(*widened(inputs))
+    total = reduced_sum(terms, reduced_dims(terms.dim(), reduction, dim))
+    total = total / torch.tensor(divisor(terms.shape, reduction, dim), dtype=total.dtype)
+    return total.to(kl_ext.gaussian_kl_div(*inputs).dtype)
+
+
+def ordered_gradients(
+    grad_output: Tensor, inputs: Sequence[Tensor], reduction: str = "none", dim: int | Sequence[int] | None = None
+) -> list[Tensor]:
+    """Elementwise gradients of expanded inputs in the arithmetic type, S over what was broadcast, one rounding."""
+    shape = torch.broadcast_shapes(*(x.shape for x in inputs))
+    grad = widened([grad_output], *inputs)[0]
+    grad = grad / torch.tensor(divisor(shape, reduction, dim), dtype=grad.dtype)
+    for d in reduced_dims(len(shape), reduction, dim):
+        grad = grad.unsqueeze(d)
+    terms = backward_operator(grad.expand(shape), *(x.expand(shape) for x in widened(inputs, grad)))
+    return [sum_to_shape(t, x.shape).to(x.dtype) for t, x in zip(terms, inputs, strict=True)]
+
+
+def random_case(rng: numpy.random.Generator) -> tuple[list[Tensor], list[int]]:
+    """Inputs of any shape, broadcast, layout and dtype, and dimensions to reduce."""
+    rank = int(rng.integers(1, 5))
+    sizes = [1, 2, 3, 5, 17, 64, 65, 130, 1025] if rank < 3 else [1, 2, 3, 7, 16, 65]
+    shape = [int(n) for n in rng.choice(sizes, rank)]
+    shape = shape if math.prod(shape) < 200_000 else shape[:2]
+    dtype = DTYPES[rng.choice(4, p=[0.15, 0.15, 0.5, 0.2])]
+    inputs = []
+    for _ in range(rng.choice([2, 4])):
+        own = [n if rng.random() < 0.8 else 1 for n in shape][int(rng.integers(len(shape)) if rng.random() < 0.2 else 0) :]
+        (x,) = wide_range(rng, own, dtype=dtype)
+        order = rng.permutation(len(own)) if rng.random() < 0.4 else numpy.arange(len(own))
+        x = x.permute(*order).contiguous().permute(*numpy.argsort(order))
+        if rng.random() < 0.3:
+            x = inside(x, int(rng.integers(len(own))))
+        inputs.append(x)
+    rank = torch.broadcast_shapes(*(x.shape for x in inputs))
+    dims = sorted(int(d) for d in rng.choice(len(rank), rng.integers(1, len(rank) + 1), replace=False))
+    return inputs, dims

@@ -1,0 +1,294 @@
+"""The CUDA kernels that sum, without a GPU: the CPU operators' bits, and those of the order of a sum written once more."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+import kl_ext  # noqa: F401
+import layouts
+from emulated_kernels import DTYPES, NARROW, WIDE, Result, assert_same_bits, library, values
+from ordered_sum import reduced_sum
+
+SUMS = (
+    "kl_div_single_loss_sum",
+    "gaussian_kl_div_sum",
+    "kl_div_single_loss_backward_sum",
+    "kl_div_pair_loss_backward_sum",
+    "gaussian_kl_div_backward_sum",
+)  # in the order of tests/cuda_emulation/driver.cpp
+LOSSES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div")
+LENGTHS = (1, 2, 3, 16, 63, 64, 65, 512, 1023, 1024, 1025, 4096 + 7)
+
+
+@pytest.fixture(scope="module")
+def emulated() -> ctypes.CDLL:
+    return library()
+
+
+def launch_sum(
+    emulated: ctypes.CDLL,
+    kernel: str,
+    shape: Sequence[int],
+    dims: Sequence[int],
+    operands: Sequence[Tensor | str | None],
+    sums: Tensor,
+    divisor: int = 1,
+    clamp: tuple[float, float] = NARROW,
+    last_blocks: int = 2**32 - 1,
+) -> list[int]:
+    """Sums over the dims those operands that are given as "sum"; None is a gradient not wanted. Returns the launches' grids."""
+    ndim, count = len(shape), len(operands)
+    tensors = [x if isinstance(x, Tensor) else None for x in operands]
+    strides = [
+        stride * x.element_size() if x is not None else 0
+        for x in tensors
+        for stride in reversed(torch.empty(shape, device="meta").stride() if x is None else x.expand(shape).stride())
+    ]
+    grids = (ctypes.c_uint32 * 8)()
+    launches = emulated.run_sum(
+        SUMS.index(kernel),
+        ndim,
+        (ctypes.c_int64 * ndim)(*reversed(shape)),
+        (ctypes.c_bool * ndim)(*(dim in dims for dim in reversed(range(ndim)))),
+        count,
+        (ctypes.c_void_p * count)(*(None if x is None else x.data_ptr() for x in tensors)),
+        (ctypes.c_int * count)(*(DTYPES.index(sums.dtype if x is None else x.dtype) for x in tensors)),
+        (ctypes.c_int64 * (ndim * count))(*strides),
+        (ctypes.c_bool * 4)(*(isinstance(x, str) for x in operands[:4])),
+        ctypes.c_int64(divisor),
+        ctypes.c_double(clamp[0]),
+        ctypes.c_double(clamp[1]),
+        ctypes.c_void_p(sums.data_ptr()),
+        ctypes.c_uint32(last_blocks),
+        grids,
+        len(grids),
+    )
+    return list(grids[:launches])
+
+
+def arithmetic_of(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def check_sum(
+    emulated: ctypes.CDLL,
+    inputs: Sequence[Tensor],
+    dims: Sequence[int],
+    reduction: str = "sum",
+    clamp: tuple[float, float] = NARROW,
+) -> list[int]:
+    """The divergence, reduced over some dims."""
+    what = f"{reduction} over {dims} of {layouts.describe(*inputs)}"
+    shape = torch.broadcast_shapes(*(x.shape for x in inputs))
+    how: dict[str, Any] = {"clamp_min": clamp[0], "clamp_max": clamp[1], "dtype": arithmetic_of(*inputs)}
+    expected = torch.ops.kl_ext.gaussian_kl_div(*inputs, reduction=reduction, dim=list(dims), **how)
+    divisor = math.prod(shape[dim] for dim in dims) if reduction == "mean" else 1
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        by_definition = reduced_sum(torch.ops.kl_ext.gaussian_kl_div(*inputs, **how), dims)
+    assert_same_bits(expected, by_definition / torch.tensor(divisor, dtype=expected.dtype), f"{what}, on the CPU")
+    result = Result(expected)
+    kernel = "kl_div_single_loss_sum" if len(inputs) == 2 else "gaussian_kl_div_sum"
+    grids = launch_sum(emulated, kernel, shape, dims, ["sum", *inputs], result.tensor, divisor, clamp)
+    result.check(expected, what)
+    return grids
+
+
+def check_gradients(
+    emulated: ctypes.CDLL,
+    loss: str,
+    grad_output: Tensor,
+    inputs: Sequence[Tensor],
+    clamp: tuple[float, float] = NARROW,
+    mask: Sequence[bool] | None = None,
+) -> list[int]:
+    """Gradients of which some are sums, in as many passes as csrc/cuda/losses.cpp makes."""
+    what = f"gradients of {loss} of {layouts.describe(grad_output, *inputs)}"
+    shape = grad_output.shape
+    wanted = list(mask or [True] * len(inputs))
+    reduction = ("none", None) if loss == "gaussian_kl_div" else ()
+    operator = getattr(torch.ops.kl_ext, f"{loss}_backward")
+    expected = operator(grad_output, *inputs, *clamp, *reduction, wanted)
+    aligned = [x.view([1] * (len(shape) - x.dim()) + list(x.shape)) for x in inputs]
+    broadcast = [[dim for dim, size in enumerate(x.shape) if size != shape[dim]] for x in aligned]
+    grids = []
+    while dims := next((broadcast[i] for i in range(len(inputs)) if wanted[i] and broadcast[i]), None):
+        operands: list[Tensor | str | None] = [None] * len(inputs)
+        results: dict[int, Result] = {}
+        for i in range(len(inputs)):
+            if wanted[i] and not broadcast[i]:
+                results[i] = Result(expected[i])
+                operands[i] = results[i].tensor
+            elif wanted[i] and broadcast[i] == dims:
+                operands[i] = "sum"
+            wanted[i] = wanted[i] and operands[i] is None
+        summed = [i for i, x in enumerate(operands) if isinstance(x, str)]
+        kept = torch.empty([len(summed), math.prod(inputs[summed[0]].shape)], dtype=arithmetic_of(grad_output, *inputs))
+        sums = Result(kept)
+        grids += launch_sum(
+            emulated, f"{loss}_backward_sum", shape, dims, [*operands, grad_output, *inputs], sums.tensor, 1, clamp
+        )
+        for i, result in results.items():
+            result.check(expected[i], f"{what}: {i}")
+        for row, i in zip(sums.tensor, summed, strict=True):
+            assert_same_bits(row.to(inputs[i].dtype).view(inputs[i].shape), expected[i], f"{what}: {i}")
+        sums.check(sums.tensor.clone(), what)
+    return grids
+
+
+def normal(shape: Sequence[int], dtype: torch.dtype, count: int) -> list[Tensor]:
+    return [torch.randn(tuple(shape)).to(dtype) for _ in range(count)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_every_length(emulated, dtype):
+    for length in LENGTHS:
+        rows = 37 if length < 100 else 3
+        check_sum(emulated, normal([rows, length], dtype, 2), [1])
+        check_sum(emulated, normal([rows, length], dtype, 4), [1], "mean")
+        check_sum(emulated, layouts_of_halves(normal([rows, 2 * length], dtype, 2), 1), [1])
+
+
+def layouts_of_halves(tensors: Sequence[Tensor], dim: int) -> list[Tensor]:
+    """As an encoder's output comes: the two halves of one tensor, of each."""
+    return [half for x in tensors for half in x.chunk(2, dim)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_of_every_length(emulated, dtype):
+    for length in LENGTHS:
+        check_sum(emulated, normal([length, 8], dtype, 2), [0])
+        check_sum(emulated, normal([length, 5], dtype, 4), [0], "mean")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_of_every_width(emulated, dtype):
+    for width in (1, 2, 4, 16, 31, 33, 64, 200):
+        check_sum(emulated, normal([1025, width], dtype, 2), [0])
+        check_sum(emulated, layouts_of_halves(normal([70, 2 * width], dtype, 2), 1), [0], "mean")
+
+
+def test_a_sum_of_more_than_a_million_terms(emulated):
+    """Three levels of chunks, of which one block sums up two."""
+    x = torch.rand(1024 * 1024 + 3)
+    assert len(check_sum(emulated, [x, x], [0])) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunks_are_summed_up_level_by_level(emulated, dtype):
+    """One block has the chunks of 64 Mi terms; beyond them there is a launch more."""
+    for chunks, columns, launches in ((2, 100, 1), (1024, 3, 1), (5000, 17, 1), (65536, 1, 1), (65537, 2, 2)):
+        partials = torch.randn(chunks, columns).to(dtype)
+        sums = Result(partials[0])
+        grids = (ctypes.c_uint32 * 8)()
+        numbers = [ctypes.c_void_p(partials.data_ptr()), ctypes.c_int64(chunks), ctypes.c_int64(columns), ctypes.c_int64(7)]
+        assert launches == emulated.finish_sums(
+            dtype == torch.float64, *numbers, ctypes.c_void_p(sums.tensor.data_ptr()), grids, 8
+        )
+        expected = reduced_sum(partials, [0]) / torch.tensor(7, dtype=dtype)
+        sums.check(expected, f"{columns} columns of {chunks} chunks")
+
+
+SHAPE = [4, 16, 6, 8]
+LAYOUTS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "contiguous": lambda x, i: x,
+    "channels last": lambda x, i: x.contiguous(memory_format=torch.channels_last),
+    "halves of the channels": lambda x, i: layouts.chunk(x, 1, i % 2),
+    "halves of the last dim": lambda x, i: layouts.chunk(x, 3, i % 2),
+    "transposed": lambda x, i: layouts.transposed(x, 0, -1),
+    "misaligned": lambda x, i: layouts.shifted(x),
+    "every second column": lambda x, i: layouts.inside(x, -1) if i == 0 else x,
+    "priors of the last dim": lambda x, i: x if i < 2 else x[0, 0, 0],
+    "priors of the channels": lambda x, i: x if i < 2 else x[0, :, :1, :1],
+    "scalar priors": lambda x, i: x if i < 2 else x[0, 0, 0, 0],
+    "priors of the batch": lambda x, i: x if i < 2 else x[:, :1, :1, :1],
+    "priors of the middle": lambda x, i: x if i < 2 else x[:, :, :1],
+    "each its own": lambda x, i: [x[0], x[:, :1], x[..., :1], x[0, 0, :, :1]][i],
+}
+DIMS = ([0], [1], [2], [3], [0, 1], [0, 2], [1, 3], [2, 3], [0, 1, 2], [0, 2, 3], [1, 2, 3], [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_dims_of_any_layout(emulated, rng, layout):
+    for dims in DIMS:
+        for dtype in DTYPES:
+            clamp = WIDE if rng.random() < 0.3 else NARROW
+            inputs = [LAYOUTS[layout](x, i) for i, x in enumerate(values(rng, "gaussian_kl_div", SHAPE, dtype))]
+            if rng.random() < 0.3:
+                other = rng.integers(4)
+                inputs[other] = inputs[other].to(DTYPES[rng.integers(4)])
+            inputs = inputs if rng.random() < 0.7 else inputs[:2]
+            check_sum(emulated, inputs, dims, rng.choice(["sum", "mean"]), clamp)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[-6:])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_of_what_is_broadcast(emulated, rng, loss, layout):
+    for dtype in DTYPES:
+        count = 2 if loss == "kl_div_single_loss" else 4
+        inputs = [LAYOUTS[layout](x, i + 4 - count) for i, x in enumerate(values(rng, loss, SHAPE, dtype))]
+        grads = {
+            "full": torch.randn(SHAPE).to(dtype),
+            "of a sum": torch.randn([]).to(dtype).expand(SHAPE),
+            "of a mean": torch.randn([]).to(arithmetic_of(*inputs)).expand(SHAPE),
+            "of sums over the last dims": torch.randn(4, 16, 1, 1).to(dtype).expand(SHAPE),
+            "of sums over the channels": torch.randn(4, 1, 6, 8).to(dtype).expand(SHAPE),
+            "of another dtype": torch.randn(SHAPE).to(DTYPES[rng.integers(4)]),
+        }
+        for grad_output in grads.values():
+            check_gradients(emulated, loss, grad_output, inputs, WIDE if rng.random() < 0.3 else NARROW)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_of_a_prior_of_every_width(emulated, loss, dtype):
+    """[B, D] -> [D], in one pass with the gradients [B, D]."""
+    for rows, width in ((1, 8), (7, 1), (33, 2), (1030, 16), (65, 31), (1025, 33), (2049, 64), (100, 200)):
+        count = 2 if loss == "kl_div_single_loss" else 4
+        full = layouts_of_halves(normal([rows, 2 * width], dtype, 1), 1)[: count // 2]
+        inputs = [*full, *normal([width], dtype, count // 2)]
+        check_gradients(emulated, loss, torch.randn(rows, width).to(dtype), inputs)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_not_wanted_are_not_written(emulated, rng, loss):
+    for dtype in (torch.float32, torch.bfloat16):
+        count = 2 if loss == "kl_div_single_loss" else 4
+        inputs = [x if i < count // 2 else x[0] for i, x in enumerate(values(rng, loss, [65, 16], dtype))]
+        for bits in range(1, 2**count):
+            mask = [bool(bits >> i & 1) for i in range(count)]
+            check_gradients(emulated, loss, torch.randn(65, 16).to(dtype), inputs, NARROW, mask)
+
+
+def test_more_rows_than_32_bits_count(emulated, rng, tmp_path):
+    """Over sparse files, aligned for no vector; of each launch only the last blocks are run."""
+    rows, last = 2**30 + 2**10, 512
+    numel = 4 * rows
+    files = [torch.from_file(str(tmp_path / name), shared=True, size=numel + 1, dtype=torch.bfloat16) for name in "ab"]
+    inputs = [x[1:].view(rows, 4) for x in files]
+    sums = torch.from_file(str(tmp_path / "sums"), shared=True, size=rows, dtype=torch.float32)
+    for x in inputs:
+        x[-last:] = torch.randn(last, 4).to(x.dtype)
+    assert len(launch_sum(emulated, SUMS[0], [rows, 4], [1], ["sum", *inputs], sums, last_blocks=last // 128)) == 2
+    expected = torch.ops.kl_ext.gaussian_kl_div(*(x[-last:] for x in inputs), reduction="sum", dim=[1], dtype=torch.float32)
+    assert_same_bits(sums[-last:], expected, "the last rows")
+    assert not sums[: 2**20].any()
+
+
+def test_the_gradient_of_a_mean_is_divided_as_ieee_has_it(emulated, rng):
+    for dtype in (torch.float32, torch.float64):
+        numbers = torch.cat(values(rng, "kl_div_single_loss", [300], dtype))
+        for divisor in (1, 3, 49, 10**6 + 3, 2**31 + 1):
+            got = numbers.clone()
+            emulated.divide(
+                dtype == torch.float64, ctypes.c_void_p(got.data_ptr()), ctypes.c_int64(got.numel()), ctypes.c_int64(divisor)
+            )
+            expected = torch.from_numpy(numbers.numpy() / numbers.numpy().dtype.type(divisor))
+            assert_same_bits(got, expected, f"divided by {divisor}")

@@ -1,0 +1,192 @@
+"""The order of every sum, of values and of gradients: bit for bit that of ordered_sum.py, whatever the layout."""
+
+import itertools
+
+import numpy
+import pytest
+import torch
+
+from gaussian_cases import DTYPES, backward_operator, ordered_gradients, ordered_value, random_case, wide_range
+from kl_ext import gaussian_kl_div
+from layouts import chunk, inside, shifted, transposed
+from loss_cases import Loss, each_loss
+from oracle import same_bits
+from ordered_sum import additions, ordered_sum, reduced_sum, sum_to_shape
+
+SIZES = [1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 2047, 2048, 2049, 70_001]
+LARGE = 1024 * 1024 + 3  # three levels of chunks
+
+
+def assert_ordered(inputs, reduction="sum", dim=None):
+    value = gaussian_kl_div(*inputs, reduction=reduction, dim=dim)
+    about = f"{reduction} of {dim}, {[(tuple(x.shape), x.stride(), x.dtype) for x in inputs]}"
+    assert same_bits(value, ordered_value(inputs, reduction, dim)), about
+    return value
+
+
+def test_the_slow_sum_is_the_definition_of_the_order(rng):
+    """Against single additions of Python floats in float32, lane by lane."""
+
+    def literal(terms):
+        if len(terms) > 1024:
+            return literal([literal(terms[i : i + 1024]) for i in range(0, len(terms), 1024)])
+        lanes = [numpy.float32(0)] * 64
+        for i, term in enumerate(terms):
+            lanes[i % 64] = lanes[i % 64] + term
+        for half in (32, 16, 8, 4, 2, 1):
+            for lane in range(half):
+                lanes[lane] = lanes[lane] + lanes[lane + half]
+        return lanes[0]
+
+    for n in (0, 1, 2, 63, 64, 65, 1000, 1024, 1025, 2047, 5000):
+        terms = rng.normal(size=n).astype(numpy.float32)
+        assert numpy.float32(literal(list(terms))).tobytes() == ordered_sum(terms).tobytes()
+    assert not numpy.signbit(ordered_sum(numpy.array([-0.0], dtype=numpy.float32)))
+    assert (additions(1024), additions(1024**2), additions(10**8)) == (21, 42, 49)
+
+
+def test_another_order_would_show(rng):
+    """The control of every test here: summed backwards, by torch or in halves, some of 200 sums have other bits."""
+    terms = gaussian_kl_div(*wide_range(rng, (200, 3000), (200, 3000)))
+    in_halves = ordered_sum(terms[:, :1500].numpy()) + ordered_sum(terms[:, 1500:].numpy())
+    others = [terms.sum(1), terms.flip(1).cumsum(1)[:, -1], torch.from_numpy(in_halves), reduced_sum(terms.flip(1), [1])]
+    assert not any(same_bits(other, reduced_sum(terms, [1])) for other in others)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inputs", [2, 4])
+def test_full_sums_of_every_size(dtype, inputs, rng):
+    for n in SIZES:
+        for reduction in ("sum", "mean"):
+            assert_ordered(wide_range(rng, *[(n,)] * inputs, dtype=dtype), reduction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_full_sums_of_three_levels(dtype, rng):
+    inputs = wide_range(rng, (LARGE,), (LARGE,), dtype=dtype)
+    for reduction in ("sum", "mean"):
+        assert_ordered(inputs, reduction)
+    assert_ordered([x[: LARGE - 3].view(64, 16, 1024) for x in inputs], "batchmean")
+
+
+@pytest.mark.parametrize("n", [n for n in SIZES if n < 3000])
+def test_rows_and_columns_of_every_length(n, rng):
+    for rows in (1, 5, 67):
+        assert_ordered(wide_range(rng, (rows, n), (rows, n)), "sum", -1)
+        assert_ordered(wide_range(rng, (n, rows), (n, rows)), "sum", 0)
+        assert_ordered(wide_range(rng, (3, n, rows), (n, rows), (rows,), ()), "mean", 1)
+
+
+FLAT = {
+    "contiguous": lambda x: x,
+    "offset": shifted,
+    "first chunk of the last dim": lambda x: chunk(x, -1, 0),
+    "second chunk of dim 1": lambda x: chunk(x, 1, 1),
+    "transposed": lambda x: transposed(x, 0, -1),
+    "every third column": lambda x: inside(x, -1, 3),
+    "every second row": lambda x: inside(x, 0),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x,
+    "half of the channels last": lambda x: (
+        torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last).chunk(2, 1)[1] if x.dim() == 4 else x
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", [(37, 70), (3, 5, 9, 13), (2, 40, 8, 8)], ids=str)
+def test_layouts_that_hold_the_same_numbers_give_the_same_bits(shape, rng):
+    plain = wide_range(rng, *[shape] * 4)
+    for dims in [d for n in range(1, len(shape) + 1) for d in itertools.combinations(range(len(shape)), n)]:
+        want = assert_ordered(plain, "sum", dims)
+        for name, make in FLAT.items():
+            assert same_bits(gaussian_kl_div(*map(make, plain), reduction="sum", dim=dims), want), (name, dims)
+        mixed = [make(x) for x, make in zip(plain, list(FLAT.values())[2:6], strict=True)]
+        assert same_bits(gaussian_kl_div(*mixed, reduction="sum", dim=dims), want), dims
+
+
+def test_priors_give_the_bits_of_expanded_priors(rng):
+    mu, log_var = wide_range(rng, (33, 6, 70), (33, 6, 70))
+    table = wide_range(rng, (5, 70), (5, 70))
+    labels = torch.from_numpy(rng.integers(5, size=33))
+    priors = {
+        "[D]": wide_range(rng, (70,), (70,)),
+        "[1, D]": wide_range(rng, (1, 70), (1, 70)),
+        "scalar": wide_range(rng, (), ()),
+        "the middle": wide_range(rng, (33, 1, 70), (33, 1, 70)),
+        "table of labels": [x[labels][:, None] for x in table],
+    }
+    for name, prior in priors.items():
+        for dim in (None, 0, 1, 2, (0, 2), (1, 2)):
+            want = assert_ordered([mu, log_var, *(x.expand(mu.shape).contiguous() for x in prior)], "sum", dim)
+            assert same_bits(gaussian_kl_div(mu, log_var, *prior, reduction="sum", dim=dim), want), (name, dim)
+            by_strides = [x.expand(mu.shape) for x in prior]
+            assert same_bits(gaussian_kl_div(mu, log_var, *by_strides, reduction="sum", dim=dim), want), (name, dim)
+
+
+def test_sums_and_gradients_of_random_shapes_layouts_and_broadcasts(rng):
+    for _ in range(150):
+        inputs, dims = random_case(rng)
+        reduction = str(rng.choice(["sum", "mean", "none"]))
+        how = {} if reduction == "none" else {"reduction": reduction, "dim": dims}
+        value = assert_ordered(inputs, **how) if how else gaussian_kl_div(*inputs)
+        (grad_output,) = wide_range(rng, tuple(value.shape), dtype=value.dtype)
+        wants = ordered_gradients(grad_output, inputs, **how)
+        for x, got, want in zip(inputs, backward_operator(grad_output, *inputs, **how), wants, strict=True):
+            assert same_bits(got, want), (
+                f"{how}: {[(tuple(x.shape), x.stride()) for x in inputs]}, gradient of {tuple(x.shape)}"
+            )
+
+
+PRIORS = {"[D]": (65,), "[1, D]": (1, 65), "scalar": (), "one": (1,), "the middle": (30, 1, 65), "rows": (30, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    "prior, dtype",
+    [
+        (prior, dtype)
+        for prior in PRIORS.values()
+        for dtype in DTYPES
+        if dtype == torch.float32 or prior in ((65,), (30, 1, 65))
+    ],
+    ids=str,
+)
+def test_gradients_of_broadcast_priors_are_ordered_sums(prior, dtype, rng):
+    """Reduced and not; for chunks; with a grad_output that is dense, reduced or expanded from one number."""
+    encoded, *q = wide_range(rng, (30, 37, 130), prior, prior, dtype=dtype)
+    inputs = [*encoded.chunk(2, -1), *q]
+    for how in ({}, {"reduction": "sum"}, {"reduction": "sum", "dim": (1, 2)}, {"reduction": "mean", "dim": 1}):
+        (grad_output,) = wide_range(rng, tuple(gaussian_kl_div(*inputs, **how).shape), dtype=dtype)
+        for grad in (grad_output, torch.full((), 0.7, dtype=dtype).expand(grad_output.shape)):
+            for got, want in zip(backward_operator(grad, *inputs, **how), ordered_gradients(grad, inputs, **how), strict=True):
+                assert same_bits(got, want), how
+
+
+def test_gradients_of_a_table_of_priors_reach_the_table_by_torch(rng):
+    """[K, D][labels] is an input as large as the terms: its own gradient is elementwise, and indexing adds it up."""
+    mu, log_var, *table = wide_range(rng, (33, 70), (33, 70), (5, 70), (5, 70), dtype=torch.float64)
+    labels = torch.from_numpy(rng.integers(5, size=33))
+    leaves = [x.requires_grad_() for x in table]
+    value = gaussian_kl_div(mu, log_var, *(x[labels] for x in leaves), reduction="batchmean")
+    share = torch.tensor(1 / 33, dtype=torch.float64).expand(33, 70)
+    rows = backward_operator(share, mu, log_var, *(x[labels].detach() for x in table))
+    for got, row in zip(torch.autograd.grad(value, leaves), rows[2:], strict=True):
+        torch.testing.assert_close(got, torch.zeros_like(got).index_add(0, labels, row), rtol=1e-12, atol=1e-12)
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_broadcast_gradients_of_the_documented_losses_are_ordered_sums(loss: Loss, dtype, rng):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for shapes in (
+        [(70, 65), (65,)],
+        [(33, 6, 70), (33, 6, 70), (70,), (70,)],
+        [(1100, 3)] * 3 + [()],
+        [(2, 1, 65), (1500, 1)],
+    ):
+        shapes = (shapes * 2)[: loss.count] if len(shapes) < loss.count else shapes[-loss.count :]
+        inputs = wide_range(rng, *shapes, dtype=dtype)
+        shape = torch.broadcast_shapes(*shapes)
+        (grad_output,) = wide_range(rng, shape, dtype=dtype)
+        arguments = -30.0, 20.0, [True] * loss.count
+        terms = loss.backward_operator(grad_output.to(wide), *(x.to(wide).expand(shape) for x in inputs), *arguments)
+        for x, got, t in zip(inputs, loss.backward_operator(grad_output, *inputs, *arguments), terms, strict=True):
+            assert same_bits(got, sum_to_shape(t, x.shape).to(dtype)), (shapes, tuple(x.shape))
