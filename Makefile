@@ -3,11 +3,13 @@
 #   make demo | test | check | bench | nightly | format | clean | help
 #
 # Variables: PYTHON (python3), VENV (.venv), TORCH (a torch version; unset: the one installed in VENV, else the newest),
-# ARGS (passed on to the demo, the tests or the benchmark), and the build's own: KL_EXT_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
+# ARGS (passed on to the demo, the tests or the benchmarks), BENCH (which benchmarks), and the build's own: KL_EXT_CUDA,
+# TORCH_CUDA_ARCH_LIST, MAX_JOBS.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 ARGS ?=
+BENCH ?= losses reduction
 
 # Where there is no nvcc, a CUDA torch gets CPU kernels here; a plain `pip install .` would stop and say so.
 export KL_EXT_CUDA ?= auto
@@ -33,7 +35,7 @@ help:
 	@echo 'make test     the test-suite; ARGS="-k name" chooses tests, TORCH=2.13.0 a torch version'
 	@echo 'make check    clang-format, ruff and mypy'
 	@echo 'make format   let clang-format and ruff rewrite the sources'
-	@echo 'make bench    the benchmark of the losses'
+	@echo 'make bench    the benchmarks of the losses and of the reductions; BENCH=losses runs one of them'
 	@echo 'make nightly  the tests that are too slow for make test'
 	@echo 'make clean    remove what was built, but not $(VENV), which holds torch'
 
@@ -47,7 +49,7 @@ nightly: $(stamps)/test
 	$(bin)/python -m pytest --slow -m slow $(ARGS)
 
 bench: $(stamps)/bench
-	$(bin)/python benchmarks/bench_losses.py $(ARGS)
+	for benchmark in $(BENCH); do $(bin)/python benchmarks/bench_$$benchmark.py $(ARGS) || exit; done
 
 check: $(stamps)/check
 	$(bin)/clang-format --dry-run -Werror $(cxx_files)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,15 +43,20 @@ def ratios(result: Result) -> str:
 
 
 def times(result: Result) -> str:
-    """A row for each measurement, in microseconds; the spread is the distance of the quartiles of kl_ext's rounds."""
+    """A row for each measurement, in microseconds."""
+    return _times(result, ["loss", "pass"], lambda row: [LOSSES[row["loss"]], row["pass"]])
+
+
+def _times(result: Result, head: list[str], names: Callable[[dict[str, Any]], list[str]]) -> str:
+    """The medians of all that was timed; the spread is the distance of the quartiles of kl_ext's rounds."""
     timed = list(dict.fromkeys(name for row in result["speed"] for name in row if isinstance(row[name], dict)))
     rows = []
     for row in result["speed"]:
         medians = [f"{row[name]['median_us']:,.1f}" if name in row else "" for name in timed]
         low, high = row["kl_ext"]["quartiles_us"]
         spread = f"{(high - low) / row['kl_ext']['median_us']:.0%}"
-        rows.append([LOSSES[row["loss"]], row["pass"], elements(row["elements"]), *medians, spread])
-    return table(["loss", "pass", "elements", *timed, "spread"], rows)
+        rows.append([*names(row), elements(row["elements"]), *medians, spread])
+    return table([*head, "elements", *timed, "spread"], rows)
 
 
 def accuracy(result: Result) -> str:
@@ -66,6 +72,42 @@ def accuracy(result: Result) -> str:
         pairs = [(form(row["plain torch"][key]), form(row["kl_ext"][key])) for key, form in columns.values()]
         rows.append([LOSSES[row["loss"]], f"{row['distance']:g}", *(" / ".join(pair) for pair in pairs)])
     return table(["loss", "distance", *columns], rows)
+
+
+def reduction_ratios(result: Result) -> str:
+    """A row for each reduction and prior, a column for each width: medians, over sizes and layouts, of both ratios."""
+    cases: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
+    for row in result["speed"]:
+        cases.setdefault((row["reduction"], row["prior"]), {}).setdefault(row["width"], []).append(row)
+    widths = list(dict.fromkeys(row["width"] for row in result["speed"]))
+    rows = []
+    for (reduction, prior), by_width in cases.items():
+        cells = []
+        for width in widths:
+            ratios_of = {name: [row[name]["ratio"] for row in by_width.get(width, []) if name in row] for name in OTHERS}
+            cells.append(" / ".join(f"{statistics.median(found):.1f}" for found in ratios_of.values() if found))
+        rows.append([reduction, prior, *cells])
+    return table(["reduction", "prior", *(f"D = {width}" for width in widths)], rows)
+
+
+def reduction_losses(result: Result) -> str:
+    """One line: how often kl_ext was the slower one, and by how much at the worst."""
+    counts = []
+    for name in OTHERS:
+        found = [row for row in result["speed"] if name in row]
+        if not found:
+            continue
+        slower = sum(row[name]["ratio"] < 1 for row in found)
+        worst = min(found, key=lambda row: row[name]["ratio"])
+        case = f"{worst['reduction']}, D = {worst['width']}, {worst['layout']}, {worst['prior']}, {elements(worst['elements'])}"
+        counts.append(f"than {name} in {slower} of {len(found)} rows (least ratio {worst[name]['ratio']:.2f}: {case})")
+    return f"kl_ext was slower {' and '.join(counts)}.\n"
+
+
+def reduction_times(result: Result) -> str:
+    """A row for each case and size, in microseconds."""
+    keys = ["reduction", "width", "layout", "prior"]
+    return _times(result, ["reduction", "D", "layout", "prior"], lambda row: [str(row[key]) for key in keys])
 
 
 def machine(result: Result) -> str:
@@ -97,7 +139,14 @@ def values() -> str:
     return table(["p", "q", "KL(p, q)", "pair loss", "single loss of p"], rows)
 
 
-KINDS: dict[str, Callable[[Result], str]] = {"ratios": ratios, "times": times, "accuracy": accuracy, "machine": machine}
+LOSS_KINDS: dict[str, Callable[[Result], str]] = {"ratios": ratios, "times": times, "accuracy": accuracy, "machine": machine}
+REDUCTION_KINDS: dict[str, Callable[[Result], str]] = {
+    "reduction_ratios": reduction_ratios,
+    "reduction_losses": reduction_losses,
+    "reduction_times": reduction_times,
+    "machine": machine,
+}
+KINDS = LOSS_KINDS | REDUCTION_KINDS
 
 
 def elements(count: int) -> str:

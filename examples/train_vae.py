@@ -10,8 +10,9 @@ the ELBO is a true lower bound of log p(x | y), in nats per image.
 
     loss = reconstruction + KL(q(z | x, y) || p(z | y)) + 0.1 KL(p(z | y) || N(0, 1))
 
-The first divergence is `kl_div_pair_loss`, which is 2 KL + 1/2 for each latent dimension; the second, which keeps the learned
-priors in one place and at one scale, is `kl_div_single_loss`. Both are summed over the latent dimensions.
+The first divergence is `gaussian_kl_div` with the reduction "batchmean": summed over the latent dimensions and averaged over
+the images in the pass that computes it. The second, which keeps the learned priors in one place and at one scale, is
+`kl_div_single_loss`, summed over the latent dimensions and averaged over the classes.
 """
 
 from __future__ import annotations
@@ -81,14 +82,17 @@ class ClassConditionalVAE(nn.Module):
         logits: Tensor = self.decoder(torch.cat([z, _one_hot(labels)], dim=1))
         return logits
 
+    def kl(self, mu: Tensor, log_var: Tensor, labels: Tensor, **reduction: Any) -> Tensor:
+        """The divergence of q from the prior of the digit, reduced as asked."""
+        return self.losses.gaussian_kl_div(mu, log_var, self.prior_mu[labels], self.prior_log_var[labels], **reduction)
+
     def forward(self, images: Tensor, labels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The reconstruction [batch], KL [batch, latent_dim] and prior KL [classes, latent_dim], in nats."""
+        """The reconstruction and the KL, per image, and the KL of the priors, per class: three scalars in nats."""
         mu, log_var = self.encode(images, labels)
         logits = self.decode(mu + (0.5 * log_var).exp() * noise, labels)
         log_likelihood = images * logits - CELLS * F.softplus(logits) + self.log_choose[images.long()]
-        pair = self.losses.kl_div_pair_loss(mu, log_var, self.prior_mu[labels], self.prior_log_var[labels])
-        kl = 0.5 * (pair - 0.5)  # the documented pair loss is 2 KL + 1/2 per element
-        return -log_likelihood.sum(1), kl, self.losses.kl_div_single_loss(self.prior_mu, self.prior_log_var)
+        prior_kl = self.losses.kl_div_single_loss(self.prior_mu, self.prior_log_var)
+        return -log_likelihood.sum(1).mean(), self.kl(mu, log_var, labels, reduction="batchmean"), prior_kl.sum(1).mean()
 
 
 class Training:
@@ -105,10 +109,9 @@ class Training:
         self.history: list[dict[str, Any]] = []
 
     def step(self, images: Tensor, labels: Tensor, noise: Tensor) -> None:
-        """One update: the loss is summed over an image's pixels and latent dimensions and averaged over the batch."""
         _synchronize(images.device)
         start = time.perf_counter()
-        reconstruction, kl, prior_kl = (term.sum() / len(term) for term in self.terms(images, labels, noise))
+        reconstruction, kl, prior_kl = self.terms(images, labels, noise)
         loss = reconstruction + kl + PRIOR_WEIGHT * prior_kl
         self.optimizer.zero_grad()
         loss.backward()
@@ -171,11 +174,11 @@ def evaluate(training: Training, images: Tensor, labels: Tensor, noise: Tensor) 
     """What the table and the picture show of one model, on images that it has not seen."""
     model = training.model
     reconstruction, kl, _ = model(images, labels, noise)
-    kl_by_dimension = kl.mean(0)  # [latent_dim]
+    kl_by_dimension = model.kl(*model.encode(images, labels), labels, reduction="mean", dim=0)  # [latent_dim]
     return {
-        "reconstruction": reconstruction.mean().item(),
-        "kl": kl_by_dimension.sum().item(),
-        "elbo": -(reconstruction + kl.sum(1)).mean().item(),
+        "reconstruction": reconstruction.item(),
+        "kl": kl.item(),
+        "elbo": -(reconstruction + kl).item(),
         "kl_by_dimension": kl_by_dimension.cpu(),
         "active": int((kl_by_dimension > ACTIVE_NATS).sum()),
         "milliseconds": 1e3 * statistics.median(training.seconds[len(training.seconds) // 10 :]),  # without the warm-up
