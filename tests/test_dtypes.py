@@ -2,6 +2,8 @@
 its input's."""
 
 import itertools
+import math
+from fractions import Fraction
 
 import numpy
 import pytest
@@ -177,3 +179,22 @@ def test_autocast_leaves_inputs_and_returns_float32(device):
     assert value.dtype == torch.float32
     oracle.assert_within(value, exact, oracle.ulp_error(value, exact), oracle.PAIR, inputs)
     assert all(gradient.dtype == half for gradient in torch.autograd.grad(value.sum(), inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float64_is_rounded_to_half_types_once_and_at_any_magnitude(dtype: torch.dtype, device: torch.device) -> None:
+    """The loss of (mu, 0) is exactly mu^2 / 2; what float32 rounds to zero on the way included."""
+    mu = torch.tensor([0.0, 1e-160, 1e-30, 1e-23, 1e-20, 1e-4, 3e-4, 1.0, 1.4, 300.0, 1e30], dtype=torch.float64, device=device)
+    actual = torch.ops.kl_ext.kl_div_single_loss(mu, torch.zeros_like(mu), dtype=dtype)
+    nearest = [exactly_rounded(0.5 * x * x, dtype) for x in mu.tolist()]
+    assert actual.tolist() == nearest
+
+
+def exactly_rounded(x: float, dtype: torch.dtype) -> float:
+    """To nearest even, by integers."""
+    bits, least, largest = (11, -24, 65504.0) if dtype == torch.float16 else (8, -133, 2.0**127 * (2 - 2**-7))
+    if x == 0:
+        return 0.0
+    place = max(math.frexp(x)[1] - bits, least)
+    rounded = math.ldexp(round(Fraction(x) / Fraction(2) ** place), place)
+    return rounded if rounded <= largest else math.inf

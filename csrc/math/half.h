@@ -59,7 +59,7 @@ KL_EXT_INLINE void narrow(double& out, double x) { out = x; }
 template <class S>
 KL_EXT_INLINE void narrow(S& out, double x) {
   const float nearest = static_cast<float>(x);
-  const bool away = nearest > 0 ? nearest > x : nearest < x;
+  const bool away = ((nearest > 0) & (nearest > x)) | ((nearest < 0) & (nearest < x)); // never for a zero
   const std::uint32_t toward_zero = to_bits(nearest) - (away ? 1 : 0);
   const bool inexact = static_cast<double>(from_bits<float>(toward_zero)) != x;
   narrow(out, from_bits<float>(toward_zero | (inexact ? 1 : 0)));
