@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kl_ext
 from layouts import inside
+from loss_cases import clamp
 from ordered_sum import reduced_sum, sum_to_shape
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -78,11 +79,11 @@ def formula(
     *inputs: Tensor, clamp_min: float = -30.0, clamp_max: float = 20.0, reduction: str = "none", dim: Any = None
 ) -> Tensor:
     """The divergence in plain torch, reduced by plain torch: an oracle in float64, for inputs that do not make it cancel."""
-    mu_p, log_var_p = inputs[0], inputs[1].clamp(clamp_min, clamp_max)
+    mu_p, log_var_p = inputs[0], clamp(inputs[1], clamp_min, clamp_max)
     if len(inputs) == 2:
         terms = 0.5 * (mu_p.square() + log_var_p.exp() - log_var_p - 1.0)
     else:
-        mu_q, log_var_q = inputs[2], inputs[3].clamp(clamp_min, clamp_max)
+        mu_q, log_var_q = inputs[2], clamp(inputs[3], clamp_min, clamp_max)
         terms = 0.5 * (log_var_q - log_var_p + (log_var_p.exp() + (mu_p - mu_q).square()) / log_var_q.exp() - 1.0)
     if reduction == "none":
         return terms
