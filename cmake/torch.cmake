@@ -1,5 +1,5 @@
 # The torch to build against, asked of Python: TORCH_VERSION, TORCH_CUDA_VERSION (empty for a CPU build) and the imported
-# targets torch_cpu and c10. Not find_package(Torch): with a CUDA torch that wants a whole CUDA toolkit.
+# targets torch_cpu, torch_python and c10. Not find_package(Torch): with a CUDA torch that wants a whole CUDA toolkit.
 execute_process(
   COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/torch_info.py"
   RESULT_VARIABLE status OUTPUT_VARIABLE torch_info ERROR_VARIABLE problem)
@@ -22,3 +22,4 @@ function(kl_ext_add_torch_library name)
 endfunction()
 kl_ext_add_torch_library(c10)
 kl_ext_add_torch_library(torch_cpu)
+kl_ext_add_torch_library(torch_python)

@@ -6,8 +6,11 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from . import _bindings
 from ._fake import result_dtype
 
+# torch.compile knows that this is true, and so sees the operators and not the bindings.
+_is_compiling = torch.compiler.is_compiling
 _kl_div_single_loss = torch.ops.kl_ext.kl_div_single_loss.default
 _kl_div_pair_loss = torch.ops.kl_ext.kl_div_pair_loss.default
 _gaussian_kl_div = torch.ops.kl_ext.gaussian_kl_div.default
@@ -45,6 +48,10 @@ def kl_div_single_loss(mu: Tensor, log_var: Tensor, *, clamp_min: float = -30.0,
         >>> kl_ext.kl_div_single_loss(mu, log_var)
         tensor([0.0000, 0.5000])
     """
+    if not _is_compiling():
+        result = _bindings.kl_div_single_loss(mu, log_var, clamp_min, clamp_max)
+        if result is not None:
+            return result
     try:
         return _kl_div_single_loss(mu, log_var, clamp_min=clamp_min, clamp_max=clamp_max)  # type: ignore[no-any-return]
     except RuntimeError as error:
@@ -96,6 +103,10 @@ def kl_div_pair_loss(
         >>> kl_ext.kl_div_pair_loss(zero, zero, torch.tensor([0.0, 1.0]), zero)
         tensor([0.5000, 1.5000])
     """
+    if not _is_compiling():
+        result = _bindings.kl_div_pair_loss(mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max)
+        if result is not None:
+            return result
     try:
         return _kl_div_pair_loss(  # type: ignore[no-any-return]
             mu_p, log_var_p, mu_q, log_var_q, clamp_min=clamp_min, clamp_max=clamp_max
@@ -162,6 +173,10 @@ def gaussian_kl_div(
         dim = (dim,)
     if isinstance(mu_q, Real) or isinstance(log_var_q, Real):
         mu_q, log_var_q, dtype = _with_tensors_for_numbers(mu_p, log_var_p, mu_q, log_var_q, dtype)
+    if not _is_compiling():
+        result = _bindings.gaussian_kl_div(mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, dtype)
+        if result is not None:
+            return result
     try:
         return _gaussian_kl_div(  # type: ignore[no-any-return]
             mu_p,

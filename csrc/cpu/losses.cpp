@@ -1,6 +1,7 @@
 // The operators on the CPU: which kernel, over what iteration.
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -23,9 +24,43 @@ Arithmetic arithmetic_of(Arguments arguments, at::ScalarType dtype = at::kFloat)
 
 at::ScalarType dtype_of(Arithmetic arithmetic) { return arithmetic == kDouble ? at::kDouble : at::kFloat; }
 
+// Whether these are tensors of one shape and of contiguous numbers of the arithmetic type, as most are: then there is no
+// iteration to plan, which takes longer than a few thousand elements do.
+bool are_flat(Arguments arguments, at::ScalarType dtype) {
+  const at::Tensor& first = arguments[0].tensor;
+  return (dtype == at::kFloat || dtype == at::kDouble) &&
+         std::all_of(arguments.begin(), arguments.end(), [&](const Argument& argument) {
+           const at::Tensor& tensor = argument.tensor;
+           return tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.sizes() == first.sizes();
+         });
+}
+
+at::Tensor forward_flat(Forward kernel, Arguments inputs, Bounds bounds, at::ScalarType dtype) {
+  const auto shape = inputs[0].tensor.sizes();
+  const at::Tensor result(at::detail::empty_cpu(shape, dtype));
+  prefer_huge_pages(result);
+  const auto size = static_cast<int64_t>(c10::elementSize(dtype));
+  char* const out = static_cast<char*>(result.mutable_data_ptr());
+  std::array<const char*, kMaxInputs> data{};
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    data[i] = static_cast<const char*>(inputs[i].tensor.const_data_ptr());
+  }
+  at::parallel_for(0, result.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
+    std::array<const void*, kMaxInputs> pointers{};
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      pointers[i] = data[i] + begin * size;
+    }
+    kernel(out + begin * size, pointers.data(), end - begin, bounds);
+  });
+  return result;
+}
+
 at::Tensor forward(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result) {
   const Arithmetic arithmetic = arithmetic_of(inputs, result);
   const Forward kernel = kernels().forward[loss][is_wide(bounds, arithmetic)][arithmetic];
+  if (are_flat(inputs, result)) {
+    return forward_flat(kernel, inputs, bounds, result);
+  }
   auto iterator = plan_forward(inputs, result, at::kCPU);
   prefer_huge_pages(iterator.output());
   for_each_block(iterator, arithmetic, /*whole_rows=*/true,

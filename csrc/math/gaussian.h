@@ -2,14 +2,14 @@
 // log-variances, d = lp - lq, D = mu_p - mu_q and w = e^-lq, in nats:
 //
 //   KL(p||q) = half_phi(d) + D (D w) / 2
-//   dKL/dmu_p = D w = -dKL/dmu_q      dKL/dlp = expm1(d) / 2      dKL/dlq =
-//   -(expm1(d) + D^2 w) / 2
+//   dKL/dmu_p = D w = -dKL/dmu_q      dKL/dlp = expm1(d) / 2      dKL/dlq = -(expm1(d) + D^2 w) / 2
 //
 // Against N(0, 1): mu_q = 0, lq = 0. Error bounds, for finite inputs, in ulps of the result (largest found in brackets):
 //
-//   single      2.5 (2.2)      KL, documented pair      4.5 (4.02) gradients 3
-//   (2.48) the gradient of log_var_q      6 (4.5) of the larger of its two
-//   terms
+//   single                         2.5 (2.2)
+//   KL, documented pair            4.5 (4.02)
+//   gradients                      3 (2.48)
+//   the gradient of log_var_q      6 (4.5) of the larger of its two terms
 //
 // never negative, exactly 0 where p = q, infinite only where the value itself overflows. Infinite inputs give what the plain
 // formulas give, and NaN propagates.
@@ -75,23 +75,24 @@ KL_EXT_INLINE T scale_by_power_of_two(T x, T n) {
   return (x * power_of_two(half)) * power_of_two(n - half);
 }
 
-// The means' share of the divergence: D w and D^2 w / 2.
+// The means' share of the divergence: kTimes D w, 1 or 2 times, and D^2 w / 2. Doubling D w afterwards would double the
+// rounding of one that is subnormal.
 template <class T>
 struct Shift {
   T scaled;
   T half_square;
 };
 
-template <Range range, class T>
+template <Range range, int kTimes = 1, class T>
 KL_EXT_INLINE Shift<T> shift(T mu_p, T mu_q, T log_var_q) {
   const T difference = mu_p - mu_q;
   if constexpr (range == Range::kNarrow) {
     const Reduced<T> x = reduce_to_nearest(-log_var_q);
-    const T scale = power_of_two(x.k);
+    const T scale = T(kTimes) * power_of_two(x.k);
     const T inverse_var = fma(scale, x.r + phi_of_remainder(x.r), scale);
     const T scaled = difference * inverse_var;
     const T without_overflow = (T(0.5) * mu_p - T(0.5) * mu_q) * (T(2) * inverse_var);
-    return {is_infinite(difference) ? without_overflow : scaled, (T(0.5) * difference) * scaled};
+    return {is_infinite(difference) ? without_overflow : scaled, (T(0.5) / T(kTimes) * difference) * scaled};
   } else {
     // Significands and exponents apart. Beyond kFar no difference of means brings the product back into range.
     constexpr T kFar = T(2.5) * T(Format<T>::kBias + Format<T>::kMantissaBits);
@@ -103,7 +104,8 @@ KL_EXT_INLINE Shift<T> shift(T mu_p, T mu_q, T log_var_q) {
     const Scientific<T> mean = to_scientific(overflow ? T(0.5) * mu_p - T(0.5) * mu_q : difference);
     const T exponent = mean.exponent + (overflow ? T(1) : T(0));
     const T scaled = mean.significand * inverse_var;
-    return {scale_by_power_of_two(scaled, x.k + exponent),
+    const T exponent_of_scaled = mean.exponent + (overflow ? T(kTimes) : T(kTimes - 1));
+    return {scale_by_power_of_two(scaled, x.k + exponent_of_scaled),
             scale_by_power_of_two((T(0.5) * mean.significand) * scaled, x.k + T(2) * exponent)};
   }
 }
@@ -181,8 +183,8 @@ struct PairOf {
     const T log_var_p = clamp(input[1], bounds.low, bounds.high);
     const T log_var_q = clamp(input[3], bounds.low, bounds.high);
     const T half_ratio = half_expm1(subtract<range>(log_var_p, log_var_q).reduced);
-    const Shift<T> means = shift<range>(input[0], input[2], log_var_q);
-    gradient[0] = grad_output * (kScale * means.scaled);
+    const Shift<T> means = shift<range, documented ? 2 : 1>(input[0], input[2], log_var_q);
+    gradient[0] = grad_output * means.scaled;
     gradient[1] = clamp_gradient(grad_output * (kScale * half_ratio), input[1], bounds.low, bounds.high);
     gradient[2] = -gradient[0];
     gradient[3] = grad_output * (-kScale * (half_ratio + means.half_square));
