@@ -60,6 +60,57 @@ void backward(void* const* gradients, const void* grad_output, const void* const
   }
 }
 
+template <class Loss, Range range, class T>
+void accumulate(void* lanes, const void* const* inputs, int first, std::int64_t numel, Bounds bounds) {
+  const math::Clamp<T> clamp = to_clamp<T>(bounds);
+  T* into = static_cast<T*>(lanes);
+  const T* data[Loss::kInputs];
+  for (int input = 0; input < Loss::kInputs; ++input) {
+    data[input] = static_cast<const T*>(inputs[input]);
+  }
+  const auto add_term = [&](int lane, std::int64_t i) {
+    T values[Loss::kInputs];
+    for (int input = 0; input < Loss::kInputs; ++input) {
+      values[input] = data[input][i];
+    }
+    into[lane] += Loss::template forward<range>(values, clamp);
+  };
+  std::int64_t i = 0;
+  if (first > 0) {
+    const int run = static_cast<int>(numel < math::kLanes - first ? numel : math::kLanes - first);
+    KL_EXT_LOOP
+    for (int lane = 0; lane < run; ++lane) {
+      add_term(first + lane, lane);
+    }
+    i = run;
+  }
+  for (; i + math::kLanes <= numel; i += math::kLanes) {
+    KL_EXT_LOOP
+    for (int lane = 0; lane < math::kLanes; ++lane) {
+      add_term(lane, i + lane);
+    }
+  }
+  KL_EXT_LOOP
+  for (int lane = 0; lane < static_cast<int>(numel - i); ++lane) {
+    add_term(lane, i + lane);
+  }
+}
+
+template <class Loss, Range range, class T>
+void sum_chunks(void* partials, const void* const* inputs, std::int64_t numel, Bounds bounds) {
+  T* out = static_cast<T*>(partials);
+  for (std::int64_t start = 0; start < numel; start += math::kChunk) {
+    const void* data[Loss::kInputs];
+    for (int input = 0; input < Loss::kInputs; ++input) {
+      data[input] = static_cast<const T*>(inputs[input]) + start;
+    }
+    alignas(64) T lanes[math::kLanes] = {};
+    accumulate<Loss, range, T>(lanes, data, 0, numel - start < math::kChunk ? numel - start : math::kChunk, bounds);
+    math::fold_lanes(lanes, math::kLanes, 1);
+    *out++ = lanes[0];
+  }
+}
+
 template <class S, class T>
 void load(void* contiguous, const void* strided, const Tile& tile) {
   T* out = static_cast<T*>(contiguous);
@@ -105,6 +156,9 @@ void add_to_lanes(void* lanes, const void* terms, int first, std::int64_t rows, 
 
 template <class T>
 void fold_lanes(void* lanes, int in_use, std::int64_t columns) {
+  if (in_use == math::kLanes && columns == 1) {
+    return math::fold_lanes(static_cast<T*>(lanes), math::kLanes, 1); // unrolled
+  }
   math::fold_lanes(static_cast<T*>(lanes), in_use, columns);
 }
 
@@ -175,6 +229,10 @@ const Kernels kernels = {
      KL_EXT_BY_RANGE(forward, math::Divergence)},
     {KL_EXT_BY_RANGE(backward, math::SingleLoss), KL_EXT_BY_RANGE(backward, math::PairLoss),
      KL_EXT_BY_RANGE(backward, math::Divergence)},
+    {KL_EXT_BY_RANGE(accumulate, math::SingleLoss), KL_EXT_BY_RANGE(accumulate, math::PairLoss),
+     KL_EXT_BY_RANGE(accumulate, math::Divergence)},
+    {KL_EXT_BY_RANGE(sum_chunks, math::SingleLoss), KL_EXT_BY_RANGE(sum_chunks, math::PairLoss),
+     KL_EXT_BY_RANGE(sum_chunks, math::Divergence)},
     KL_EXT_BY_STORAGE(load),
     KL_EXT_BY_STORAGE(store),
     {add_to_lanes<float>, add_to_lanes<double>},

@@ -39,6 +39,10 @@ using Store = void (*)(void* strided, const void* contiguous, const Tile& tile);
 // For sums in the order of math/summation.h, all of contiguous numbers of the arithmetic type. lanes: [64, columns].
 using AddToLanes = void (*)(void* lanes, const void* terms, int first, std::int64_t rows, std::int64_t columns);
 using FoldLanes = void (*)(void* lanes, int in_use, std::int64_t columns);
+// The same with terms computed on the way: lanes: [64]; term i goes to lane (first + i) % 64.
+using Accumulate = void (*)(void* lanes, const void* const* inputs, int first, std::int64_t numel, Bounds bounds);
+// partials[chunk] from the consecutive chunks of 1024 terms, the last of which may be shorter.
+using SumChunks = void (*)(void* partials, const void* const* inputs, std::int64_t numel, Bounds bounds);
 // sums[row] from the at most 1024 terms of each row.
 using SumRows = void (*)(void* sums, const void* terms, std::int64_t rows, std::int64_t columns);
 // numbers[i] /= divisor.
@@ -47,6 +51,8 @@ using Divide = void (*)(void* numbers, std::int64_t numel, std::int64_t divisor)
 struct Kernels {
   Forward forward[kLosses][2][kArithmetics]; // [..][wide][..]
   Backward backward[kLosses][2][kArithmetics];
+  Accumulate accumulate[kLosses][2][kArithmetics];
+  SumChunks sum_chunks[kLosses][2][kArithmetics];
   Load load[kStorages][kArithmetics];
   Store store[kStorages][kArithmetics];
   AddToLanes add_to_lanes[kArithmetics];

@@ -26,31 +26,41 @@ at::ScalarType dtype_of(Arithmetic arithmetic) { return arithmetic == kDouble ? 
 
 // Whether these are tensors of one shape and of contiguous numbers of the arithmetic type, as most are: then there is no
 // iteration to plan, which takes longer than a few thousand elements do.
-bool are_flat(Arguments arguments, at::ScalarType dtype) {
+bool are_flat(Arguments arguments, Arithmetic arithmetic) {
   const at::Tensor& first = arguments[0].tensor;
-  return (dtype == at::kFloat || dtype == at::kDouble) &&
-         std::all_of(arguments.begin(), arguments.end(), [&](const Argument& argument) {
-           const at::Tensor& tensor = argument.tensor;
-           return tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.sizes() == first.sizes();
-         });
+  return std::all_of(arguments.begin(), arguments.end(), [&](const Argument& argument) {
+    const at::Tensor& tensor = argument.tensor;
+    return tensor.scalar_type() == dtype_of(arithmetic) && tensor.is_contiguous() && tensor.sizes() == first.sizes();
+  });
 }
 
-at::Tensor forward_flat(Forward kernel, Arguments inputs, Bounds bounds, at::ScalarType dtype) {
-  const auto shape = inputs[0].tensor.sizes();
-  const at::Tensor result(at::detail::empty_cpu(shape, dtype));
-  prefer_huge_pages(result);
-  const auto size = static_cast<int64_t>(c10::elementSize(dtype));
-  char* const out = static_cast<char*>(result.mutable_data_ptr());
-  std::array<const char*, kMaxInputs> data{};
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    data[i] = static_cast<const char*>(inputs[i].tensor.const_data_ptr());
-  }
-  at::parallel_for(0, result.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
-    std::array<const void*, kMaxInputs> pointers{};
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      pointers[i] = data[i] + begin * size;
+// The numbers of flat tensors, from the given one on.
+struct Flat {
+  Flat(Arguments arguments, Arithmetic arithmetic) : size(size_of(arithmetic)) {
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      data[i] = static_cast<const char*>(arguments[i].tensor.const_data_ptr());
     }
-    kernel(out + begin * size, pointers.data(), end - begin, bounds);
+  }
+
+  std::array<const void*, kMaxInputs> from(int64_t first) const {
+    std::array<const void*, kMaxInputs> pointers{};
+    for (size_t i = 0; i < kMaxInputs; ++i) {
+      pointers[i] = data[i] + first * size;
+    }
+    return pointers;
+  }
+
+  int64_t size;
+  std::array<const char*, kMaxInputs> data{};
+};
+
+at::Tensor forward_flat(Forward kernel, Arguments inputs, Bounds bounds, Arithmetic arithmetic) {
+  const at::Tensor result(at::detail::empty_cpu(inputs[0].tensor.sizes(), dtype_of(arithmetic)));
+  prefer_huge_pages(result);
+  const Flat flat(inputs, arithmetic);
+  char* const out = static_cast<char*>(result.mutable_data_ptr());
+  at::parallel_for(0, result.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
+    kernel(out + begin * flat.size, flat.from(begin).data(), end - begin, bounds);
   });
   return result;
 }
@@ -58,8 +68,8 @@ at::Tensor forward_flat(Forward kernel, Arguments inputs, Bounds bounds, at::Sca
 at::Tensor forward(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result) {
   const Arithmetic arithmetic = arithmetic_of(inputs, result);
   const Forward kernel = kernels().forward[loss][is_wide(bounds, arithmetic)][arithmetic];
-  if (are_flat(inputs, result)) {
-    return forward_flat(kernel, inputs, bounds, result);
+  if (result == dtype_of(arithmetic) && are_flat(inputs, arithmetic)) {
+    return forward_flat(kernel, inputs, bounds, arithmetic);
   }
   auto iterator = plan_forward(inputs, result, at::kCPU);
   prefer_huge_pages(iterator.output());
@@ -72,16 +82,30 @@ at::Tensor forward(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType re
 at::Tensor forward_sum(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result, at::IntArrayRef shape,
                        const Reduction& reduction) {
   const Arithmetic arithmetic = arithmetic_of(inputs, result);
-  const Forward kernel = kernels().forward[loss][is_wide(bounds, arithmetic)][arithmetic];
-  const at::Tensor sums = at::empty(reduction.kept_shape(shape), at::dtype(result));
+  const bool wide = is_wide(bounds, arithmetic);
+  const Forward kernel = kernels().forward[loss][wide][arithmetic];
+  const Accumulate accumulate = kernels().accumulate[loss][wide][arithmetic];
   const auto divisor = reduction.divides ? std::optional(reduction.divisor(shape)) : std::nullopt;
+  const auto kept = reduction.kept_shape(shape);
+  const at::Tensor sums(at::detail::empty_cpu(kept, result));
+  if (kept.empty() && are_flat(inputs, arithmetic)) {
+    const Flat flat(inputs, arithmetic);
+    const SumChunks sum_chunks = kernels().sum_chunks[loss][wide][arithmetic];
+    sum_flat(
+        static_cast<char*>(sums.mutable_data_ptr()), result, arithmetic, inputs[0].tensor.numel(), divisor,
+        [&](void* partials, int64_t first, int64_t numel) { sum_chunks(partials, flat.from(first).data(), numel, bounds); });
+    return sums;
+  }
   c10::SmallVector<SumOperand, kMaxInputs + 1> operands;
   operands.emplace_back(sums, divisor, shape.size());
   for (const auto& input : inputs) {
     operands.emplace_back(input.tensor, SumOperand::kInput, shape);
   }
-  sum_terms(shape, reduction.reduced, operands, arithmetic,
-            [&](void* const* pointers, int64_t numel) { kernel(pointers[0], pointers + 1, numel, bounds); });
+  const auto compute = [&](void* const* pointers, int64_t numel) { kernel(pointers[0], pointers + 1, numel, bounds); };
+  const auto add_terms = [&](void* lanes, void* const* pointers, int first, int64_t numel) {
+    accumulate(lanes, pointers, first, numel, bounds);
+  };
+  sum_terms(shape, reduction.reduced, operands, arithmetic, compute, add_terms);
   return sums;
 }
 

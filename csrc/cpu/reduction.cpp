@@ -62,7 +62,7 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The sums over the chunks of each column of partials [chunks, columns], level after level, left in its first row.
 void finish(char* partials, int64_t chunks, int64_t columns, Arithmetic arithmetic) {
   const int64_t size = size_of(arithmetic);
-  const auto lanes = std::make_unique<char[]>(kLanes * kColumns * size);
+  const auto lanes = std::make_unique<char[]>(kLanes * std::min(kColumns, columns) * size);
   while (chunks > 1) {
     const int64_t groups = ceil_divide(chunks, kChunk);
     for (int64_t group = 0; group < groups; ++group) {
@@ -87,8 +87,8 @@ void finish(char* partials, int64_t chunks, int64_t columns, Arithmetic arithmet
 class Summation {
  public:
   Summation(at::IntArrayRef shape, c10::ArrayRef<bool> reduced, c10::ArrayRef<SumOperand> operands, Arithmetic arithmetic,
-            Compute compute)
-      : operands_(operands), arithmetic_(arithmetic), compute_(compute) {
+            Compute compute, std::optional<AddTerms> accumulate)
+      : operands_(operands), arithmetic_(arithmetic), compute_(compute), accumulate_(accumulate) {
     for (auto& axis : merged_axes(shape, reduced, operands)) {
       (axis.reduced ? reduced_ : kept_).push_back(std::move(axis));
     }
@@ -190,15 +190,19 @@ class Summation {
     return {std::min(rows - term / inner % rows, limit / inner), inner};
   }
 
-  // Computes the terms of a tile, [rows, columns] of the given axes.
+  // Computes the terms of a tile, [rows, columns] of the given axes; with a first lane, adds them to those of the only sum.
   void compute_tile(Workspace& workspace, const Offsets& offsets, const Axis& row_axis, int64_t rows, const Axis& column_axis,
-                    int64_t columns) const {
+                    int64_t columns, std::optional<int> first_lane = std::nullopt) const {
     void* pointers[kMaxOperands];
     const auto tile = [&](size_t i) { return Tile{columns, rows, column_axis.strides[i], row_axis.strides[i]}; };
     for (size_t i = 0; i < operands_.size(); ++i) {
       pointers[i] = operands_[i].role == SumOperand::kSummedOutput
                         ? workspace.terms[i].get()
                         : workspace.operands[i]->begin_block(operands_[i].data + offsets[i], tile(i));
+    }
+    if (first_lane) {
+      (*accumulate_)(workspace.lanes[0].get(), pointers + 1, *first_lane, rows * columns);
+      return;
     }
     compute_(pointers, rows * columns);
     for (size_t i = 0; i < operands_.size(); ++i) {
@@ -284,10 +288,11 @@ class Summation {
           if (by_columns) {
             compute_tile(workspace, offsets, reduced_.back(), rows, column_axis, columns);
           } else {
-            compute_tile(workspace, offsets, row_axis, rows, column_axis, row_length);
+            const auto first_lane = accumulate_ ? std::optional(static_cast<int>(done % kLanes)) : std::nullopt;
+            compute_tile(workspace, offsets, row_axis, rows, column_axis, row_length, first_lane);
           }
           const int64_t computed = rows * row_length;
-          for (size_t i = 0; i < operands_.size(); ++i) {
+          for (size_t i = 0; i < operands_.size() && (by_columns || !accumulate_); ++i) {
             if (workspace.lanes[i]) {
               kernels().add_to_lanes[arithmetic_](workspace.lanes[i].get(), workspace.terms[i].get(),
                                                   static_cast<int>(done % kLanes), computed, columns);
@@ -319,6 +324,7 @@ class Summation {
   c10::ArrayRef<SumOperand> operands_;
   Arithmetic arithmetic_;
   Compute compute_;
+  std::optional<AddTerms> accumulate_;
   Axes reduced_;
   Axes kept_;
   int64_t terms_; // of each sum
@@ -344,9 +350,32 @@ SumOperand::SumOperand(const at::Tensor& sums, std::optional<int64_t> sums_divis
       strides(dims, 0),
       divisor(sums_divisor) {}
 
+void sum_flat(char* sum, at::ScalarType dtype, Arithmetic arithmetic, int64_t numel, std::optional<int64_t> divisor,
+              SumChunksFrom sum_chunks_from) {
+  constexpr int64_t kFew = 16;
+  const int64_t size = size_of(arithmetic);
+  const int64_t chunks = ceil_divide(numel, kChunk);
+  alignas(64) char few[kFew * sizeof(double)] = {};
+  const auto many = chunks > kFew ? std::make_unique_for_overwrite<char[]>(chunks * size) : nullptr;
+  char* const partials = many ? many.get() : few;
+  at::parallel_for(0, chunks, kGrain / kChunk, [&](int64_t begin, int64_t end) {
+    sum_chunks_from(partials + begin * size, begin * kChunk, std::min(end * kChunk, numel) - begin * kChunk);
+  });
+  for (int64_t left = chunks; left > 1; left = ceil_divide(left, kChunk)) {
+    for (int64_t first = 0; first < left; first += kChunk) {
+      kernels().sum_rows[arithmetic](partials + first / kChunk * size, partials + first * size, 1,
+                                     std::min<int64_t>(kChunk, left - first));
+    }
+  }
+  if (divisor) {
+    kernels().divide[arithmetic](partials, 1, *divisor);
+  }
+  kernels().store[storage_of(dtype)][arithmetic](sum, partials, Tile{1, 1, 0, 0});
+}
+
 void sum_terms(at::IntArrayRef shape, c10::ArrayRef<bool> reduced, c10::ArrayRef<SumOperand> operands, Arithmetic arithmetic,
-               Compute compute) {
-  Summation(shape, reduced, operands, arithmetic, compute).run();
+               Compute compute, std::optional<AddTerms> accumulate) {
+  Summation(shape, reduced, operands, arithmetic, compute, accumulate).run();
 }
 
 } // namespace kl_ext::cpu

@@ -27,9 +27,21 @@ struct SumOperand {
   std::optional<int64_t> divisor;
 };
 
+using AddTerms = c10::function_ref<void(void* lanes, void* const* inputs, int first, int64_t numel)>;
+
 // Calls compute(pointers, numel) for blocks of every term there is, the pointers in the order of the operands; what it writes
 // for a summed output are the terms. `reduced` has a flag for each dimension of the shape.
+//
+// accumulate(lanes, inputs, first, numel), where the only output is one sum, adds the terms to lanes as it computes them
+// (kernels.h).
 void sum_terms(at::IntArrayRef shape, c10::ArrayRef<bool> reduced, c10::ArrayRef<SumOperand> operands, Arithmetic arithmetic,
-               Compute compute);
+               Compute compute, std::optional<AddTerms> accumulate = std::nullopt);
+
+using SumChunksFrom = c10::function_ref<void(void* partials, int64_t first, int64_t numel)>;
+
+// The sum of all terms where each operand is contiguous numbers of the arithmetic type. sum_chunks_from(partials, first, numel)
+// leaves the sums of the chunks of `numel` terms from the given one on.
+void sum_flat(char* sum, at::ScalarType dtype, Arithmetic arithmetic, int64_t numel, std::optional<int64_t> divisor,
+              SumChunksFrom sum_chunks_from);
 
 } // namespace kl_ext::cpu
