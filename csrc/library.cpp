@@ -109,37 +109,29 @@ TORCH_LIBRARY(kl_ext, m) {
   const std::vector<at::Tag> elementwise = {at::Tag::pt2_compliant_tag, at::Tag::pointwise};
   const std::vector<at::Tag> compliant = {at::Tag::pt2_compliant_tag};
   m.def(
-      "kl_div_single_loss(Tensor mu, Tensor log_var, *, float "
-      "clamp_min=-30.0, float clamp_max=20.0, ScalarType? dtype=None)"
+      "kl_div_single_loss(Tensor mu, Tensor log_var, *, float clamp_min=-30.0, float clamp_max=20.0, ScalarType? dtype=None)"
       " -> Tensor",
       elementwise);
   m.def(
-      "kl_div_single_loss_backward(Tensor grad_output, Tensor mu, Tensor "
-      "log_var, float clamp_min, float clamp_max,"
+      "kl_div_single_loss_backward(Tensor grad_output, Tensor mu, Tensor log_var, float clamp_min, float clamp_max,"
       " bool[2] output_mask) -> (Tensor, Tensor)",
       compliant);
   m.def(
-      "kl_div_pair_loss(Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor "
-      "log_var_q, *, float clamp_min=-30.0,"
+      "kl_div_pair_loss(Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor log_var_q, *, float clamp_min=-30.0,"
       " float clamp_max=20.0, ScalarType? dtype=None) -> Tensor",
       elementwise);
   m.def(
-      "kl_div_pair_loss_backward(Tensor grad_output, Tensor mu_p, Tensor "
-      "log_var_p, Tensor mu_q, Tensor log_var_q,"
-      " float clamp_min, float clamp_max, bool[4] output_mask) -> (Tensor, "
-      "Tensor, Tensor, Tensor)",
+      "kl_div_pair_loss_backward(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor log_var_q,"
+      " float clamp_min, float clamp_max, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
       compliant);
   m.def(
-      "gaussian_kl_div(Tensor mu_p, Tensor log_var_p, Tensor? mu_q=None, "
-      "Tensor? log_var_q=None, *, float clamp_min=-30.0,"
-      " float clamp_max=20.0, str reduction=\"none\", int[]? dim=None, "
-      "ScalarType? dtype=None) -> Tensor",
+      "gaussian_kl_div(Tensor mu_p, Tensor log_var_p, Tensor? mu_q=None, Tensor? log_var_q=None, *, float clamp_min=-30.0,"
+      " float clamp_max=20.0, str reduction=\"none\", int[]? dim=None, ScalarType? dtype=None) -> Tensor",
       compliant);
   m.def(
-      "gaussian_kl_div_backward(Tensor grad_output, Tensor mu_p, Tensor "
-      "log_var_p, Tensor? mu_q, Tensor? log_var_q,"
-      " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] "
-      "output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+      "gaussian_kl_div_backward(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor? mu_q, Tensor? log_var_q,"
+      " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] output_mask)"
+      " -> (Tensor, Tensor, Tensor, Tensor)",
       compliant);
 }
 

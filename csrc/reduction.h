@@ -13,8 +13,7 @@ namespace kl_ext {
 struct Reduction {
   c10::SmallVector<bool, 8> reduced; // for each dimension of the terms
   bool is_none = true;
-  bool divides = false; // by the number of terms of a sum, or by the first size
-                        // for batchmean
+  bool divides = false; // by the number of terms of a sum, or by the first size for batchmean
   bool by_first = false;
 
   // Shape is of int64_t or SymInt.
@@ -53,14 +52,11 @@ inline Reduction parse_reduction(const char* function, std::string_view reductio
   const bool is_none = reduction == "none";
   const bool is_batchmean = reduction == "batchmean";
   TORCH_CHECK_VALUE(is_none || is_batchmean || reduction == "sum" || reduction == "mean", function,
-                    ": expected reduction to be \"none\", \"sum\", \"mean\" or "
-                    "\"batchmean\", got \"",
-                    reduction, "\"");
+                    ": expected reduction to be \"none\", \"sum\", \"mean\" or \"batchmean\", got \"", reduction, "\"");
   TORCH_CHECK_VALUE(!dim || !(is_none || is_batchmean), function, ": expected no dim with reduction \"", reduction, "\", got ",
                     *dim);
   TORCH_CHECK_VALUE(!is_batchmean || rank > 0, function,
-                    ": expected at least one dimension for reduction "
-                    "\"batchmean\", got 0-dim tensors");
+                    ": expected at least one dimension for reduction \"batchmean\", got 0-dim tensors");
   Reduction result;
   result.is_none = is_none;
   result.divides = is_batchmean || reduction == "mean";

@@ -27,7 +27,7 @@ using namespace kl_ext::math;
 template <class T, Range range>
 void exponentials(const T* x, T* half_phi_of_x, T* half_expm1_of_x, long n) {
   for (long i = 0; i < n; ++i) {
-    const auto reduced = reduce<range>(x[i], T(0));
+    const auto reduced = reduce<range>(x[i]);
     half_phi_of_x[i] = half_phi(T(0.5) * x[i], reduced);
     half_expm1_of_x[i] = half_expm1(reduced);
   }

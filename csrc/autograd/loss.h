@@ -1,17 +1,14 @@
 // Derivatives of a loss, from what its file in this folder tells of it. Op holds the arguments that are not tensors, and has
 //
-//   kInputs, kForwardName, kBackwardName, kArguments      the operators' names
-//   and those of their tensors kNeeds[i][j] whether the gradient of input i
-//   needs input j needs_shapes()                                        whether
-//   it needs the shape of the terms, which grad_output lacks forward(inputs,
-//   dtype)                                the operator backward(grad_output,
-//   inputs, mask)                   its backward operator
-//   terms_backward(grad_terms, inputs, mask)              that of the terms
-//   before their reduction, if there is one reduce(terms),
-//   unreduce(grad_output, shape)           the reduction, and the gradient of
-//   the terms, broadcasting with them curvature(inputs, v) row by row, the
-//   Hessian of the term times v, in differentiable operators collect(args) what
-//   compiled autograd must know of the arguments
+//   kInputs, kForwardName, kBackwardName, kArguments      the operators' names and those of their tensors
+//   kNeeds[i][j]                                          whether the gradient of input i needs input j
+//   needs_shapes()                                        whether it needs the shape of the terms, which grad_output lacks
+//   forward(inputs, dtype)                                the operator
+//   backward(grad_output, inputs, mask)                   its backward operator
+//   terms_backward(grad_terms, inputs, mask)              that of the terms before their reduction, if there is one
+//   reduce(terms), unreduce(grad_output, shape)           the reduction; the gradient of the terms, broadcasting with them
+//   curvature(inputs, v)                                  row by row, the Hessian of the term times v, differentiable
+//   collect(args)                                         what compiled autograd must know of the arguments
 //
 // First derivatives of any kind come from the backward operator, so that they have the same bits in reverse and forward mode,
 // with and without create_graph; second ones from the curvature, and higher ones from differentiating that.
@@ -231,8 +228,7 @@ Tensors<N> backward(const Op& op, const at::Tensor& grad_output, const Tensors<N
     for (size_t i = 0; i < N; ++i) {
       const at::Tensor tangent = sum_of(from_inputs[i], from_grad[i]);
       if (mask[i] && tangent.defined()) {
-        gradients[i]._set_fw_grad(tangent, /*level=*/0,
-                                  /*is_inplace_op=*/false);
+        gradients[i]._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
       }
     }
   }

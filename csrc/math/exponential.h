@@ -53,14 +53,14 @@ struct Constants<double> {
   }
 };
 
-// 2^k for an integral k in the exponent range of normal numbers, and infinity for the one above it. Adding 1.5 * 2^mantissa
-// leaves k in the low bits.
-template <class T>
+// 2^(k + more) for an integral k, with the sum in the exponent range of normal numbers, and infinity for the one above it.
+// Adding 1.5 * 2^mantissa leaves k in the low bits.
+template <int more = 0, class T>
 KL_EXT_INLINE T power_of_two(T k) {
   using F = Format<T>;
   constexpr T kShift = static_cast<T>(std::uint64_t{3} << (F::kMantissaBits - 1));
-  constexpr auto kOne = static_cast<typename F::Bits>(F::kBias) << F::kMantissaBits;
-  return from_bits<T>((to_bits<T>(k + kShift) << F::kMantissaBits) + kOne);
+  constexpr auto kFactor = static_cast<typename F::Bits>(F::kBias + more) << F::kMantissaBits;
+  return from_bits<T>((to_bits<T>(k + kShift) << F::kMantissaBits) + kFactor);
 }
 
 // phi(r) for |r| <= ln 2.
@@ -83,21 +83,41 @@ enum class Range { kNarrow, kWide };
 template <class T>
 constexpr T kNarrowBound = sizeof(T) == 4 ? T(43) : T(350);
 
-// x = k ln 2 + r with k truncated. Wide: where e^x overflows, k stays at the largest exponent and r grows without bound, and
-// with it all that is computed from it; where e^x is lost beside 1, x stays at a bound.
+// The k of x = k ln 2 + r, truncated. Wide: where e^x overflows, k stays at the largest exponent and r grows without bound, and
+// with it all that is computed from it.
+template <Range range, class T>
+KL_EXT_INLINE T truncated_quotient(T x) {
+  const T k = trunc(x * Constants<T>::kLog2E);
+  if constexpr (range == Range::kWide) {
+    constexpr T kLargest = T(Format<T>::kBias + 1);
+    return k > kLargest ? kLargest : k;
+  }
+  return k;
+}
+
+// Wide: e^x is lost beside 1 below this x.
+template <class T>
+constexpr T kLowest = T(-0.6875) * T(Format<T>::kBias);
+
+template <Range range, class T>
+KL_EXT_INLINE Reduced<T> reduce(T x) {
+  using C = Constants<T>;
+  if constexpr (range == Range::kWide) {
+    x = x < kLowest<T> ? kLowest<T> : x;
+  }
+  const T k = truncated_quotient<range>(x);
+  return {k, fma(-k, C::kLn2Low, fma(-k, C::kLn2High, x))};
+}
+
+// Of x + error, where |error| is at most half an ulp of x.
 template <Range range, class T>
 KL_EXT_INLINE Reduced<T> reduce(T x, T error) {
   using C = Constants<T>;
   if constexpr (range == Range::kWide) {
-    constexpr T kLowest = T(-0.6875) * T(Format<T>::kBias);
-    error = x < kLowest ? T(0) : error;
-    x = x < kLowest ? kLowest : x;
+    error = x < kLowest<T> ? T(0) : error;
+    x = x < kLowest<T> ? kLowest<T> : x;
   }
-  T k = trunc(x * C::kLog2E);
-  if constexpr (range == Range::kWide) {
-    constexpr T kLargest = T(Format<T>::kBias + 1);
-    k = k > kLargest ? kLargest : k;
-  }
+  const T k = truncated_quotient<range>(x);
   return {k, fma(-k, C::kLn2High, x) + fma(-k, C::kLn2Low, error)};
 }
 
@@ -113,14 +133,14 @@ KL_EXT_INLINE Reduced<T> reduce_to_nearest(T x) {
 // Half of phi(x), from half of x and the reduction of x: finite x may be infinite where its half is not.
 template <class T>
 KL_EXT_INLINE T half_phi(T half_x, Reduced<T> x) {
-  const T half_scale = power_of_two(x.k - T(1));
+  const T half_scale = power_of_two<-1>(x.k);
   return fma(half_scale, phi_of_remainder(x.r), fma(half_scale, x.r, (half_scale - T(0.5)) - half_x));
 }
 
 // Half of expm1(x).
 template <class T>
 KL_EXT_INLINE T half_expm1(Reduced<T> x) {
-  const T half_scale = power_of_two(x.k - T(1));
+  const T half_scale = power_of_two<-1>(x.k);
   return fma(half_scale, x.r + phi_of_remainder(x.r), half_scale - T(0.5));
 }
 

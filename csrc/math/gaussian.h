@@ -88,7 +88,7 @@ KL_EXT_INLINE Shift<T> shift(T mu_p, T mu_q, T log_var_q) {
   const T difference = mu_p - mu_q;
   if constexpr (range == Range::kNarrow) {
     const Reduced<T> x = reduce_to_nearest(-log_var_q);
-    const T scale = T(kTimes) * power_of_two(x.k);
+    const T scale = power_of_two<kTimes - 1>(x.k);
     const T inverse_var = fma(scale, x.r + phi_of_remainder(x.r), scale);
     const T scaled = difference * inverse_var;
     const T without_overflow = (T(0.5) * mu_p - T(0.5) * mu_q) * (T(2) * inverse_var);
@@ -142,7 +142,7 @@ KL_EXT_INLINE T divergence(T mu_p, T log_var_p, T mu_q, T log_var_q) {
 // KL(p||N(0, 1)).
 template <Range range, class T>
 KL_EXT_INLINE T divergence(T mu, T log_var) {
-  return fma(T(0.5) * mu, mu, half_phi(T(0.5) * log_var, reduce<range>(log_var, T(0))));
+  return fma(T(0.5) * mu, mu, half_phi(T(0.5) * log_var, reduce<range>(log_var)));
 }
 
 // The losses, for kernels of any kind: inputs in the order of the operators' arguments, log-variances not yet clamped.
@@ -159,7 +159,7 @@ struct SingleLoss {
   KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T> bounds, T (&gradient)[kInputs]) {
     const T log_var = clamp(input[1], bounds.low, bounds.high);
     gradient[0] = grad_output * input[0];
-    gradient[1] = grad_output * half_expm1(reduce<range>(log_var, T(0)));
+    gradient[1] = grad_output * half_expm1(reduce<range>(log_var));
     gradient[1] = clamp_gradient(gradient[1], input[1], bounds.low, bounds.high);
   }
 };

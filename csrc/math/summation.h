@@ -3,8 +3,9 @@
 // Of the terms t_0 ... t_(n-1), in the row-major order of the reduced coordinates, with IEEE additions:
 //
 //   S(0) = +0
-//   S(n <= 1024): 64 lanes a_l = +0; for i ascending a_(i mod 64) += t_i; for h = 32, 16, 8, 4, 2, 1, l < h: a_l += a_(l+h); a_0
-//   S(n > 1024): S of the sums of the consecutive chunks of 1024 terms, of which the last may be shorter
+//   S(n <= 1024): 64 lanes a_l = +0; for i ascending a_(i mod 64) += t_i;
+//                 for h = 32, 16, 8, 4, 2, 1 and l < h: a_l += a_(l+h); the sum is a_0
+//   S(n > 1024):  S of the sums of the consecutive chunks of 1024 terms, of which the last may be shorter
 //
 // Error: at most h u (|t_0| + ... + |t_(n-1)|), u = 2^-24 or 2^-53, with h the additions a term takes part in: 15 + 6 for a
 // full chunk, and again for each level of chunks.
