@@ -45,8 +45,10 @@ void prefer_huge_pages(const at::Tensor& fresh);
 // One operand of an iteration, as a thread sees it: finds the numbers of each block in the arithmetic type.
 class Operand {
  public:
-  Operand(at::ScalarType dtype, Arithmetic arithmetic, bool is_output)
-      : element_size_(static_cast<int64_t>(c10::elementSize(dtype))),
+  // buffer: of kBlockBytes.
+  Operand(at::ScalarType dtype, Arithmetic arithmetic, bool is_output, char* buffer)
+      : buffer_(buffer),
+        element_size_(static_cast<int64_t>(c10::elementSize(dtype))),
         is_arithmetic_(storage_of(dtype) == (arithmetic == kDouble ? kFloat64 : kFloat32)),
         is_output_(is_output),
         load_(kernels().load[storage_of(dtype)][arithmetic]),
@@ -83,6 +85,7 @@ class Operand {
     return data == loaded_data_ && tile.column_stride == loaded_tile_.column_stride && repeats && is_prefix;
   }
 
+  char* buffer_;
   int64_t element_size_;
   bool is_arithmetic_;
   bool is_output_;
@@ -91,7 +94,6 @@ class Operand {
   Store store_;
   const char* loaded_data_ = nullptr;
   Tile loaded_tile_{};
-  alignas(64) char buffer_[kBlockBytes];
 };
 
 } // namespace kl_ext::cpu

@@ -8,11 +8,12 @@ void for_each_block(at::TensorIterator& iterator, Arithmetic arithmetic, bool wh
   const int64_t block = block_numel(arithmetic);
   const int operand_count = iterator.ntensors();
   iterator.for_each([&](char** data, const int64_t* strides, int64_t columns, int64_t rows) {
-    std::array<std::optional<Operand>, kMaxOperands> operands;
+    alignas(64) char buffers[kMaxOperands][kBlockBytes];
+    c10::SmallVector<Operand, kMaxOperands> operands;
     bool all_direct = whole_rows;
     for (int i = 0; i < operand_count; ++i) {
-      operands[i].emplace(iterator.dtype(i), arithmetic, i < iterator.noutputs());
-      all_direct &= operands[i]->is_direct(strides[i]);
+      operands.emplace_back(iterator.dtype(i), arithmetic, i < iterator.noutputs(), buffers[i]);
+      all_direct &= operands[i].is_direct(strides[i]);
     }
     const bool gather = columns < kLongRow && rows > 1;
     const int64_t width = gather || all_direct ? columns : std::min(columns, block);
@@ -24,13 +25,13 @@ void for_each_block(at::TensorIterator& iterator, Arithmetic arithmetic, bool wh
         for (int i = 0; i < operand_count; ++i) {
           tile.column_stride = strides[i];
           tile.row_stride = strides[operand_count + i];
-          pointers[i] = operands[i]->begin_block(data[i] + row * tile.row_stride + column * tile.column_stride, tile);
+          pointers[i] = operands[i].begin_block(data[i] + row * tile.row_stride + column * tile.column_stride, tile);
         }
         compute(pointers, tile.columns * tile.rows);
         for (int i = 0; i < iterator.noutputs(); ++i) {
           tile.column_stride = strides[i];
           tile.row_stride = strides[operand_count + i];
-          operands[i]->end_block(data[i] + row * tile.row_stride + column * tile.column_stride, tile);
+          operands[i].end_block(data[i] + row * tile.row_stride + column * tile.column_stride, tile);
         }
       }
     }

@@ -68,7 +68,7 @@ void accumulate(void* lanes, const void* const* inputs, int first, std::int64_t 
   for (int input = 0; input < Loss::kInputs; ++input) {
     data[input] = static_cast<const T*>(inputs[input]);
   }
-  const auto add_term = [&](int lane, std::int64_t i) {
+  const auto add_term = [&](int lane, std::int64_t i) __attribute__((always_inline)) { // a call would end the vectorising
     T values[Loss::kInputs];
     for (int input = 0; input < Loss::kInputs; ++input) {
       values[input] = data[input][i];

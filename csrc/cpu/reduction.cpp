@@ -62,7 +62,7 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The sums over the chunks of each column of partials [chunks, columns], level after level, left in its first row.
 void finish(char* partials, int64_t chunks, int64_t columns, Arithmetic arithmetic) {
   const int64_t size = size_of(arithmetic);
-  const auto lanes = std::make_unique<char[]>(kLanes * std::min(kColumns, columns) * size);
+  const auto lanes = std::make_unique_for_overwrite<char[]>(kLanes * std::min(kColumns, columns) * size);
   while (chunks > 1) {
     const int64_t groups = ceil_divide(chunks, kChunk);
     for (int64_t group = 0; group < groups; ++group) {
@@ -130,17 +130,16 @@ class Summation {
       for (size_t i = 0; i < sum.operands_.size(); ++i) {
         const SumOperand& operand = sum.operands_[i];
         if (operand.role == SumOperand::kSummedOutput) {
-          lanes[i] = std::make_unique<char[]>(kLanes * columns * size_of(sum.arithmetic_));
-          terms[i] = std::make_unique<char[]>(kBlockBytes);
+          lanes[i] = std::make_unique_for_overwrite<char[]>(kLanes * columns * size_of(sum.arithmetic_));
         } else {
-          operands[i].emplace(operand.dtype, sum.arithmetic_, operand.role == SumOperand::kElementwiseOutput);
+          operands[i].emplace(operand.dtype, sum.arithmetic_, operand.role == SumOperand::kElementwiseOutput, buffers[i]);
         }
       }
     }
 
+    alignas(64) char buffers[kMaxOperands][kBlockBytes]; // of operands, or of the terms of a sum
     std::array<std::optional<Operand>, kMaxOperands> operands;
     std::array<std::unique_ptr<char[]>, kMaxOperands> lanes;
-    std::array<std::unique_ptr<char[]>, kMaxOperands> terms;
   };
 
   // Divides and rounds sums, which are overwritten, and puts them where they belong.
@@ -197,7 +196,7 @@ class Summation {
     const auto tile = [&](size_t i) { return Tile{columns, rows, column_axis.strides[i], row_axis.strides[i]}; };
     for (size_t i = 0; i < operands_.size(); ++i) {
       pointers[i] = operands_[i].role == SumOperand::kSummedOutput
-                        ? workspace.terms[i].get()
+                        ? workspace.buffers[i]
                         : workspace.operands[i]->begin_block(operands_[i].data + offsets[i], tile(i));
     }
     if (first_lane) {
@@ -231,7 +230,7 @@ class Summation {
         compute_tile(workspace, offsets, rows, count, reduced_.back(), terms_);
         for (size_t i = 0; i < operands_.size(); ++i) {
           if (operands_[i].role == SumOperand::kSummedOutput) {
-            char* terms = workspace.terms[i].get();
+            char* terms = workspace.buffers[i];
             kernels().sum_rows[arithmetic_](/*sums=*/terms, terms, count, terms_);
             write_sums(operands_[i], terms, item / tiles * rows.size + first, count);
           }
@@ -255,7 +254,7 @@ class Summation {
     std::array<std::unique_ptr<char[]>, kMaxOperands> partials;
     for (size_t i = 0; chunks > 1 && i < operands_.size(); ++i) {
       if (operands_[i].role == SumOperand::kSummedOutput) {
-        partials[i] = std::make_unique<char[]>(chunks * sums_ * size);
+        partials[i] = std::make_unique_for_overwrite<char[]>(chunks * sums_ * size);
       }
     }
 
@@ -294,7 +293,7 @@ class Summation {
           const int64_t computed = rows * row_length;
           for (size_t i = 0; i < operands_.size() && (by_columns || !accumulate_); ++i) {
             if (workspace.lanes[i]) {
-              kernels().add_to_lanes[arithmetic_](workspace.lanes[i].get(), workspace.terms[i].get(),
+              kernels().add_to_lanes[arithmetic_](workspace.lanes[i].get(), workspace.buffers[i],
                                                   static_cast<int>(done % kLanes), computed, columns);
             }
           }
