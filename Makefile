@@ -27,12 +27,16 @@ package := build/installed-in-$(subst /,-,$(VENV))
 sources := setup.py pyproject.toml CMakeLists.txt $(shell find build_backend cmake csrc -type f -not -name '*.pyc')
 cxx_files = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test check bench nightly format clean
+oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
+
+.PHONY: help demo test test-oldest check check-instructions bench nightly format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo     train a small VAE on the digits of scikit-learn; ARGS="--epochs 5" and so on'
 	@echo 'make test     the test-suite; ARGS="-k name" chooses tests, TORCH=2.13.0 a torch version'
+	@echo 'make test-oldest         the same with the oldest torch that is supported'
+	@echo 'make check-instructions  count the instructions of the CPU kernels and compare them with their ceilings'
 	@echo 'make check    clang-format, ruff and mypy'
 	@echo 'make format   let clang-format and ruff rewrite the sources'
 	@echo 'make bench    the benchmarks of the losses and of the reductions; BENCH=losses runs one of them'
@@ -50,6 +54,14 @@ nightly: $(stamps)/test
 
 bench: $(stamps)/bench
 	for benchmark in $(BENCH); do $(bin)/python benchmarks/bench_$$benchmark.py $(ARGS) || exit; done
+
+# Of the CPU kernels and calls, which a busy machine does not change; needs valgrind.
+check-instructions: $(stamps)/test
+	$(bin)/python benchmarks/instructions.py $(ARGS)
+
+# The oldest torch that is supported, in an environment of its own; without CUDA kernels, since it is the API that differs.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest TORCH=$(oldest).0 KL_EXT_CUDA=0
 
 check: $(stamps)/check
 	$(bin)/clang-format --dry-run -Werror $(cxx_files)

@@ -171,8 +171,8 @@ def test_torch_becomes_a_build_requirement_only_where_none_is_visible(monkeypatc
 def test_kl_ext_torch_version_fixes_which(monkeypatch):
     monkeypatch.setenv("KL_EXT_TORCH_VERSION", torch.__version__.split("+")[0])
     assert kl_ext_build.get_requires_for_build_wheel() == []
-    monkeypatch.setenv("KL_EXT_TORCH_VERSION", "2.11.0")
-    assert kl_ext_build.get_requires_for_build_wheel() == ["torch==2.11.0"]
+    monkeypatch.setenv("KL_EXT_TORCH_VERSION", "2.11.99")  # that no one has
+    assert kl_ext_build.get_requires_for_build_wheel() == ["torch==2.11.99"]
     hide_torch(monkeypatch)
     assert kl_ext_build.get_requires_for_build_wheel() == ["torch==2.11.0"]
 

@@ -1,0 +1,106 @@
+"""Count the instructions of the CPU kernels and of whole calls, and compare them with stated ceilings.
+
+    python benchmarks/instructions.py            (`make check-instructions`; needs valgrind and a C++ compiler)
+    python benchmarks/instructions.py --write    (state new ceilings: what was counted and a tenth more)
+
+Unlike times, instructions are the same on a busy machine: a kernel that is no longer vectorised, a layout that falls to a
+slower path, or a call that got longer shows at once. Callgrind, which has no AVX-512, makes torch and kl_ext choose AVX2;
+tests/test_vectorised.py looks at the code of both. Counted are one call on 64 x 64 elements, in instructions per element, and
+calls on 4 elements, in calls of at::add on as many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import kl_ext
+
+HERE = Path(__file__).resolve().parent
+CEILINGS = HERE / "instructions.json"
+ELEMENTS, CALLS = 64 * 64, 200  # as in instructions.cpp
+SLACK = 1.1
+
+
+def require(*tools: str) -> None:
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    if missing:
+        sys.exit(f"instructions.py needs {' and '.join(missing)} (Debian and Ubuntu: apt install valgrind g++).")
+
+
+def build(folder: Path) -> Path:
+    root = Path(torch.__file__).parent
+    include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    link = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10", "-ldl"]
+    program = folder / "instructions"
+    subprocess.run(["g++", "-O1", "-std=c++20", *include, HERE / "instructions.cpp", *link, "-o", program], check=True)
+    return program
+
+
+def run(program: Path, folder: Path) -> dict[str, int]:
+    """The instructions of each case."""
+    library = Path(kl_ext.__file__).parent / "lib" / "libkl_ext.so"
+    valgrind = ["valgrind", "--tool=callgrind", "--quiet", f"--callgrind-out-file={folder / 'counted'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*valgrind, program, library], check=True, env=environment)
+    return dict(counts for file in folder.glob("counted.*") if (counts := read(file.read_text())) is not None)
+
+
+def read(dump: str) -> tuple[str, int] | None:
+    """The case and the instructions of one of callgrind's files."""
+    case = re.search(r"^desc: Trigger: Client Request: (.+)$", dump, re.MULTILINE)
+    total = re.search(r"^summary: (\d+)$", dump, re.MULTILINE)
+    return (case[1], int(total[1])) if case and total else None
+
+
+def relative(counts: dict[str, int]) -> dict[str, float]:
+    """Of calls, in calls of at::add of the same kind; of anything else, per element."""
+
+    def value(case: str) -> float:
+        if case.startswith("call "):
+            return counts[case] / counts["call add grad" if case.endswith(" grad") else "call add"]
+        return counts[case] / ELEMENTS
+
+    return {case: round(value(case), 3) for case in sorted(counts) if not case.startswith("call add")}
+
+
+def compare(measured: dict[str, float], ceilings: dict[str, float]) -> list[str]:
+    """What is wrong."""
+    above = [
+        f"{case}: {measured[case]} is above {ceilings[case]}" for case in ceilings if measured.get(case, 0) > ceilings[case]
+    ]
+    missing = [f"{case}: not counted" for case in ceilings if case not in measured]
+    return above + missing + [f"{case}: has no ceiling" for case in measured if case not in ceilings]
+
+
+def main() -> int:
+    """Count, print and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="state new ceilings")
+    options = parser.parse_args()
+    require("valgrind", "g++")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        measured = relative(run(build(folder), folder))
+    if options.write:
+        CEILINGS.write_text(json.dumps({case: round(count * SLACK, 2) for case, count in measured.items()}, indent=1) + "\n")
+    ceilings = json.loads(CEILINGS.read_text())
+    for case, count in measured.items():
+        unit = "calls of add" if case.startswith("call ") else "an element"
+        print(f"{case:45} {count:7.2f} {unit:13} at most {ceilings.get(case, float('nan')):7.2f}")
+    problems = compare(measured, ceilings)
+    print("\n".join(problems) if problems else f"All {len(measured)} counts are below their ceilings.")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

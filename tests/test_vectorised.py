@@ -1,0 +1,70 @@
+"""Every CPU kernel of the formulas runs in vectors: read from its code, and from the instructions it takes."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import kl_ext
+from emulated_kernels import ROOT
+from kl_ext import _library
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import instructions
+
+VECTORS = {"AVX2": "%ymm", "AVX512": "%zmm"}
+KERNELS = [
+    f"{function}<kl_ext::math::{loss}, (kl_ext::math::Range){wide}, {arithmetic}>"
+    for function in ("forward", "backward", "accumulate")
+    for loss in ("SingleLoss", "PairOf<true>", "PairOf<false>")
+    for wide in (0, 1)
+    for arithmetic in ("float", "double")
+]
+
+
+@pytest.fixture(scope="module")
+def code() -> dict[str, str]:
+    """The disassembled kernels by name."""
+    if shutil.which("objdump") is None:
+        pytest.skip("no objdump")
+    dump = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", _library.LIBRARY], check=True, capture_output=True, text=True
+    ).stdout
+    return dict(re.findall(r"^[0-9a-f]+ <(?:void )?(kl_ext::cpu::[^\n]*)>:\n(.*?)(?:\n\n|\Z)", dump, re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("capability", VECTORS)
+def test_the_formulas_are_computed_in_whole_vectors(code, capability):
+    if capability not in kl_ext.build_facts().cpu_capabilities:
+        pytest.skip(f"built without {capability}")
+    for kernel in KERNELS:
+        [body] = [
+            text
+            for name, text in code.items()
+            if name.startswith(f"kl_ext::cpu::{capability}::(anonymous namespace)::{kernel}(")
+        ]
+        fused = [
+            line for line in body.splitlines() if re.search(r"vfn?m(add|sub)[0-9]+p[sd]", line) and VECTORS[capability] in line
+        ]
+        # The polynomial alone has 6 in float32 and 12 in float64.
+        assert len(fused) >= (6 if kernel.endswith("float>") else 12), (
+            f"{capability}: {kernel} has {len(fused)} in whole vectors"
+        )
+
+
+def test_a_count_above_its_ceiling_or_without_one_is_reported():
+    ceilings = {"single Float": 5.0, "call single": 0.5}
+    assert instructions.compare({"single Float": 4.9, "call single": 0.5}, ceilings) == []
+    assert instructions.compare({"single Float": 5.1, "call single": 0.5}, ceilings) == ["single Float: 5.1 is above 5.0"]
+    assert instructions.compare({"single Float": 5.0}, ceilings) == ["call single: not counted"]
+    assert instructions.compare({"new": 1.0, "single Float": 5.0, "call single": 0.1}, ceilings) == ["new: has no ceiling"]
+
+
+def test_counts_are_read_from_the_dumps_of_callgrind():
+    dump = "version: 1\ndesc: Trigger: Client Request: call add grad\n\nevents: Ir\nsummary: 2143520\n\nfn=(1) f\n0 2600\n"
+    assert instructions.read(dump) == ("call add grad", 2143520)
+    assert instructions.read(dump.replace("Client Request: call add grad", "Program termination")) is None
+    counts = {"call add": 1000, "call add grad": 2000, "call single": 500, "call single grad": 3000, "single Float": 4096 * 5}
+    assert instructions.relative(counts) == {"call single": 0.5, "call single grad": 1.5, "single Float": 5.0}
