@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "../plan.h"
 #include "kernels.h"
 
 namespace kl_ext::cpu {
@@ -31,6 +32,12 @@ inline Storage storage_of(at::ScalarType dtype) {
   }
 }
 
+inline Storage storage_of(Arithmetic arithmetic) { return arithmetic == kDouble ? kFloat64 : kFloat32; }
+
+inline Arithmetic arithmetic_of(Arguments arguments, at::ScalarType dtype = at::kFloat) {
+  return arithmetic_type(arguments, dtype) == at::kDouble ? kDouble : kSingle;
+}
+
 inline int64_t size_of(Arithmetic arithmetic) { return arithmetic == kDouble ? sizeof(double) : sizeof(float); }
 
 inline int64_t block_numel(Arithmetic arithmetic) { return kBlockBytes / size_of(arithmetic); }
@@ -49,7 +56,7 @@ class Operand {
   Operand(at::ScalarType dtype, Arithmetic arithmetic, bool is_output, char* buffer)
       : buffer_(buffer),
         element_size_(static_cast<int64_t>(c10::elementSize(dtype))),
-        is_arithmetic_(storage_of(dtype) == (arithmetic == kDouble ? kFloat64 : kFloat32)),
+        is_arithmetic_(storage_of(dtype) == storage_of(arithmetic)),
         is_output_(is_output),
         load_(kernels().load[storage_of(dtype)][arithmetic]),
         store_(kernels().store[storage_of(dtype)][arithmetic]) {}

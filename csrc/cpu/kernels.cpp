@@ -13,67 +13,101 @@ namespace {
 
 using math::Range;
 
+template <class S>
+struct ArithmeticOf {
+  using Type = float;
+};
+
+template <>
+struct ArithmeticOf<double> {
+  using Type = double;
+};
+
 template <class T>
 math::Clamp<T> to_clamp(Bounds bounds) {
   return {static_cast<T>(bounds.low), static_cast<T>(bounds.high)};
 }
 
-template <class Loss, Range range, class T>
-void forward(void* out, const void* const* inputs, std::int64_t numel, Bounds bounds) {
-  const math::Clamp<T> clamp = to_clamp<T>(bounds);
-  T* result = static_cast<T*>(out);
-  const T* data[Loss::kInputs];
-  for (int input = 0; input < Loss::kInputs; ++input) {
-    data[input] = static_cast<const T*>(inputs[input]);
+// What the loops read: a number of each input, in the arithmetic type.
+template <class Loss, class S>
+struct Inputs {
+  using T = typename ArithmeticOf<S>::Type;
+
+  explicit Inputs(const void* const* inputs, std::int64_t first = 0) {
+    for (int input = 0; input < Loss::kInputs; ++input) {
+      data[input] = static_cast<const S*>(inputs[input]) + first;
+    }
   }
+
+  KL_EXT_INLINE void read(T (&values)[Loss::kInputs], std::int64_t i) const {
+    for (int input = 0; input < Loss::kInputs; ++input) {
+      values[input] = math::widen(data[input][i]);
+    }
+  }
+
+  const S* data[Loss::kInputs];
+};
+
+template <class Loss, Range range, class S>
+void forward(void* out, const void* const* pointers, std::int64_t numel, Bounds bounds) {
+  using T = typename ArithmeticOf<S>::Type;
+  const math::Clamp<T> clamp = to_clamp<T>(bounds);
+  const Inputs<Loss, S> inputs(pointers);
+  S* result = static_cast<S*>(out);
   KL_EXT_LOOP
   for (std::int64_t i = 0; i < numel; ++i) {
     T values[Loss::kInputs];
-    for (int input = 0; input < Loss::kInputs; ++input) {
-      values[input] = data[input][i];
-    }
-    result[i] = Loss::template forward<range>(values, clamp);
+    inputs.read(values, i);
+    math::narrow(result[i], Loss::template forward<range>(values, clamp));
   }
 }
 
-template <class Loss, Range range, class T>
-void backward(void* const* gradients, const void* grad_output, const void* const* inputs, std::int64_t numel, Bounds bounds) {
+// grad(i): grad_output[i].
+template <class Loss, Range range, class S, class Grad>
+KL_EXT_INLINE void backward_of(void* const* gradients, const Grad& grad, const void* const* pointers, std::int64_t numel,
+                               Bounds bounds) {
+  using T = typename ArithmeticOf<S>::Type;
   const math::Clamp<T> clamp = to_clamp<T>(bounds);
-  const T* grad = static_cast<const T*>(grad_output);
-  const T* data[Loss::kInputs];
-  T* results[Loss::kInputs];
+  const Inputs<Loss, S> inputs(pointers);
+  S* results[Loss::kInputs];
   for (int input = 0; input < Loss::kInputs; ++input) {
-    data[input] = static_cast<const T*>(inputs[input]);
-    results[input] = static_cast<T*>(gradients[input]);
+    results[input] = static_cast<S*>(gradients[input]);
   }
   KL_EXT_LOOP
   for (std::int64_t i = 0; i < numel; ++i) {
     T values[Loss::kInputs];
     T gradient[Loss::kInputs];
+    inputs.read(values, i);
+    Loss::template backward<range>(grad(i), values, clamp, gradient);
     for (int input = 0; input < Loss::kInputs; ++input) {
-      values[input] = data[input][i];
-    }
-    Loss::template backward<range>(grad[i], values, clamp, gradient);
-    for (int input = 0; input < Loss::kInputs; ++input) {
-      results[input][i] = gradient[input];
+      math::narrow(results[input][i], gradient[input]);
     }
   }
 }
 
-template <class Loss, Range range, class T>
-void accumulate(void* lanes, const void* const* inputs, int first, std::int64_t numel, Bounds bounds) {
+template <class Loss, Range range, class S>
+void backward(void* const* gradients, const void* grad_output, const void* const* inputs, std::int64_t numel, Bounds bounds) {
+  const S* grad = static_cast<const S*>(grad_output);
+  backward_of<Loss, range, S>(gradients, [grad](std::int64_t i) { return math::widen(grad[i]); }, inputs, numel, bounds);
+}
+
+template <class Loss, Range range, class S>
+void backward_of_one(void* const* gradients, double grad_output, const void* const* inputs, std::int64_t numel, Bounds bounds) {
+  const auto grad = static_cast<typename ArithmeticOf<S>::Type>(grad_output);
+  backward_of<Loss, range, S>(gradients, [grad](std::int64_t) { return grad; }, inputs, numel, bounds);
+}
+
+// Terms number first_term and on go to the lanes `first` and on.
+template <class Loss, Range range, class S>
+KL_EXT_INLINE void accumulate_from(typename ArithmeticOf<S>::Type* lanes, const void* const* pointers, std::int64_t first_term,
+                                   int first, std::int64_t numel, Bounds bounds) {
+  using T = typename ArithmeticOf<S>::Type;
   const math::Clamp<T> clamp = to_clamp<T>(bounds);
-  T* into = static_cast<T*>(lanes);
-  const T* data[Loss::kInputs];
-  for (int input = 0; input < Loss::kInputs; ++input) {
-    data[input] = static_cast<const T*>(inputs[input]);
-  }
+  const Inputs<Loss, S> inputs(pointers, first_term);
   const auto add_term = [&](int lane, std::int64_t i) __attribute__((always_inline)) { // a call would end the vectorising
     T values[Loss::kInputs];
-    for (int input = 0; input < Loss::kInputs; ++input) {
-      values[input] = data[input][i];
-    }
-    into[lane] += Loss::template forward<range>(values, clamp);
+    inputs.read(values, i);
+    lanes[lane] += Loss::template forward<range>(values, clamp);
   };
   std::int64_t i = 0;
   if (first > 0) {
@@ -97,15 +131,18 @@ void accumulate(void* lanes, const void* const* inputs, int first, std::int64_t 
 }
 
 template <class Loss, Range range, class T>
+void accumulate(void* lanes, const void* const* inputs, int first, std::int64_t numel, Bounds bounds) {
+  accumulate_from<Loss, range, T>(static_cast<T*>(lanes), inputs, 0, first, numel, bounds);
+}
+
+template <class Loss, Range range, class S>
 void sum_chunks(void* partials, const void* const* inputs, std::int64_t numel, Bounds bounds) {
+  using T = typename ArithmeticOf<S>::Type;
   T* out = static_cast<T*>(partials);
   for (std::int64_t start = 0; start < numel; start += math::kChunk) {
-    const void* data[Loss::kInputs];
-    for (int input = 0; input < Loss::kInputs; ++input) {
-      data[input] = static_cast<const T*>(inputs[input]) + start;
-    }
     alignas(64) T lanes[math::kLanes] = {};
-    accumulate<Loss, range, T>(lanes, data, 0, numel - start < math::kChunk ? numel - start : math::kChunk, bounds);
+    const std::int64_t count = numel - start < math::kChunk ? numel - start : math::kChunk;
+    accumulate_from<Loss, range, S>(lanes, inputs, start, 0, count, bounds);
     math::fold_lanes(lanes, math::kLanes, 1);
     *out++ = lanes[0];
   }
@@ -211,10 +248,15 @@ void divide(void* numbers, std::int64_t numel, std::int64_t divisor) {
 } // namespace
 
 // One row per line of the tables in kernels.h.
-#define KL_EXT_BY_RANGE(function, Loss)                                                \
-  {                                                                                    \
-      {function<Loss, Range::kNarrow, float>, function<Loss, Range::kNarrow, double>}, \
-      {function<Loss, Range::kWide, float>, function<Loss, Range::kWide, double>},     \
+#define KL_EXT_STORAGES(function, ...)                                                                     \
+  {function<__VA_ARGS__, math::Half>, function<__VA_ARGS__, math::BFloat16>, function<__VA_ARGS__, float>, \
+   function<__VA_ARGS__, double>}
+#define KL_EXT_ARITHMETICS(function, ...) {function<__VA_ARGS__, float>, function<__VA_ARGS__, double>}
+#define KL_EXT_BY_LOSS(function, TYPES)                                                                     \
+  {                                                                                                         \
+      {TYPES(function, math::SingleLoss, Range::kNarrow), TYPES(function, math::SingleLoss, Range::kWide)}, \
+      {TYPES(function, math::PairLoss, Range::kNarrow), TYPES(function, math::PairLoss, Range::kWide)},     \
+      {TYPES(function, math::Divergence, Range::kNarrow), TYPES(function, math::Divergence, Range::kWide)}, \
   }
 #define KL_EXT_BY_STORAGE(function)                                        \
   {                                                                        \
@@ -225,14 +267,11 @@ void divide(void* numbers, std::int64_t numel, std::int64_t divisor) {
   }
 
 const Kernels kernels = {
-    {KL_EXT_BY_RANGE(forward, math::SingleLoss), KL_EXT_BY_RANGE(forward, math::PairLoss),
-     KL_EXT_BY_RANGE(forward, math::Divergence)},
-    {KL_EXT_BY_RANGE(backward, math::SingleLoss), KL_EXT_BY_RANGE(backward, math::PairLoss),
-     KL_EXT_BY_RANGE(backward, math::Divergence)},
-    {KL_EXT_BY_RANGE(accumulate, math::SingleLoss), KL_EXT_BY_RANGE(accumulate, math::PairLoss),
-     KL_EXT_BY_RANGE(accumulate, math::Divergence)},
-    {KL_EXT_BY_RANGE(sum_chunks, math::SingleLoss), KL_EXT_BY_RANGE(sum_chunks, math::PairLoss),
-     KL_EXT_BY_RANGE(sum_chunks, math::Divergence)},
+    KL_EXT_BY_LOSS(forward, KL_EXT_STORAGES),
+    KL_EXT_BY_LOSS(backward, KL_EXT_STORAGES),
+    KL_EXT_BY_LOSS(backward_of_one, KL_EXT_STORAGES),
+    KL_EXT_BY_LOSS(accumulate, KL_EXT_ARITHMETICS),
+    KL_EXT_BY_LOSS(sum_chunks, KL_EXT_STORAGES),
     KL_EXT_BY_STORAGE(load),
     KL_EXT_BY_STORAGE(store),
     {add_to_lanes<float>, add_to_lanes<double>},

@@ -27,16 +27,19 @@ struct Tile {
   std::int64_t row_stride;
 };
 
-// out[i] from inputs[..][i]; all contiguous, in the arithmetic type.
+// out[i] from inputs[..][i]; all contiguous, of one storage.
 using Forward = void (*)(void* out, const void* const* inputs, std::int64_t numel, Bounds bounds);
 // gradients[..][i] from grad_output[i] and inputs[..][i]; likewise.
 using Backward = void (*)(void* const* gradients, const void* grad_output, const void* const* inputs, std::int64_t numel,
                           Bounds bounds);
+// The same from one grad_output for all.
+using BackwardOfOne = void (*)(void* const* gradients, double grad_output, const void* const* inputs, std::int64_t numel,
+                               Bounds bounds);
 // Between a tile of any storage and contiguous numbers of the arithmetic type; Store rounds to nearest even.
 using Load = void (*)(void* contiguous, const void* strided, const Tile& tile);
 using Store = void (*)(void* strided, const void* contiguous, const Tile& tile);
 
-// For sums in the order of math/summation.h, all of contiguous numbers of the arithmetic type. lanes: [64, columns].
+// For sums in the order of math/summation.h, all of contiguous numbers of the arithmetic type but for the inputs of SumChunks. lanes: [64, columns].
 using AddToLanes = void (*)(void* lanes, const void* terms, int first, std::int64_t rows, std::int64_t columns);
 using FoldLanes = void (*)(void* lanes, int in_use, std::int64_t columns);
 // The same with terms computed on the way: lanes: [64]; term i goes to lane (first + i) % 64.
@@ -49,10 +52,11 @@ using SumRows = void (*)(void* sums, const void* terms, std::int64_t rows, std::
 using Divide = void (*)(void* numbers, std::int64_t numel, std::int64_t divisor);
 
 struct Kernels {
-  Forward forward[kLosses][2][kArithmetics]; // [..][wide][..]
-  Backward backward[kLosses][2][kArithmetics];
+  Forward forward[kLosses][2][kStorages]; // [..][wide][..]
+  Backward backward[kLosses][2][kStorages];
+  BackwardOfOne backward_of_one[kLosses][2][kStorages];
   Accumulate accumulate[kLosses][2][kArithmetics];
-  SumChunks sum_chunks[kLosses][2][kArithmetics];
+  SumChunks sum_chunks[kLosses][2][kStorages];
   Load load[kStorages][kArithmetics];
   Store store[kStorages][kArithmetics];
   AddToLanes add_to_lanes[kArithmetics];

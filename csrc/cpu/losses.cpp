@@ -1,6 +1,5 @@
 // The operators on the CPU: which kernel, over what iteration.
 #include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -10,67 +9,22 @@
 #include "../plan.h"
 #include "../reduction.h"
 #include "elementwise.h"
+#include "flat.h"
 #include "reduction.h"
 
 namespace kl_ext::cpu {
 namespace {
 
-constexpr size_t kMaxInputs = 4;
 using Mask = c10::ArrayRef<bool>;
-
-Arithmetic arithmetic_of(Arguments arguments, at::ScalarType dtype = at::kFloat) {
-  return arithmetic_type(arguments, dtype) == at::kDouble ? kDouble : kSingle;
-}
 
 at::ScalarType dtype_of(Arithmetic arithmetic) { return arithmetic == kDouble ? at::kDouble : at::kFloat; }
 
-// Whether these are tensors of one shape and of contiguous numbers of the arithmetic type, as most are: then there is no
-// iteration to plan, which takes longer than a few thousand elements do.
-bool are_flat(Arguments arguments, Arithmetic arithmetic) {
-  const at::Tensor& first = arguments[0].tensor;
-  return std::all_of(arguments.begin(), arguments.end(), [&](const Argument& argument) {
-    const at::Tensor& tensor = argument.tensor;
-    return tensor.scalar_type() == dtype_of(arithmetic) && tensor.is_contiguous() && tensor.sizes() == first.sizes();
-  });
-}
-
-// The numbers of flat tensors, from the given one on.
-struct Flat {
-  Flat(Arguments arguments, Arithmetic arithmetic) : size(size_of(arithmetic)) {
-    for (size_t i = 0; i < arguments.size(); ++i) {
-      data[i] = static_cast<const char*>(arguments[i].tensor.const_data_ptr());
-    }
-  }
-
-  std::array<const void*, kMaxInputs> from(int64_t first) const {
-    std::array<const void*, kMaxInputs> pointers{};
-    for (size_t i = 0; i < kMaxInputs; ++i) {
-      pointers[i] = data[i] + first * size;
-    }
-    return pointers;
-  }
-
-  int64_t size;
-  std::array<const char*, kMaxInputs> data{};
-};
-
-at::Tensor forward_flat(Forward kernel, Arguments inputs, Bounds bounds, Arithmetic arithmetic) {
-  const at::Tensor result(at::detail::empty_cpu(inputs[0].tensor.sizes(), dtype_of(arithmetic)));
-  prefer_huge_pages(result);
-  const Flat flat(inputs, arithmetic);
-  char* const out = static_cast<char*>(result.mutable_data_ptr());
-  at::parallel_for(0, result.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
-    kernel(out + begin * flat.size, flat.from(begin).data(), end - begin, bounds);
-  });
-  return result;
-}
-
 at::Tensor forward(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result) {
-  const Arithmetic arithmetic = arithmetic_of(inputs, result);
-  const Forward kernel = kernels().forward[loss][is_wide(bounds, arithmetic)][arithmetic];
-  if (result == dtype_of(arithmetic) && are_flat(inputs, arithmetic)) {
-    return forward_flat(kernel, inputs, bounds, arithmetic);
+  if (auto flat = forward_flat(loss, inputs, bounds, result)) {
+    return *std::move(flat);
   }
+  const Arithmetic arithmetic = arithmetic_of(inputs, result);
+  const Forward kernel = kernels().forward[loss][is_wide(bounds, arithmetic)][storage_of(arithmetic)];
   auto iterator = plan_forward(inputs, result, at::kCPU);
   prefer_huge_pages(iterator.output());
   for_each_block(iterator, arithmetic, /*whole_rows=*/true,
@@ -81,21 +35,18 @@ at::Tensor forward(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType re
 // In the order of the sum and with one division, then rounded once.
 at::Tensor forward_sum(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result, at::IntArrayRef shape,
                        const Reduction& reduction) {
-  const Arithmetic arithmetic = arithmetic_of(inputs, result);
-  const bool wide = is_wide(bounds, arithmetic);
-  const Forward kernel = kernels().forward[loss][wide][arithmetic];
-  const Accumulate accumulate = kernels().accumulate[loss][wide][arithmetic];
   const auto divisor = reduction.divides ? std::optional(reduction.divisor(shape)) : std::nullopt;
   const auto kept = reduction.kept_shape(shape);
-  const at::Tensor sums(at::detail::empty_cpu(kept, result));
-  if (kept.empty() && are_flat(inputs, arithmetic)) {
-    const Flat flat(inputs, arithmetic);
-    const SumChunks sum_chunks = kernels().sum_chunks[loss][wide][arithmetic];
-    sum_flat(
-        static_cast<char*>(sums.mutable_data_ptr()), result, arithmetic, inputs[0].tensor.numel(), divisor,
-        [&](void* partials, int64_t first, int64_t numel) { sum_chunks(partials, flat.from(first).data(), numel, bounds); });
-    return sums;
+  if (kept.empty()) {
+    if (auto flat = sum_flat(loss, inputs, bounds, result, divisor)) {
+      return *std::move(flat);
+    }
   }
+  const Arithmetic arithmetic = arithmetic_of(inputs, result);
+  const bool wide = is_wide(bounds, arithmetic);
+  const Forward kernel = kernels().forward[loss][wide][storage_of(arithmetic)];
+  const Accumulate accumulate = kernels().accumulate[loss][wide][arithmetic];
+  const at::Tensor sums(at::detail::empty_cpu(kept, result));
   c10::SmallVector<SumOperand, kMaxInputs + 1> operands;
   operands.emplace_back(sums, divisor, shape.size());
   for (const auto& input : inputs) {
@@ -190,6 +141,11 @@ void backward_sums(const BlockBackward& kernel, Arguments arguments, const std::
 // arguments: grad_output in the shape of the terms, then the inputs.
 std::array<at::Tensor, kMaxInputs> backward(Loss loss, Arguments arguments, Bounds bounds, Mask output_mask,
                                             std::optional<int64_t> divisor = std::nullopt) {
+  if (!divisor && std::find(output_mask.begin(), output_mask.end(), false) == output_mask.end()) {
+    if (auto flat = backward_flat(loss, arguments, bounds)) {
+      return *std::move(flat);
+    }
+  }
   const auto shape = arguments[0].tensor.sizes();
   std::array<at::Tensor, kMaxInputs> gradients;
   int wanted = 0;
@@ -206,7 +162,8 @@ std::array<at::Tensor, kMaxInputs> backward(Loss loss, Arguments arguments, Boun
     return gradients;
   }
   const Arithmetic arithmetic = arithmetic_of(arguments);
-  const BlockBackward kernel{kernels().backward[loss][is_wide(bounds, arithmetic)][arithmetic], arithmetic, bounds, divisor};
+  const BlockBackward kernel{kernels().backward[loss][is_wide(bounds, arithmetic)][storage_of(arithmetic)], arithmetic, bounds,
+                             divisor};
   if (any_broadcast) {
     backward_sums(kernel, arguments, gradients);
     return gradients;

@@ -349,29 +349,6 @@ SumOperand::SumOperand(const at::Tensor& sums, std::optional<int64_t> sums_divis
       strides(dims, 0),
       divisor(sums_divisor) {}
 
-void sum_flat(char* sum, at::ScalarType dtype, Arithmetic arithmetic, int64_t numel, std::optional<int64_t> divisor,
-              SumChunksFrom sum_chunks_from) {
-  constexpr int64_t kFew = 16;
-  const int64_t size = size_of(arithmetic);
-  const int64_t chunks = ceil_divide(numel, kChunk);
-  alignas(64) char few[kFew * sizeof(double)] = {};
-  const auto many = chunks > kFew ? std::make_unique_for_overwrite<char[]>(chunks * size) : nullptr;
-  char* const partials = many ? many.get() : few;
-  at::parallel_for(0, chunks, kGrain / kChunk, [&](int64_t begin, int64_t end) {
-    sum_chunks_from(partials + begin * size, begin * kChunk, std::min(end * kChunk, numel) - begin * kChunk);
-  });
-  for (int64_t left = chunks; left > 1; left = ceil_divide(left, kChunk)) {
-    for (int64_t first = 0; first < left; first += kChunk) {
-      kernels().sum_rows[arithmetic](partials + first / kChunk * size, partials + first * size, 1,
-                                     std::min<int64_t>(kChunk, left - first));
-    }
-  }
-  if (divisor) {
-    kernels().divide[arithmetic](partials, 1, *divisor);
-  }
-  kernels().store[storage_of(dtype)][arithmetic](sum, partials, Tile{1, 1, 0, 0});
-}
-
 void sum_terms(at::IntArrayRef shape, c10::ArrayRef<bool> reduced, c10::ArrayRef<SumOperand> operands, Arithmetic arithmetic,
                Compute compute, std::optional<AddTerms> accumulate) {
   Summation(shape, reduced, operands, arithmetic, compute, accumulate).run();

@@ -37,11 +37,4 @@ using AddTerms = c10::function_ref<void(void* lanes, void* const* inputs, int fi
 void sum_terms(at::IntArrayRef shape, c10::ArrayRef<bool> reduced, c10::ArrayRef<SumOperand> operands, Arithmetic arithmetic,
                Compute compute, std::optional<AddTerms> accumulate = std::nullopt);
 
-using SumChunksFrom = c10::function_ref<void(void* partials, int64_t first, int64_t numel)>;
-
-// The sum of all terms where each operand is contiguous numbers of the arithmetic type. sum_chunks_from(partials, first, numel)
-// leaves the sums of the chunks of `numel` terms from the given one on.
-void sum_flat(char* sum, at::ScalarType dtype, Arithmetic arithmetic, int64_t numel, std::optional<int64_t> divisor,
-              SumChunksFrom sum_chunks_from);
-
 } // namespace kl_ext::cpu
