@@ -23,9 +23,9 @@ FORWARD = (
 DIVIDE = "_ZN6kl_ext4cuda41_GLOBAL__N__a1b7e21e_9_finish_cu_fb527d4611divide_eachIfEEvPT_lS3_"
 TABLE = """
 architectures sm_90
-kernel       loss        dtype            access  loads  stores  registers
-forward      SingleLoss  float64|float32  flat    2      1       40
-divide_each  -           *                -       0      0       32  # beside it
+kernel       loss        dtype            access  range  loads  stores  registers
+forward      SingleLoss  float64|float32  flat    *      2      1       40
+divide_each  -           *                -       -      0      0       32  # beside it
 """
 
 # What cuobjdump prints for an H100, with most of the arithmetic left out. Whole vectors go by 0x00c0 and 0x01a0.
@@ -146,11 +146,11 @@ def test_a_fault_in_the_resources_is_found(old, new, expected):
     [
         (
             TABLE.replace("divide_each", "divide_none"),
-            ["no kernel for the row divide_none - * -", "divide_each float32: no row"],
+            ["no kernel for the row divide_none - * - -", "divide_each float32: no row"],
         ),
         (TABLE.replace("float64|float32", "float64"), ["no kernel for the row forward", "float32 flat narrow: no row"]),
-        (f"{TABLE}\nforward * * strided 0 0 64", ["no kernel for the row forward * * strided"]),
-        (f"{TABLE}\nforward * * * 2 1 64", ["forward SingleLoss float32 flat narrow: more than one row"]),
+        (f"{TABLE}\nforward * * strided * 0 0 64", ["no kernel for the row forward * * strided *"]),
+        (f"{TABLE}\nforward * * * narrow 2 1 64", ["forward SingleLoss float32 flat narrow: more than one row"]),
         (TABLE.replace("sm_90", "sm_90 sm_120"), ["sm_120: no machine code in the library"]),
     ],
 )

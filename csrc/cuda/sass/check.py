@@ -39,15 +39,16 @@ class Row(NamedTuple):
     loss: str
     dtype: str
     access: str
+    range: str
     loads: int
     stores: int
     registers: int
 
     def fits(self, name: Name) -> bool:
-        return all(word == "*" or value in word.split("|") for word, value in zip(self[:4], name[:4]))
+        return all(word == "*" or value in word.split("|") for word, value in zip(self[:5], name))
 
     def __str__(self) -> str:
-        return " ".join(self[:4])
+        return " ".join(self[:5])
 
 
 @dataclass
@@ -72,9 +73,9 @@ def read_table(text: str) -> tuple[list[str], list[Row]]:
         if words and words[0] == "architectures":
             architectures = words[1:]
         elif words and words != list(Row._fields):
-            kernel, loss, dtype, access, *numbers = words
+            kernel, loss, dtype, access, reach, *numbers = words
             loads, stores, registers = map(int, numbers)
-            rows.append(Row(kernel, loss, dtype, access, loads, stores, registers))
+            rows.append(Row(kernel, loss, dtype, access, reach, loads, stores, registers))
     return architectures, rows
 
 
