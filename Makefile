@@ -1,6 +1,6 @@
 # Everything a developer or CI does with the sources, each in a virtual environment made here:
 #
-#   make demo | test | check | bench | nightly | format | clean | help
+#   make demo | test | check | check-cuda | bench | nightly | format | clean | help
 #
 # Variables: PYTHON (python3), VENV (.venv), TORCH (a torch version; unset: the one installed in VENV, else the newest),
 # ARGS (passed on to the demo, the tests or the benchmarks), BENCH (which benchmarks), and the build's own: KL_EXT_CUDA,
@@ -24,12 +24,13 @@ endif
 # The package is installed editable, so that a changed Python file needs nothing: what is compiled lies in the source folder,
 # for the environment that installed it last.
 package := build/installed-in-$(subst /,-,$(VENV))
-sources := setup.py pyproject.toml CMakeLists.txt $(shell find build_backend cmake csrc -type f -not -name '*.pyc')
+sources := setup.py pyproject.toml CMakeLists.txt \
+  $(shell find build_backend cmake csrc -type f -not -name '*.pyc' -not -path 'csrc/cuda/sass*')
 cxx_files = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
-.PHONY: help demo test test-oldest check check-instructions bench nightly format clean
+.PHONY: help demo test test-oldest check check-cuda check-instructions bench nightly format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,6 +39,7 @@ help:
 	@echo 'make test-oldest         the same with the oldest torch that is supported'
 	@echo 'make check-instructions  count the instructions of the CPU kernels and compare them with their ceilings'
 	@echo 'make check    clang-format, ruff and mypy'
+	@echo 'make check-cuda  build the CUDA kernels, which needs nvcc and no GPU, and check their machine code'
 	@echo 'make format   let clang-format and ruff rewrite the sources'
 	@echo 'make bench    the benchmarks of the losses and of the reductions; BENCH=losses runs one of them'
 	@echo 'make nightly  the tests that are too slow for make test'
@@ -68,6 +70,11 @@ check: $(stamps)/check
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
+
+# ARGS="--write" for csrc/cuda/README.md too. What it takes besides nvcc and c++filt comes with a CUDA torch.
+check-cuda: export KL_EXT_CUDA = 1
+check-cuda: $(package)
+	$(bin)/python csrc/cuda/sass/check.py $(ARGS)
 
 format: $(stamps)/check
 	$(bin)/clang-format -i $(cxx_files)

@@ -2,7 +2,7 @@
 // dtypes. Access is Vectors or Strided, and Access::Thread<kOperands> a thread's view of the operands in its plan:
 //
 //   kItems                              the numbers of each operand that a thread works on
-//   load<S>(first, loaded)              of consecutive operands: every load is issued before any number is used
+//   load(first, loaded, ...)            of consecutive operands: every load is issued before any number is used
 //   get<T>(loaded, operand, item)       one number, widened to the arithmetic type T
 //   store<S>(first, results)            into consecutive operands, rounded; those without data are left out
 //
@@ -10,17 +10,11 @@
 #pragma once
 
 #include "convert.cuh"
-#include "layout.h"
+#include "pack.cuh"
 
 namespace kl_ext::cuda {
 
 constexpr std::uint32_t kThreads = 256;
-
-// Copied as a whole, which compiles to accesses of 16 bytes: number by number or with memcpy it need not.
-template <class S, int kItems>
-struct alignas(kVectorBytes) Pack {
-  S values[kItems];
-};
 
 // A vector of each operand per thread, the last of which may be short. kFlat: one dimension and no splats.
 template <int kNumbers, bool kFlat>
@@ -30,7 +24,7 @@ struct Vectors {
   // What is not in memory is zero bits: a splat's pack, a vector's splat.
   template <class S>
   struct Loaded {
-    Pack<S, kItems> pack;
+    Held<S, kItems> pack;
     S splat;
   };
 
@@ -62,38 +56,19 @@ struct Vectors {
 
     KL_EXT_INLINE bool is_idle() const { return numbers_ == 0; }
 
-    template <class S, int kCount>
-    KL_EXT_INLINE void load(int first, Loaded<S> (&loaded)[kCount]) const {
+    template <class... S, int... kCounts>
+    KL_EXT_INLINE void load(int first, Loaded<S> (&... loaded)[kCounts]) const {
       // One branch for all operands: the loads follow each other.
       if (is_whole_) {
-        for (int i = 0; i < kCount; ++i) {
-          loaded[i] = {};
-          if (is_splat(first + i)) {
-            loaded[i].splat = *at<S>(first + i);
-          } else {
-            loaded[i].pack = *at<Pack<S, kItems>>(first + i);
-          }
-        }
+        (load_each<true>(first, loaded), ...);
       } else {
-        for (int i = 0; i < kCount; ++i) {
-          loaded[i] = {};
-          if (is_splat(first + i)) {
-            loaded[i].splat = *at<S>(first + i);
-          } else {
-            const S* values = at<Pack<S, kItems>>(first + i)->values;
-            for (std::uint32_t item = 0; item < kItems; ++item) {
-              if (item < numbers_) {
-                loaded[i].pack.values[item] = values[item];
-              }
-            }
-          }
-        }
+        (load_each<false>(first, loaded), ...);
       }
     }
 
     template <class T, class S>
     KL_EXT_INLINE T get(const Loaded<S>& loaded, int, int item) const {
-      const T value = widened(loaded.pack.values[item]);
+      const T value = widened(loaded.pack.get(item));
       if constexpr (kFlat) {
         return value;
       } else {
@@ -130,6 +105,26 @@ struct Vectors {
 
    private:
     KL_EXT_INLINE bool is_splat(int operand) const { return !kFlat && plan_.operand[operand].is_splat; }
+
+    // operand: of the first, and then of what comes after the last.
+    template <bool whole, class S, int kCount>
+    KL_EXT_INLINE void load_each(int& operand, Loaded<S> (&loaded)[kCount]) const {
+      for (int i = 0; i < kCount; ++i, ++operand) {
+        loaded[i] = {};
+        if (is_splat(operand)) {
+          loaded[i].splat = *at<S>(operand);
+        } else if constexpr (whole) {
+          loaded[i].pack = *at<Held<S, kItems>>(operand);
+        } else {
+          const S* values = at<Pack<S, kItems>>(operand)->values;
+          for (std::uint32_t item = 0; item < kItems; ++item) {
+            if (item < numbers_) {
+              loaded[i].pack.set(static_cast<int>(item), values[item]);
+            }
+          }
+        }
+      }
+    }
 
     // Where the thread's unit of an operand lies.
     template <class Unit>
@@ -210,16 +205,9 @@ struct Strided {
 
     KL_EXT_INLINE bool is_idle() const { return !is_valid_[0]; }
 
-    template <class, int kCount, class L>
-    KL_EXT_INLINE void load(int first, L (&loaded)[kCount]) const {
-      for (int i = 0; i < kCount; ++i) {
-        for (int item = 0; item < kItems; ++item) {
-          const std::int64_t size = size_of(plan_.operand[first + i].dtype);
-          loaded[i].bits[item] = size == 2   ? *at<std::uint16_t>(first + i, item)
-                                 : size == 4 ? *at<std::uint32_t>(first + i, item)
-                                             : *at<Bits>(first + i, item);
-        }
-      }
+    template <class... L, int... kCounts>
+    KL_EXT_INLINE void load(int first, L (&... loaded)[kCounts]) const {
+      (load_each(first, loaded), ...);
     }
 
     template <class, class L>
@@ -250,6 +238,19 @@ struct Strided {
     }
 
    private:
+    // operand: of the first, and then of what comes after the last.
+    template <class L, int kCount>
+    KL_EXT_INLINE void load_each(int& operand, L (&loaded)[kCount]) const {
+      for (int i = 0; i < kCount; ++i, ++operand) {
+        for (int item = 0; item < kItems; ++item) {
+          const std::int64_t size = size_of(plan_.operand[operand].dtype);
+          loaded[i].bits[item] = size == 2   ? *at<std::uint16_t>(operand, item)
+                                 : size == 4 ? *at<std::uint32_t>(operand, item)
+                                             : *at<Bits>(operand, item);
+        }
+      }
+    }
+
     template <class S>
     KL_EXT_INLINE S* at(int operand, int item) const {
       return reinterpret_cast<S*>(plan_.operand[operand].data + offsets_[operand][item]);

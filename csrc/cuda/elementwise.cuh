@@ -8,12 +8,14 @@
 namespace kl_ext::cuda {
 
 // The blocks that are to fit a multiprocessor, for __launch_bounds__: 4 leave a thread 64 registers; 3 leave the kernels that
-// hold most numbers 80, which those would else keep in local memory. Without this bound the compiler sinks loads below the
-// arithmetic.
-constexpr int blocks_per_processor(int numbers) { return numbers > 64 ? 3 : 4; }
+// hold most numbers 80, which those would else keep in local memory. A wide range takes registers of its own. Without this
+// bound the compiler sinks loads below the arithmetic.
+constexpr int blocks_per_processor(math::Range range, int numbers) {
+  return numbers > (range == math::Range::kWide ? 32 : 64) ? 3 : 4;
+}
 
 template <class Loss, math::Range range, class T, class Input, class Output, class Access>
-__global__ void __launch_bounds__(kThreads, blocks_per_processor((Loss::kInputs + 1) * Access::kItems))
+__global__ void __launch_bounds__(kThreads, blocks_per_processor(range, (Loss::kInputs + 1) * Access::kItems))
     forward(const typename Access::template Plan<Loss::kInputs + 1> plan, const math::Clamp<T> bounds) {
   constexpr int kInputs = Loss::kInputs;
   const typename Access::template Thread<kInputs + 1> thread(plan, blockIdx.x, threadIdx.x);
@@ -21,7 +23,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor((Loss::kInputs 
     return;
   }
   typename Access::template Loaded<Input> inputs[kInputs];
-  thread.template load<Input>(1, inputs);
+  thread.load(1, inputs);
   T results[1][Access::kItems];
   for (int item = 0; item < Access::kItems; ++item) {
     T values[kInputs];
@@ -35,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor((Loss::kInputs 
 
 // Every gradient is computed; those not wanted are not written.
 template <class Loss, math::Range range, class T, class Input, class Output, class Access>
-__global__ void __launch_bounds__(kThreads, blocks_per_processor((2 * Loss::kInputs + 1) * Access::kItems))
+__global__ void __launch_bounds__(kThreads, blocks_per_processor(range, (2 * Loss::kInputs + 1) * Access::kItems))
     backward(const typename Access::template Plan<2 * Loss::kInputs + 1> plan, const math::Clamp<T> bounds) {
   constexpr int kInputs = Loss::kInputs;
   const typename Access::template Thread<2 * kInputs + 1> thread(plan, blockIdx.x, threadIdx.x);
@@ -44,8 +46,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor((2 * Loss::kInp
   }
   typename Access::template Loaded<Output> grad_output[1];
   typename Access::template Loaded<Input> inputs[kInputs];
-  thread.template load<Output>(kInputs, grad_output);
-  thread.template load<Input>(kInputs + 1, inputs);
+  thread.load(kInputs, grad_output, inputs);
   T results[kInputs][Access::kItems];
   for (int item = 0; item < Access::kItems; ++item) {
     T values[kInputs];

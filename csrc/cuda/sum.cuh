@@ -35,9 +35,13 @@ struct Step {
   typename Access::template Loaded<Output> grad_output[1]; // of a backward
 
   KL_EXT_INLINE void load(const Thread& thread) {
-    thread.template load<Input>(kFirstInput, inputs);
-    if constexpr (Direction::kIsBackward) {
-      thread.template load<Output>(Direction::kOutput, grad_output);
+    if constexpr (!Direction::kIsBackward) {
+      thread.load(kFirstInput, inputs);
+    } else if constexpr (Access::kNeighbours) {
+      thread.load(Direction::kOutput, grad_output, inputs);
+    } else { // with grad_output first, a wide float64 would take more registers than there are
+      thread.load(kFirstInput, inputs);
+      thread.load(Direction::kOutput, grad_output);
     }
   }
 

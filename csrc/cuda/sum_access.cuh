@@ -67,16 +67,9 @@ struct StridedTerms {
       }
     }
 
-    template <class, int kCount, class L>
-    KL_EXT_INLINE void load(int first, L (&loaded)[kCount]) const {
-      for (int i = 0; i < kCount; ++i) {
-        const std::int64_t size = size_of(plan_.operand[first + i].dtype);
-        for (int item = 0; item < kItems; ++item) {
-          loaded[i].bits[item] = size == 2   ? *at<std::uint16_t>(first + i, item)
-                                 : size == 4 ? *at<std::uint32_t>(first + i, item)
-                                             : *at<Bits>(first + i, item);
-        }
-      }
+    template <class... L, int... kCounts>
+    KL_EXT_INLINE void load(int first, L (&... loaded)[kCounts]) const {
+      (load_each(first, loaded), ...);
     }
 
     template <class, class L>
@@ -107,6 +100,19 @@ struct StridedTerms {
     }
 
    private:
+    // operand: of the first, and then of what comes after the last.
+    template <class L, int kCount>
+    KL_EXT_INLINE void load_each(int& operand, L (&loaded)[kCount]) const {
+      for (int i = 0; i < kCount; ++i, ++operand) {
+        const std::int64_t size = size_of(plan_.operand[operand].dtype);
+        for (int item = 0; item < kItems; ++item) {
+          loaded[i].bits[item] = size == 2   ? *at<std::uint16_t>(operand, item)
+                                 : size == 4 ? *at<std::uint32_t>(operand, item)
+                                             : *at<Bits>(operand, item);
+        }
+      }
+    }
+
     template <class S>
     KL_EXT_INLINE S* at(int operand, int item) const {
       return reinterpret_cast<S*>(plan_.operand[operand].data + offsets_[operand][item]);

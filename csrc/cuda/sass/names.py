@@ -1,0 +1,63 @@
+"""What a kernel's C++ name says of it."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = {"double": "float64", "float": "float32", "BFloat16": "bfloat16", "Half": "float16"}
+LOSSES = {"SingleLoss": "SingleLoss", "PairOf<true>": "PairLoss", "PairOf<false>": "Divergence"}
+INPUTS = {"SingleLoss": 2, "PairLoss": 4, "Divergence": 4}
+RANGES = {"(Range)0": "narrow", "(Range)1": "wide"}
+
+
+class Name(NamedTuple):
+    """A kernel in the words of the table; "-" where a word does not apply. An unknown kernel is its C++ name."""
+
+    kernel: str  # forward, backward; with _rows or _columns those that sum; or a function of finish.cu
+    loss: str = "-"
+    dtype: str = "-"  # of the inputs, and after -> of the result where it has another; of the arithmetic where strided
+    access: str = "-"  # flat, vectors, strided
+    range: str = "-"
+
+    @property
+    def sums(self) -> bool:
+        return self.kernel.endswith(("_rows", "_columns"))
+
+    def __str__(self) -> str:
+        return " ".join(word for word in self if word != "-")
+
+
+def arguments_of(text: str) -> list[str]:
+    """`A<B, C>, D` cut at its outer commas."""
+    cut, depth = [""], 0
+    for letter in text:
+        depth += (letter == "<") - (letter == ">")
+        if letter == "," and depth == 0:
+            cut.append("")
+        else:
+            cut[-1] += letter
+    return [argument.strip() for argument in cut]
+
+
+def name_of(demangled: str) -> Name:
+    """The words for a kernel's C++ name without parameters."""
+    text = re.sub(r"^void |\bkl_ext::|\bcuda::|\bmath::|\(anonymous namespace\)::", "", demangled).replace("> >", ">>")
+    function, _, rest = text.rstrip().partition("<")
+    arguments = arguments_of(rest.removesuffix(">"))
+    try:
+        if len(arguments) == 1:
+            return Name(function, dtype=DTYPES[arguments[0]])
+        loss, reach, arithmetic, inputs, result, access = arguments
+        if function.startswith("sum_"):
+            direction, _, loss = loss.removesuffix(">").partition("<")
+            function = f"{direction.lower()}{function.removeprefix('sum')}"
+        dtype = DTYPES[arithmetic if inputs == "void" else inputs] + ("" if inputs == result else f"->{DTYPES[result]}")
+        if access.startswith("Strided"):
+            access = "strided"
+        elif access.startswith("Vector"):
+            access = "flat" if "true" in access else "vectors"
+        return Name(function, LOSSES[loss], dtype, access, RANGES[reach])
+    except (KeyError, ValueError):
+        return Name(text.replace(" ", ""))
