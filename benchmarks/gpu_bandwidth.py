@@ -163,10 +163,15 @@ class Bench:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):  # a backward runs where its forward ran
                 return [case.eager(x) for x in sets]
-        compiled = torch.compile(case.plain(), mode=MODES[name], dynamic=False, fullgraph=True)
+        compiled = self.compiled(case, MODES[name])
         for x in sets[:1]:
             compiled(*x)
         return [lambda x=x: compiled(*x) for x in sets]
+
+    def compiled(self, case: Case, mode: str | None) -> Callable[..., Any]:
+        """For the very shapes; on the CPU, where this is a dry run, traced and no more."""
+        how: dict[str, Any] = {"mode": mode} if self.device == "cuda" else {"backend": "eager"}
+        return torch.compile(case.plain(), dynamic=False, fullgraph=True, **how)
 
     def facts(self, row: Row) -> dict[str, Any]:
         dtype, size, case = row
@@ -186,7 +191,7 @@ def precompile(part: int, parts: int, bench: Bench, deadline: float) -> None:
         dtype, size, case = row
         kind = gpu_cases.DTYPES[dtype]
         tensors = case.fresh(case.batch(bench.sizes[size], kind.itemsize), kind, bench.device)
-        torch.compile(case.plain(), dynamic=False, fullgraph=True)(*tensors)
+        bench.compiled(case, MODES["torch.compile"])(*tensors)
         del tensors
         torch.compiler.reset()
 
