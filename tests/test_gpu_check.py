@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -70,6 +71,21 @@ def test_the_bandwidth_has_its_contenders_and_goals(dry_run):
             assert row[name]["us"] > 0
     assert {"torch.compile", "max-autotune"} <= found["rows"][0].keys()
     assert [goal["least"] for goal in found["goals"]] == [0.95, 0.9, 1.0, 1.0]
+
+
+def test_the_tables_show_what_was_measured_and_no_dry_run(load, dry_run):
+    table = load("table")
+    with pytest.raises(SystemExit, match="measures nothing"):
+        table.gpu_bandwidth(dry_run[0])
+    result = json.loads(json.dumps({**dry_run[0], "dry_run": False}))
+    row = result["stages"]["bandwidth"]["rows"][0]
+    row["share_of_copy"], row["torch.compile"]["ratio"] = 0.9876, 1.5
+    result["stages"]["environment"]["devices"] = [{"name": "a GPU"}]
+    assert re.search(r"^\| kl_div_single_loss, forward +\| float32 \| +98\.8% \|$", table.gpu_bandwidth(result), re.MULTILINE)
+    assert " / 1.50 / " in table.gpu_ratios(result).splitlines()[2] and " / – / –" in table.gpu_ratios(result).splitlines()[3]
+    assert "never slower than max-autotune" in table.gpu_goals(result)
+    assert table.gpu_machine(result).startswith("a GPU, torch ")
+    assert table.KINDS.keys() >= table.GPU_KINDS.keys()
 
 
 def test_the_time_limits_fit_in_ten_minutes(load):
