@@ -31,8 +31,10 @@ class Recorder:
             file.write(json.dumps({"test": report.nodeid, "outcome": outcome, "message": message}) + "\n")
 
     def pytest_collectreport(self, report: Any) -> None:
-        if report.failed:
-            self.write(report, "failed", str(report.longrepr)[-500:])
+        """Of files: one that is skipped for want of a module is not collected in silence."""
+        if not report.passed:
+            message = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)[-500:]
+            self.write(report, report.outcome, message.removeprefix("Skipped: "))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.skipped:

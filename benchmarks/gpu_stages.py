@@ -70,10 +70,12 @@ def missing_for_the_build() -> list[str]:
 
 def build(context: Context) -> Found:
     """In the source folder, for this GPU alone, without a network: nothing is installed."""
-    import torch
-
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    capability = torch.cuda.get_device_capability() if not context.dry_run else (9, 0)
+    capability = (9, 0)
+    if not context.dry_run:
+        import torch
+
+        capability = torch.cuda.get_device_capability()
     variables = {"KL_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "{}.{}".format(*capability), "MAX_JOBS": str(os.cpu_count())}
     shown = " ".join([*(f"{name}={value}" for name, value in variables.items()), shlex.join(command)])
     found: Found = {"command": shown, "missing": missing_for_the_build()}

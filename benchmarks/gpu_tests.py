@@ -17,12 +17,14 @@ from gpu_context import BENCHMARKS, ROOT, Context, Found, save
 
 NEEDED_BY_TESTS = ["expecttest", "hypothesis", "matplotlib", "mpmath", "numpy", "pytest", "sklearn", "tqdm"]
 NO_CUDA = re.compile("without CUDA|no CUDA device")  # a reason to skip that no GPU machine may give
+LARGE_FILES = ["tests/test_cuda.py", "tests/test_layouts.py"]
 LARGE = "2_to_the_31 or (cuda and 31_bits)"  # tests that want the memory of the card for themselves
 
 
 def counts(path: Path) -> Found:
     """What gpu_report.py has written so far."""
-    outcomes = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    outcomes = [json.loads(line) for line in dict.fromkeys(lines)]  # pytest-xdist tells what was not collected once a worker
     number = Counter(one["outcome"] for one in outcomes)
     return {
         "passed": number["passed"],
@@ -40,7 +42,9 @@ def run_tests(context: Context, name: str, seconds: float, *arguments: str, work
     parallel = ["-n", str(workers)] if workers > 1 and find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "gpu_report", "--outcomes", str(path), *parallel, *arguments]
     print(shlex.join(command), flush=True)
+    threads = str(max(1, (os.cpu_count() or 1) // workers)) if parallel else None
     variables = {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])}
+    variables |= {"OMP_NUM_THREADS": threads} if threads else {}
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **variables})
     try:
         exit_status: int | None = process.wait(seconds)
@@ -62,9 +66,9 @@ def workers() -> int:
 
 def bits(context: Context) -> Found:
     """GPU results equal to the CPU's, bit by bit, and 20 runs equal to each other."""
-    os.environ.update(variables_of_the_build())
     if context.dry_run:
         return run_tests(context, "bits", context.seconds, "tests/test_device_bits.py", "-k", "cpu and (empty or moved)")
+    os.environ.update(variables_of_the_build())
     chosen = ["tests/test_device_bits.py", "tests/test_determinism.py", "-k", "cuda"]
     return run_tests(context, "bits", context.seconds - 5, *chosen, workers=workers())
 
@@ -97,7 +101,6 @@ def collection_errors(output: str) -> dict[str, str]:
 
 def tests(context: Context) -> Found:
     """Every test that runs on the GPU; what wants the card's memory for itself first, and alone."""
-    os.environ.update(variables_of_the_build())
     start = time.monotonic()
     missing = [name for name in NEEDED_BY_TESTS if find_spec(name) is None]
     dry = ["tests/test_examples_docs.py", "tests/test_cuda.py"]
@@ -106,8 +109,9 @@ def tests(context: Context) -> Found:
     if context.dry_run:
         runs = {"small": run_tests(context, "tests", context.seconds, *ignore, *dry)}
     else:
+        os.environ.update(variables_of_the_build())
         many = f"cuda and not emulation and not device_bits and not ({LARGE})"
-        large = run_tests(context, "tests_large", 0.3 * context.seconds, "--slow", "-k", LARGE, *ignore)
+        large = run_tests(context, "tests_large", 0.3 * context.seconds, *LARGE_FILES, "--slow", "-k", LARGE, *ignore)
         save(context, {"status": "failed", "runs": {"large": large}, "missing": missing, "not_collected": ignored})
         left = context.seconds - (time.monotonic() - start) - 5
         runs = {"large": large, "small": run_tests(context, "tests", left, "-k", many, *ignore, workers=workers())}

@@ -254,6 +254,12 @@ def test_a_test_skipped_for_want_of_a_gpu_is_a_failure(run_tests, reason, status
     assert (found["passed"], found["skipped"], found["status"]) == (1, {reason: 1}, status)
 
 
+def test_a_file_skipped_for_want_of_a_module_is_said(run_tests):
+    found = run_tests("import pytest\npytest.importorskip('a_module_that_there_is_not')\ndef test_passes(): pass\n", 60)
+    assert (found["passed"], found["status"]) == (0, "failed")
+    assert ["could not import 'a_module_that_there_is_not'" in reason for reason in found["skipped"]] == [True]
+
+
 def test_outcomes_count_though_the_last_test_hangs(run_tests):
     found = run_tests(
         "import time\ndef test_passes(): pass\ndef test_fails(): assert 1 == 2\ndef test_hangs(): time.sleep(60)\n", 8
