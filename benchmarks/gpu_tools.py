@@ -21,7 +21,8 @@ REFUSED = {
     "Device not supported": "the tool does not support this device",
     "No supported GPU": "the tool does not support this device",
 }
-KERNEL = re.compile(r"kl_ext::cuda::(?:[<({][^>)}]*[>)}]::)*(\w+)\s*[<(]")
+# The first name after the namespaces, of which an anonymous one is written in several ways.
+KERNEL = re.compile(r"kl_ext::cuda::(?:(?:<unnamed>|\(anonymous namespace\)|\{anonymous\}|_GLOBAL__N__\w+)::)?(\w+)\s*[<(]")
 MAIN_KERNELS = {
     "forward",
     "backward",

@@ -203,6 +203,14 @@ def test_the_filter_is_spelt_as_the_tool_has_it(load, help_text, option):
     assert "kns" not in " ".join(sanitizer_command("x", "initcheck", help_text, ["python"]))
 
 
+@pytest.mark.parametrize("anonymous", ["<unnamed>", "(anonymous namespace)", "_GLOBAL__N__a1b7e21e_9_finish_cu_fb52"])
+def test_a_kernel_is_known_by_its_name(load, anonymous):
+    kernel = load("gpu_tools").KERNEL
+    assert kernel.search(f"void kl_ext::cuda::{anonymous}::sum_last<float>(const T1 *, long)")[1] == "sum_last"
+    assert kernel.search("void kl_ext::cuda::sum_rows<kl_ext::cuda::Forward<kl_ext::math::SingleLoss>>(T7)")[1] == "sum_rows"
+    assert not kernel.search("void at::native::vectorized_elementwise_kernel<4>(int)")
+
+
 def test_kernels_that_are_not_the_cases_are_not_taken_for_them(load):
     tools = load("gpu_tools")
     kernels = tools.parse_ncu(tools.RECORDED_NCU)
