@@ -95,6 +95,7 @@ def report(result: Found) -> str:
                 skipped = sum(one["skipped"].values())
                 about += [f"{run_name} did not end in time".strip()] * (not one.get("ended", True))
                 about.append(f"{run_name} {one['passed']} passed, {one['failed']} failed, {skipped} skipped".strip())
+                about += [f"{count} not run for want of {module}" for module, count in one["lacking"].items()]
                 about += [f"skipped: {reason} ({count})" for reason, count in one["skipped"].items()]
                 about += [f"FAILED {failure['test']}: {failure['message'][:160]}" for failure in one["failures"][:5]]
         if found.get("launches"):

@@ -268,6 +268,15 @@ def test_a_file_skipped_for_want_of_a_module_is_said(run_tests):
     assert ["could not import 'a_module_that_there_is_not'" in reason for reason in found["skipped"]] == [True]
 
 
+def test_a_test_that_fails_for_want_of_a_module_is_not_run(run_tests):
+    """As torch.library.opcheck does without expecttest, in the middle of a test."""
+    lacks = "def test_lacks(): raise ModuleNotFoundError(\"No module named 'expecttest'\")\n"
+    found = run_tests(f"{lacks}def test_passes(): pass\n", 60)
+    assert (found["lacking"], found["failed"], found["passed"], found["status"]) == ({"expecttest": 1}, 0, 1, "partial")
+    found = run_tests(f"{lacks}def test_fails(): import a_module_that_there_is_not\ndef test_passes(): pass\n", 60)
+    assert (found["lacking"], found["failed"], found["status"]) == ({"expecttest": 1}, 1, "failed")
+
+
 def test_outcomes_count_though_the_last_test_hangs(run_tests):
     found = run_tests(
         "import time\ndef test_passes(): pass\ndef test_fails(): assert 1 == 2\ndef test_hangs(): time.sleep(60)\n", 8
