@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from importlib.util import find_spec
 from pathlib import Path
 
 import setuptools
@@ -30,7 +29,6 @@ os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), syscon
 def check_build_requirements() -> None:
     """With --no-build-isolation they are the user's to install, and pip does not look."""
     missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
-    missing += ["pybind11"] if find_spec("pybind11") is None else []
     missing += ["setuptools>=77"] if int(setuptools.__version__.split(".")[0]) < 77 else []
     if missing:
         listed = re.search(r"^requires = \[(.*)\]", (SOURCE / "pyproject.toml").read_text(), re.MULTILINE)
@@ -46,14 +44,11 @@ class CMakeBuild(build_ext):
     """Builds everything compiled (kl_ext/_C, kl_ext/lib, kl_ext/share) with CMake."""
 
     def build_extension(self, ext: setuptools.Extension) -> None:
-        import pybind11
-
         # An isolated build has its tools in a new folder each time: nothing may be remembered but the objects.
         (self.folder / "CMakeCache.txt").unlink(missing_ok=True)
         self.run_cmake(
             *("-S", SOURCE, "-B", self.folder, "-G", "Ninja"),
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *shlex.split(os.environ.get("KL_EXT_CMAKE_ARGS", "")),
         )
         jobs = os.environ.get("MAX_JOBS")

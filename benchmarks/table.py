@@ -119,6 +119,54 @@ def machine(result: Result) -> str:
     return f"{where}, {facts['cpu_capability']}, {result['options']['dtype']}, torch {facts['torch']}, {facts['date']}.\n"
 
 
+def _of_gpu(result: Result, cell: Callable[[dict[str, Any]], str]) -> str:
+    """A row for each case and dtype, a column for each size."""
+    rows = measured_on_gpu(result)["bandwidth"]["rows"]
+    sizes = [size for size in ("L2", "256 MiB", "1 GiB") if any(row["size"] == size for row in rows)]
+    cases: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        if "kl_ext" in row:
+            cases.setdefault((row["case"], row["dtype"]), {})[row["size"]] = cell(row)
+    return table(
+        ["case", "dtype", *sizes], [[*case, *(cells.get(size, "") for size in sizes)] for case, cells in cases.items()]
+    )
+
+
+def gpu_bandwidth(result: Result) -> str:
+    """Each cell: the share of the bandwidth of a copy."""
+    return _of_gpu(result, lambda row: f"{row['share_of_copy']:.1%}")
+
+
+def gpu_ratios(result: Result) -> str:
+    """Each cell: the times of plain torch / torch.compile / max-autotune, as multiples of kl_ext's; a dash: not measured."""
+    names = (*OTHERS, "max-autotune")
+    return _of_gpu(result, lambda row: " / ".join(f"{row[name]['ratio']:.2f}" if name in row else "–" for name in names))
+
+
+def gpu_goals(result: Result) -> str:
+    """A row for each goal; the worst case where it was missed."""
+    rows = []
+    for goal in measured_on_gpu(result)["bandwidth"]["goals"]:
+        worst = "{:.3f}: {}".format(*goal["missed"][0]) if goal["missed"] else ""
+        rows.append([goal["goal"], f"{goal['met']} of {goal['of']}", worst])
+    return table(["goal", "met", "worst"], rows)
+
+
+def gpu_machine(result: Result) -> str:
+    """One line on the GPU machine."""
+    facts = measured_on_gpu(result)["environment"]
+    commit = (facts["commit"] or "unknown")[:12]
+    return f"{facts['devices'][0]['name']}, torch {facts['torch']}, {result['date'][:10]}, commit {commit}.\n"
+
+
+def measured_on_gpu(result: Result) -> Result:
+    """The stages of gpu_check.py; those of a dry run are no measurement."""
+    if result["dry_run"]:
+        raise SystemExit("table.py: a dry run of gpu_check.py measures nothing")
+    stages: Result = result["stages"]
+    return stages
+
+
 def values() -> str:
     """What the losses are at a few pairs of distributions, beside the textbook divergence of torch.distributions."""
     import torch
@@ -146,7 +194,13 @@ REDUCTION_KINDS: dict[str, Callable[[Result], str]] = {
     "reduction_times": reduction_times,
     "machine": machine,
 }
-KINDS = LOSS_KINDS | REDUCTION_KINDS
+GPU_KINDS: dict[str, Callable[[Result], str]] = {
+    "gpu_bandwidth": gpu_bandwidth,
+    "gpu_ratios": gpu_ratios,
+    "gpu_goals": gpu_goals,
+    "gpu_machine": gpu_machine,
+}
+KINDS = LOSS_KINDS | REDUCTION_KINDS | GPU_KINDS
 
 
 def elements(count: int) -> str:

@@ -1,5 +1,6 @@
 """What every test shares: the device it runs on, and a fresh seed that a failure prints."""
 
+import functools
 import os
 import random
 import secrets
@@ -18,10 +19,11 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+        if item.get_closest_marker("cuda") and (reason := why_no_cuda()):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_report_header():
@@ -53,6 +55,7 @@ def rng(request) -> numpy.random.Generator:
     return numpy.random.default_rng(seed_of(request.node))
 
 
+@functools.cache
 def why_no_cuda() -> str:
     """Why the CUDA kernels cannot run here, or nothing where they can."""
     if torch.version.cuda is None:
