@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kl_ext  # noqa: F401
 import layouts
-from emulated_kernels import DTYPES, NARROW, THREADS, WIDE, Result, assert_same_bits, inputs_of, library, values
+from emulated_kernels import DTYPES, NARROW, THREADS, WIDE, Emulated, Result, assert_same_bits, inputs_of, values
 
 KERNELS = (
     "kl_div_single_loss",
@@ -33,11 +33,6 @@ VECTORS = (
     (torch.float16, torch.float32, 8),
     (torch.bfloat16, torch.float32, 8),
 )
-
-
-@pytest.fixture(scope="module")
-def emulated() -> ctypes.CDLL:
-    return library()
 
 
 def dimensions(operands: Sequence[Tensor | None]) -> tuple[list[int], list[list[int]]]:
@@ -61,7 +56,7 @@ def dimensions(operands: Sequence[Tensor | None]) -> tuple[list[int], list[list[
 
 
 def launch(
-    emulated: ctypes.CDLL,
+    emulated: Emulated,
     kernel: str,
     operands: Sequence[Tensor | None],
     clamp: tuple[float, float],
@@ -73,7 +68,8 @@ def launch(
     remaining = iter(strides)
     flat = [stride for x in operands for stride in (next(remaining) if x is not None else [0] * ndim)]
     grids = (ctypes.c_uint32 * 64)()
-    launches = emulated.run(
+    launches = emulated.call(
+        "run",
         KERNELS.index(kernel),
         ndim,
         (ctypes.c_int64 * ndim)(*sizes),
@@ -91,7 +87,7 @@ def launch(
 
 
 def check_forward(
-    emulated: ctypes.CDLL, loss: str, inputs: Sequence[Tensor], dtype: torch.dtype, clamp: tuple[float, float], offset: int = 0
+    emulated: Emulated, loss: str, inputs: Sequence[Tensor], dtype: torch.dtype, clamp: tuple[float, float], offset: int = 0
 ) -> list[int]:
     expected = getattr(torch.ops.kl_ext, loss)(*inputs, clamp_min=clamp[0], clamp_max=clamp[1], dtype=dtype)
     result = Result(expected, offset)
@@ -101,7 +97,7 @@ def check_forward(
 
 
 def check_backward(
-    emulated: ctypes.CDLL,
+    emulated: Emulated,
     loss: str,
     grad_output: Tensor,
     inputs: Sequence[Tensor],
@@ -258,7 +254,7 @@ def test_division_by_multiplication(emulated, rng):
         around = [k * divisor + off for k in (0, 1, 2, (2**31 - 1) // divisor) for off in (-1, 0, 1)]
         for dividend in [*around, 2**31 - 1, *rng.integers(2**31, size=50).tolist()]:
             if 0 <= dividend < 2**31:
-                assert emulated.quotient(dividend, divisor) == dividend // divisor, (dividend, divisor)
+                assert emulated.call("quotient", dividend, divisor) == dividend // divisor, (dividend, divisor)
 
 
 def test_more_dimensions_than_a_launch_takes(emulated):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kl_ext  # noqa: F401
 import layouts
-from emulated_kernels import DTYPES, NARROW, WIDE, Result, assert_same_bits, library, values
+from emulated_kernels import DTYPES, NARROW, WIDE, Emulated, Result, assert_same_bits, values
 from ordered_sum import reduced_sum
 
 SUMS = (
@@ -28,13 +28,8 @@ LOSSES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div")
 LENGTHS = (1, 2, 3, 16, 63, 64, 65, 512, 1023, 1024, 1025, 4096 + 7)
 
 
-@pytest.fixture(scope="module")
-def emulated() -> ctypes.CDLL:
-    return library()
-
-
 def launch_sum(
-    emulated: ctypes.CDLL,
+    emulated: Emulated,
     kernel: str,
     shape: Sequence[int],
     dims: Sequence[int],
@@ -53,7 +48,8 @@ def launch_sum(
         for stride in reversed(torch.empty(shape, device="meta").stride() if x is None else x.expand(shape).stride())
     ]
     grids = (ctypes.c_uint32 * 8)()
-    launches = emulated.run_sum(
+    launches = emulated.call(
+        "run_sum",
         SUMS.index(kernel),
         ndim,
         (ctypes.c_int64 * ndim)(*reversed(shape)),
@@ -79,7 +75,7 @@ def arithmetic_of(*tensors: Tensor) -> torch.dtype:
 
 
 def check_sum(
-    emulated: ctypes.CDLL,
+    emulated: Emulated,
     inputs: Sequence[Tensor],
     dims: Sequence[int],
     reduction: str = "sum",
@@ -102,7 +98,7 @@ def check_sum(
 
 
 def check_gradients(
-    emulated: ctypes.CDLL,
+    emulated: Emulated,
     loss: str,
     grad_output: Tensor,
     inputs: Sequence[Tensor],
@@ -189,8 +185,8 @@ def test_chunks_are_summed_up_level_by_level(emulated, dtype):
         sums = Result(partials[0])
         grids = (ctypes.c_uint32 * 8)()
         numbers = [ctypes.c_void_p(partials.data_ptr()), ctypes.c_int64(chunks), ctypes.c_int64(columns), ctypes.c_int64(7)]
-        assert launches == emulated.finish_sums(
-            dtype == torch.float64, *numbers, ctypes.c_void_p(sums.tensor.data_ptr()), grids, 8
+        assert launches == emulated.call(
+            "finish_sums", dtype == torch.float64, *numbers, ctypes.c_void_p(sums.tensor.data_ptr()), grids, 8
         )
         expected = reduced_sum(partials, [0]) / torch.tensor(7, dtype=dtype)
         sums.check(expected, f"{columns} columns of {chunks} chunks")
@@ -287,8 +283,12 @@ def test_the_gradient_of_a_mean_is_divided_as_ieee_has_it(emulated, rng):
         numbers = torch.cat(values(rng, "kl_div_single_loss", [300], dtype))
         for divisor in (1, 3, 49, 10**6 + 3, 2**31 + 1):
             got = numbers.clone()
-            emulated.divide(
-                dtype == torch.float64, ctypes.c_void_p(got.data_ptr()), ctypes.c_int64(got.numel()), ctypes.c_int64(divisor)
+            emulated.call(
+                "divide",
+                dtype == torch.float64,
+                ctypes.c_void_p(got.data_ptr()),
+                ctypes.c_int64(got.numel()),
+                ctypes.c_int64(divisor),
             )
             expected = torch.from_numpy(numbers.numpy() / numbers.numpy().dtype.type(divisor))
             assert_same_bits(got, expected, f"divided by {divisor}")
