@@ -78,5 +78,5 @@ def emulated(request):
     """The emulated CUDA kernels, with threads and blocks that take turns in this order."""
     from emulated_kernels import library
 
-    library().set_up(request.param, seed_of(request.node))
+    library().set_order(request.param, seed_of(request.node))
     return library()

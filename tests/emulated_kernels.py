@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import math
@@ -10,7 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ GUARD = 64  # bytes on either side of a result that nothing may touch
 
 SANITIZED = os.environ.get("KL_EXT_EMULATION_SANITIZE") == "1"  # as make test-cuda-emulation sets it, with what it preloads
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+PLAIN_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 ORDERS = ("forward", "reverse", "random")  # in the order of tests/cuda_emulation/block.h
-INDICES = 2**31  # that are counted with 32 bits
 
 
 class KernelFault(Exception):
@@ -41,7 +42,7 @@ class KernelFault(Exception):
 
 
 def compile_emulated(sources: Sequence[Path], folder: Path, sanitize: bool = False) -> list[Path]:
-    """Object files of kernels, or of what drives them."""
+    """Object files in the folder, of kernels or of what drives them."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -51,7 +52,8 @@ def compile_emulated(sources: Sequence[Path], folder: Path, sanitize: bool = Fal
 
     def compile_one(source: Path) -> Path:
         out = folder / f"{source.stem}.o"
-        subprocess.run([compiler, *flags, *header, "-x", "c++", "-c", str(source), "-o", str(out)], check=True)
+        command = [compiler, *flags, *header, "-x", "c++", "-c", str(source), "-o", str(out)]
+        subprocess.run(command, check=True, env=PLAIN_ENVIRONMENT)
         return out
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -61,7 +63,7 @@ def compile_emulated(sources: Sequence[Path], folder: Path, sanitize: bool = Fal
 def link_emulated(objects: Sequence[Path], out: Path, sanitize: bool = False, shared: bool = True) -> Path:
     compiler = shutil.which("g++") or shutil.which("c++")
     flags = (SANITIZE if sanitize else []) + (["-shared"] if shared else [])
-    subprocess.run([str(compiler), *flags, *map(str, objects), "-o", str(out)], check=True)
+    subprocess.run([str(compiler), *flags, *map(str, objects), "-o", str(out)], check=True, env=PLAIN_ENVIRONMENT)
     return out
 
 
@@ -85,9 +87,18 @@ class Emulated:
         self.functions = ctypes.CDLL(str(path))
         self.functions.last_fault.restype = ctypes.c_char_p
 
-    def set_up(self, order: str = "forward", seed: int = 0, indices: int = INDICES) -> None:
-        """Threads and blocks take turns in an order; tensors are cut where they outgrow the indices."""
-        self.functions.set_up(ORDERS.index(order), ctypes.c_uint32(seed), ctypes.c_int64(indices))
+    def set_order(self, order: str, seed: int = 0) -> None:
+        """In which threads and blocks take turns."""
+        self.functions.set_order(ORDERS.index(order), ctypes.c_uint32(seed))
+
+    @contextlib.contextmanager
+    def indices(self, count: int) -> Iterator[None]:
+        """So many, in place of 2^31, may be counted within a launch."""
+        self.functions.set_indices(ctypes.c_int64(count))
+        try:
+            yield
+        finally:
+            self.functions.set_indices(ctypes.c_int64(2**31))
 
     def call(self, function: str, *arguments: Any) -> int:
         launches = self.functions[function](*arguments)

@@ -150,14 +150,16 @@ class Block {
       }
     }
     for (std::uint32_t i = first; i < first + count; ++i) {
-      Thread& thread = threads_[i];
+      const Thread& thread = threads_[i];
       const bool same_lanes = state == State::kBarrier || thread.lane_mask == threads_[first].lane_mask;
       if (!(thread.site == threads_[first].site) || !same_lanes) {
         threadIdx.x = i;
         fail(thread.site, describe(i) + (same_lanes ? "" : " with other lanes") + ", while " + describe(first));
       }
-      thread.state = State::kRunning;
-      thread.sent = thread.bits;
+    }
+    for (std::uint32_t i = first; i < first + count; ++i) {
+      threads_[i].state = State::kRunning;
+      threads_[i].sent = threads_[i].bits;
     }
     return true;
   }

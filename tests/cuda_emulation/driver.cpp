@@ -51,12 +51,13 @@ int report(std::uint32_t last_blocks, std::uint32_t* grids, int most, const Run&
 // Said of the last fault.
 extern "C" const char* last_fault() { return fault.c_str(); }
 
-// order: forward, reverse, random from this seed; indices: to be counted with 32 bits.
-extern "C" void set_up(int order, std::uint32_t seed, std::int64_t indices) {
+// The seed is that of a random order.
+extern "C" void set_order(int order, std::uint32_t seed) {
   emulation::order = static_cast<emulation::Order>(order);
   emulation::random_order.seed(seed);
-  emulation::indices = indices;
 }
+
+extern "C" void set_indices(std::int64_t indices) { emulation::indices = indices; }
 
 extern "C" int run(int kernel, int ndim, const std::int64_t* sizes, int operands, char* const* data, const int* dtypes,
                    const std::int64_t* strides, double low, double high, std::uint32_t last_blocks, std::uint32_t* grids,
