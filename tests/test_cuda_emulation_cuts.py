@@ -21,7 +21,7 @@ INDICES = (1024, 4096)  # in place of 2^31: what a thread counts with 32 bits
 def test_elements_of_many_launches(emulated, rng, loss, dtype, indices):
     """Vectors and strides, cut along any dimension."""
     vectors, strided = [], []
-    shape = [8, 24, 32, 5]
+    shape = [4, 24, 32, 5]
     full = values(rng, loss, shape, dtype)
     transposed = [layouts.transposed(x, 1, 2) if i == 0 else x for i, x in enumerate(full)]
     priors = [x if i < inputs_of(loss) / 2 else x[0, :, :, :1] for i, x in enumerate(full)]
@@ -38,7 +38,7 @@ def test_elements_of_many_launches(emulated, rng, loss, dtype, indices):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_of_many_launches(emulated, rng, dtype, indices):
     """Rows that several launches share; terms counted with 64 bits."""
-    for shape, dims in (([600, 40], [1]), ([90, 1500], [1]), ([40, 70], [0]), ([1500, 3], [0]), ([20, 30, 40], [0, 2])):
+    for shape, dims in (([600, 40], [1]), ([40, 1500], [1]), ([40, 70], [0]), ([1500, 3], [0]), ([20, 30, 40], [0, 2])):
         inputs = values(rng, "gaussian_kl_div", shape, dtype)
         for operands in (inputs[:2], inputs, [layouts.shifted(x) for x in inputs], [inputs[0], inputs[1][..., :1]]):
             with emulated.indices(indices):

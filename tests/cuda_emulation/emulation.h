@@ -68,6 +68,7 @@ T __shfl_xor_sync(std::uint32_t mask, T value, std::uint32_t lane_mask,
   (static_cast<void>(stream), kl_ext::emulation::launch<kernel>(true, blocks, threads, __VA_ARGS__))
 #define KL_EXT_UNROLL
 #define KL_EXT_DEVICE inline
+#define KL_EXT_INLINE inline
 #define KL_EXT_SHARED(type, name, size)                           \
   const auto site_of_##name = kl_ext::emulation::Site::current(); \
   const auto name = kl_ext::emulation::Block::of(site_of_##name).template shared<type>(#name, size, site_of_##name)
