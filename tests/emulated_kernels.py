@@ -74,7 +74,8 @@ def objects() -> list[Path]:
     """Of every kernel and of the driver, compiled once for all tests."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
-    return compile_emulated([*sorted((ROOT / "csrc/cuda").glob("*.cu")), EMULATION / "driver.cpp"], Path(folder), SANITIZED)
+    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), *sorted(EMULATION.glob("*.cpp"))]
+    return compile_emulated(sources, Path(folder), SANITIZED)
 
 
 @functools.cache

@@ -45,7 +45,8 @@ def programs(tmp_path_factory) -> dict[bool, Path]:
     built = {}
     for sanitize in (False, True):
         folder = tmp_path_factory.mktemp("faults")
-        built[sanitize] = link_emulated(compile_emulated([FAULTS], folder, sanitize), folder / "faults", sanitize, shared=False)
+        compiled = compile_emulated([FAULTS, EMULATION / "emulation.cpp"], folder, sanitize)
+        built[sanitize] = link_emulated(compiled, folder / "faults", sanitize, shared=False)
     return built
 
 

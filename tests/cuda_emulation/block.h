@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
@@ -11,17 +12,15 @@
 #include <random>
 
 #include "fiber.h"
-#include "shared.h"
+#include "shared_array.h"
 
 namespace kl_ext::emulation {
 
-constexpr std::uint32_t kWarp = 32;
-
-// In which blocks, and the threads of each from one wait to the next, take their turns.
 enum class Order { kForward, kReverse, kRandom };
 inline Order order = Order::kForward;
 inline std::minstd_rand random_order;
 
+// The turns that blocks take, and the threads of each from one wait to the next.
 inline void arrange(std::vector<std::uint32_t>& turns, std::uint32_t first = 0) {
   std::iota(turns.begin(), turns.end(), first);
   if (order == Order::kReverse) {
@@ -29,6 +28,10 @@ inline void arrange(std::vector<std::uint32_t>& turns, std::uint32_t first = 0) 
   } else if (order == Order::kRandom) {
     std::shuffle(turns.begin(), turns.end(), random_order);
   }
+}
+
+inline bool operator==(const Site& a, const Site& b) {
+  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
 }
 
 // The threads of a block of a kernel in which they exchange numbers.
@@ -70,13 +73,9 @@ class Block {
   }
 
   // The array declared at this site, by whichever thread comes there first.
-  template <class T>
-  SharedPointer<T> shared(const char* name, std::size_t size, const Site& site) {
-    std::shared_ptr<void>& array = shared_[{site.file_name(), site.line()}];
-    if (!array) {
-      array = std::make_shared<SharedArray<T>>(name, size, epoch_);
-    }
-    return SharedPointer<T>(*static_cast<SharedArray<T>*>(array.get()));
+  SharedArray& shared(const char* name, std::size_t size, const Site& site) {
+    const auto declaration = std::make_pair(std::string(site.file_name()), site.line());
+    return shared_.try_emplace(declaration, name, size, epoch_).first->second;
   }
 
   // The block that runs, if its threads may exchange numbers.
@@ -189,7 +188,7 @@ class Block {
   std::function<void()> body_;
   std::vector<Thread> threads_;
   std::vector<std::uint32_t> turns_;
-  std::map<std::pair<std::string, std::uint32_t>, std::shared_ptr<void>> shared_;
+  std::map<std::pair<std::string, std::uint32_t>, SharedArray> shared_;
   std::uint32_t epoch_;
   std::optional<Fault> fault_;
 };

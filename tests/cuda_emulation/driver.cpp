@@ -51,11 +51,7 @@ int report(std::uint32_t last_blocks, std::uint32_t* grids, int most, const Run&
 // Said of the last fault.
 extern "C" const char* last_fault() { return fault.c_str(); }
 
-// The seed is that of a random order.
-extern "C" void set_order(int order, std::uint32_t seed) {
-  emulation::order = static_cast<emulation::Order>(order);
-  emulation::random_order.seed(seed);
-}
+extern "C" void set_order(int order, std::uint32_t seed) { emulation::set_order(order, seed); }
 
 extern "C" void set_indices(std::int64_t indices) { emulation::indices = indices; }
 

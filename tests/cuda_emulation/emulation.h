@@ -3,12 +3,16 @@
 // has to wait for others; those of any other kernel run one after the other. What a GPU would let pass or hang on is a Fault.
 #pragma once
 
-#include "block.h"
+#include <vector>
+
+#include "shared.h"
 
 #define __global__
 #define __launch_bounds__(...)
 
 namespace kl_ext::emulation {
+
+constexpr std::uint32_t kWarp = 32;
 
 // The grid of each launch, and how many blocks of each to run, from its end.
 inline std::vector<std::uint32_t> launched;
@@ -17,36 +21,27 @@ inline std::uint32_t last_blocks = ~0u;
 // What takes the place of 2^31: see csrc/cuda/layout.h.
 inline std::int64_t indices = std::int64_t{1} << 31;
 
+// In which blocks and threads take turns: forward, reverse, random from this seed.
+void set_order(int order, std::uint32_t seed);
+
+// body: what a thread runs.
+void run_grid(const std::string& kernel, bool exchanging, std::uint32_t blocks, std::uint32_t threads,
+              void (*body)(const void* context), const void* context);
+void barrier(const Site& site);
+std::uint64_t shuffle(std::uint64_t bits, std::uint32_t lane_mask, const Site& site);
+SharedArray& shared_array(const char* name, std::size_t size, const Site& site);
+
 template <auto kernel, class... Arguments>
 void launch(bool exchanging, std::uint32_t blocks, std::uint32_t threads, const Arguments&... arguments) {
-  kernel_name = name_of<kernel>();
-  launched.push_back(blocks);
-  const auto body = [&] { kernel(arguments...); };
-  std::vector<std::uint32_t> turns(std::min(blocks, last_blocks));
-  arrange(turns, blocks - static_cast<std::uint32_t>(turns.size()));
-  if (exchanging) {
-    Block block(threads, body);
-    for (const std::uint32_t i : turns) {
-      blockIdx.x = i;
-      block.run();
-    }
-    return;
-  }
-  std::vector<std::uint32_t> threads_turns(threads);
-  for (const std::uint32_t i : turns) {
-    blockIdx.x = i;
-    arrange(threads_turns);
-    for (const std::uint32_t thread : threads_turns) {
-      threadIdx.x = thread;
-      body();
-    }
-  }
+  const auto run = [&] { kernel(arguments...); };
+  using Run = decltype(run);
+  run_grid(name_of<kernel>(), exchanging, blocks, threads, [](const void* context) { (*static_cast<Run*>(context))(); }, &run);
 }
 
 } // namespace kl_ext::emulation
 
 inline void __syncthreads(const kl_ext::emulation::Site& site = kl_ext::emulation::Site::current()) {
-  kl_ext::emulation::Block::of(site).barrier(site);
+  kl_ext::emulation::barrier(site);
 }
 
 template <class T>
@@ -57,7 +52,7 @@ T __shfl_xor_sync(std::uint32_t mask, T value, std::uint32_t lane_mask,
   }
   std::uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  bits = kl_ext::emulation::Block::of(site).shuffle(bits, lane_mask, site);
+  bits = kl_ext::emulation::shuffle(bits, lane_mask, site);
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
@@ -69,7 +64,7 @@ T __shfl_xor_sync(std::uint32_t mask, T value, std::uint32_t lane_mask,
 #define KL_EXT_UNROLL
 #define KL_EXT_DEVICE inline
 #define KL_EXT_INLINE inline
-#define KL_EXT_SHARED(type, name, size)                           \
-  const auto site_of_##name = kl_ext::emulation::Site::current(); \
-  const auto name = kl_ext::emulation::Block::of(site_of_##name).template shared<type>(#name, size, site_of_##name)
+#define KL_EXT_SHARED(type, name, size)              \
+  const kl_ext::emulation::SharedPointer<type> name( \
+      kl_ext::emulation::shared_array(#name, size, kl_ext::emulation::Site::current()))
 #define KL_EXT_INDICES kl_ext::emulation::indices

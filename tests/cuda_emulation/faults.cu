@@ -1,6 +1,7 @@
 // Kernels with one fault each, for tests/test_cuda_emulation_faults.py: of the line marked with it, and named by it. The last
 // ones are for the sanitizers to find.
 #include <cstdio>
+#include <cstdlib>
 
 #include "../../csrc/cuda/launch.cuh"
 
@@ -218,8 +219,7 @@ int run_by_name(const std::string& name) {
 // faults KERNEL ORDER SEED
 int main(int, char** arguments) {
   using namespace faults;
-  kl_ext::emulation::order = static_cast<kl_ext::emulation::Order>(std::atoi(arguments[2]));
-  kl_ext::emulation::random_order.seed(static_cast<unsigned>(std::atoi(arguments[3])));
+  kl_ext::emulation::set_order(std::atoi(arguments[2]), static_cast<std::uint32_t>(std::atoi(arguments[3])));
   try {
     return 1 -
            run_by_name<missing_barrier_before_read, missing_barrier_before_write, missing_barrier_within_a_warp,
