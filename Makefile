@@ -1,6 +1,7 @@
 # Everything a developer or CI does with the sources, each in a virtual environment made here:
 #
-#   make demo | test | check | check-cuda | bench | nightly | format | clean | help
+#   make demo | test | test-cuda-emulation | test-oldest | check | check-cuda | check-instructions | bench | nightly | format |
+#        clean | help
 #
 # Variables: PYTHON (python3), VENV (.venv), TORCH (a torch version; unset: the one installed in VENV, else the newest),
 # ARGS (passed on to the demo, the tests or the benchmarks), BENCH (which benchmarks), and the build's own: KL_EXT_CUDA,
@@ -30,15 +31,16 @@ cxx_files = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
-.PHONY: help demo test test-oldest check check-cuda check-instructions bench nightly format clean
+.PHONY: help demo test test-cuda-emulation test-oldest check check-cuda check-instructions bench nightly format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo     train a small VAE on the digits of scikit-learn; ARGS="--epochs 5" and so on'
 	@echo 'make test     the test-suite; ARGS="-k name" chooses tests, TORCH=2.13.0 a torch version'
-	@echo 'make test-oldest         the same with the oldest torch that is supported'
-	@echo 'make check-instructions  count the instructions of the CPU kernels and compare them with their ceilings'
+	@echo 'make test-cuda-emulation  those tests that run the CUDA kernels without a GPU, then again under sanitizers'
+	@echo 'make test-oldest  the test-suite with the oldest torch that is supported'
 	@echo 'make check    clang-format, ruff and mypy'
+	@echo 'make check-instructions  count the instructions of the CPU kernels and compare them with their ceilings'
 	@echo 'make check-cuda  build the CUDA kernels, which needs nvcc and no GPU, and check their machine code'
 	@echo 'make format   let clang-format and ruff rewrite the sources'
 	@echo 'make bench    the benchmarks of the losses and of the reductions; BENCH=losses runs one of them'
@@ -50,6 +52,14 @@ demo: $(stamps)/demo
 
 test: $(stamps)/test
 	$(bin)/python -m pytest $(ARGS)
+
+# Sanitized, threads take turns in one order of the three, and tensors are cut at one limit. The sanitizers have to be there before Python allocates anything.
+emulation := tests/test_cuda_emulation
+test-cuda-emulation: $(stamps)/test
+	$(bin)/python -m pytest $(emulation)*.py $(ARGS)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  KL_EXT_EMULATION_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(bin)/python -m pytest $(emulation).py $(emulation)_sums.py $(emulation)_cuts.py -k 'random and not 4096' $(ARGS)
 
 nightly: $(stamps)/test
 	$(bin)/python -m pytest --slow -m slow $(ARGS)

@@ -74,3 +74,12 @@ def device(request) -> torch.device:
     if request.param == "cuda" and (reason := why_no_cuda()):
         pytest.skip(reason)
     return torch.device(request.param)
+
+
+@pytest.fixture(params=["forward", "reverse", "random"])
+def emulated(request):
+    """The emulated CUDA kernels, with threads and blocks that take turns in this order."""
+    from emulated_kernels import library
+
+    library().set_order(request.param, seed_of(request.node))
+    return library()

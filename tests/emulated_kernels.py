@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import functools
 import math
@@ -9,9 +11,10 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -21,30 +24,90 @@ from torch import Tensor
 import points
 
 ROOT = Path(__file__).parent.parent
+EMULATION = ROOT / "tests/cuda_emulation"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # in the order of csrc/cuda/kernels.h
 NARROW, WIDE = (-30.0, 20.0), (-math.inf, math.inf)
 THREADS = 256
 GUARD = 64  # bytes on either side of a result that nothing may touch
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
+# As make test-cuda-emulation sets it, with what it preloads.
+SANITIZED = os.environ.get("KL_EXT_EMULATION_SANITIZE") == "1"
+# -O1 would take twice the time to compile, which is most of it.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O0"]
+PLAIN_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+ORDERS = ("forward", "reverse", "random")  # in the order of tests/cuda_emulation/block.h
+
+
+class KernelFault(Exception):
+    """What an emulated thread did wrong, and where."""
+
+
+def compile_emulated(sources: Sequence[Path], folder: Path, sanitize: bool = False) -> list[Path]:
+    """Object files in the folder, of kernels or of what drives them."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "tests/cuda_emulation/driver.cpp"]
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-Wall", "-Wextra"]
-    header = ["-include", str(ROOT / "tests/cuda_emulation/emulation.h")]
-    with tempfile.TemporaryDirectory() as folder:
-        objects = [f"{folder}/{source.stem}.o" for source in sources]
+    flags += SANITIZE if sanitize else []
+    header = ["-include", str(EMULATION / "emulation.h")]
 
-        def compile_one(source: Path, out: str) -> None:
-            subprocess.run([compiler, *flags, *header, "-x", "c++", "-c", str(source), "-o", out], check=True)
+    def compile_one(source: Path) -> Path:
+        out = folder / f"{source.stem}.o"
+        command = [compiler, *flags, *header, "-x", "c++", "-c", str(source), "-o", str(out)]
+        subprocess.run(command, check=True, env=PLAIN_ENVIRONMENT)
+        return out
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_one, sources, objects))
-        subprocess.run([compiler, "-shared", *objects, "-o", f"{folder}/libemulated.so"], check=True)
-        return ctypes.CDLL(f"{folder}/libemulated.so")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def link_emulated(objects: Sequence[Path], out: Path, sanitize: bool = False, shared: bool = True) -> Path:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    flags = (SANITIZE if sanitize else []) + (["-shared"] if shared else [])
+    subprocess.run([str(compiler), *flags, *map(str, objects), "-o", str(out)], check=True, env=PLAIN_ENVIRONMENT)
+    return out
+
+
+@functools.cache
+def objects() -> list[Path]:
+    """Of every kernel and of the driver, compiled once for all tests."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), *sorted(EMULATION.glob("*.cpp"))]
+    return compile_emulated(sources, Path(folder), SANITIZED)
+
+
+@functools.cache
+def library() -> Emulated:
+    return Emulated(link_emulated(objects(), objects()[0].parent / "libemulated.so", SANITIZED))
+
+
+class Emulated:
+    """The functions of tests/cuda_emulation/driver.cpp."""
+
+    def __init__(self, path: Path):
+        self.functions = ctypes.CDLL(str(path))
+        self.functions.last_fault.restype = ctypes.c_char_p
+
+    def set_order(self, order: str, seed: int = 0) -> None:
+        """In which threads and blocks take turns."""
+        self.functions.set_order(ORDERS.index(order), ctypes.c_uint32(seed))
+
+    @contextlib.contextmanager
+    def indices(self, count: int) -> Iterator[None]:
+        """So many, in place of 2^31, may be counted within a launch."""
+        self.functions.set_indices(ctypes.c_int64(count))
+        try:
+            yield
+        finally:
+            self.functions.set_indices(ctypes.c_int64(2**31))
+
+    def call(self, function: str, *arguments: Any) -> int:
+        launches = self.functions[function](*arguments)
+        if launches < 0:
+            raise KernelFault(self.functions.last_fault().decode())
+        return launches
 
 
 class Result:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,16 +11,9 @@ from torch import Tensor
 
 import kl_ext  # noqa: F401
 import layouts
-from emulated_kernels import DTYPES, NARROW, THREADS, WIDE, Result, assert_same_bits, inputs_of, library, values
+from emulated_checks import check_backward, check_forward, launch
+from emulated_kernels import DTYPES, NARROW, THREADS, WIDE, assert_same_bits, inputs_of, values
 
-KERNELS = (
-    "kl_div_single_loss",
-    "kl_div_single_loss_backward",
-    "kl_div_pair_loss",
-    "kl_div_pair_loss_backward",
-    "gaussian_kl_div",
-    "gaussian_kl_div_backward",
-)  # in the order of tests/cuda_emulation/driver.cpp
 LOSSES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div")
 
 # Dtypes of the inputs and of the result that have vector kernels, with the numbers in a vector.
@@ -33,94 +25,6 @@ VECTORS = (
     (torch.float16, torch.float32, 8),
     (torch.bfloat16, torch.float32, 8),
 )
-
-
-@pytest.fixture(scope="module")
-def emulated() -> ctypes.CDLL:
-    return library()
-
-
-def dimensions(operands: Sequence[Tensor | None]) -> tuple[list[int], list[list[int]]]:
-    """The sizes, fastest first, and each operand's strides in bytes, merged where they can be, as TensorIterator does it."""
-    defined = [x for x in operands if x is not None]
-    shape = torch.broadcast_shapes(*(x.shape for x in defined))
-    strides = [[s * x.element_size() for s in x.expand(shape).stride()] for x in defined]
-    order = sorted((dim for dim in range(len(shape)) if shape[dim] > 1), key=lambda dim: (strides[0][dim], -dim))
-    sizes: list[int] = []
-    merged: list[list[int]] = []  # by dimension
-    for dim in order:
-        column = [s[dim] for s in strides]
-        if sizes and column == [s * sizes[-1] for s in merged[-1]]:
-            sizes[-1] *= shape[dim]
-        else:
-            sizes.append(shape[dim])
-            merged.append(column)
-    if not sizes:
-        sizes, merged = [1], [[x.element_size() for x in defined]]
-    return sizes, [list(column) for column in zip(*merged, strict=True)]
-
-
-def launch(
-    emulated: ctypes.CDLL,
-    kernel: str,
-    operands: Sequence[Tensor | None],
-    clamp: tuple[float, float],
-    last_blocks: int = 2**32 - 1,
-) -> list[int]:
-    """Runs a kernel, or the last blocks of each of its launches, and returns the launches' grids."""
-    sizes, strides = dimensions(operands)
-    ndim, count = len(sizes), len(operands)
-    remaining = iter(strides)
-    flat = [stride for x in operands for stride in (next(remaining) if x is not None else [0] * ndim)]
-    grids = (ctypes.c_uint32 * 64)()
-    launches = emulated.run(
-        KERNELS.index(kernel),
-        ndim,
-        (ctypes.c_int64 * ndim)(*sizes),
-        count,
-        (ctypes.c_void_p * count)(*(None if x is None else x.data_ptr() for x in operands)),
-        (ctypes.c_int * count)(*(2 if x is None else DTYPES.index(x.dtype) for x in operands)),
-        (ctypes.c_int64 * (ndim * count))(*flat),
-        ctypes.c_double(clamp[0]),
-        ctypes.c_double(clamp[1]),
-        ctypes.c_uint32(last_blocks),
-        grids,
-        len(grids),
-    )
-    return list(grids[:launches])
-
-
-def check_forward(
-    emulated: ctypes.CDLL, loss: str, inputs: Sequence[Tensor], dtype: torch.dtype, clamp: tuple[float, float], offset: int = 0
-) -> list[int]:
-    expected = getattr(torch.ops.kl_ext, loss)(*inputs, clamp_min=clamp[0], clamp_max=clamp[1], dtype=dtype)
-    result = Result(expected, offset)
-    grids = launch(emulated, loss, [result.tensor, *inputs], clamp)
-    result.check(expected, f"{loss} of {layouts.describe(*inputs)}")
-    return grids
-
-
-def check_backward(
-    emulated: ctypes.CDLL,
-    loss: str,
-    grad_output: Tensor,
-    inputs: Sequence[Tensor],
-    clamp: tuple[float, float],
-    mask: Sequence[bool] | None = None,
-    offset: int = 0,
-) -> list[int]:
-    """Inputs that grad_output's shape broadcasts are given expanded: it is their full gradient that a kernel writes."""
-    inputs = [x.expand(grad_output.shape) for x in inputs]
-    mask = [True] * len(inputs) if mask is None else mask
-    kernel = f"{loss}_backward"
-    reduction = ("none", None) if loss == "gaussian_kl_div" else ()
-    expected = getattr(torch.ops.kl_ext, kernel)(grad_output, *inputs, *clamp, *reduction, list(mask))
-    results = [None if x is None else Result(x, offset) for x in expected]
-    grids = launch(emulated, kernel, [*(r and r.tensor for r in results), grad_output, *inputs], clamp)
-    for i, result in enumerate(results):
-        if result is not None:
-            result.check(expected[i], f"gradient {i} of {kernel} of {layouts.describe(grad_output, *inputs)}")
-    return grids
 
 
 def vector_grid(numel: int, items: int) -> list[int]:
@@ -258,7 +162,7 @@ def test_division_by_multiplication(emulated, rng):
         around = [k * divisor + off for k in (0, 1, 2, (2**31 - 1) // divisor) for off in (-1, 0, 1)]
         for dividend in [*around, 2**31 - 1, *rng.integers(2**31, size=50).tolist()]:
             if 0 <= dividend < 2**31:
-                assert emulated.quotient(dividend, divisor) == dividend // divisor, (dividend, divisor)
+                assert emulated.call("quotient", dividend, divisor) == dividend // divisor, (dividend, divisor)
 
 
 def test_more_dimensions_than_a_launch_takes(emulated):

@@ -3,144 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy
 import pytest
 import torch
 from torch import Tensor
 
 import kl_ext  # noqa: F401
 import layouts
-from emulated_kernels import DTYPES, NARROW, WIDE, Result, assert_same_bits, library, values
+from emulated_checks import SUMS, arithmetic_of, check_gradients, check_sum, finish_sums, launch_sum
+from emulated_kernels import DTYPES, NARROW, WIDE, Result, assert_same_bits, values
 from ordered_sum import reduced_sum
 
-SUMS = (
-    "kl_div_single_loss_sum",
-    "gaussian_kl_div_sum",
-    "kl_div_single_loss_backward_sum",
-    "kl_div_pair_loss_backward_sum",
-    "gaussian_kl_div_backward_sum",
-)  # in the order of tests/cuda_emulation/driver.cpp
 LOSSES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div")
 LENGTHS = (1, 2, 3, 16, 63, 64, 65, 512, 1023, 1024, 1025, 4096 + 7)
-
-
-@pytest.fixture(scope="module")
-def emulated() -> ctypes.CDLL:
-    return library()
-
-
-def launch_sum(
-    emulated: ctypes.CDLL,
-    kernel: str,
-    shape: Sequence[int],
-    dims: Sequence[int],
-    operands: Sequence[Tensor | str | None],
-    sums: Tensor,
-    divisor: int = 1,
-    clamp: tuple[float, float] = NARROW,
-    last_blocks: int = 2**32 - 1,
-) -> list[int]:
-    """Sums over the dims those operands that are given as "sum"; None is a gradient not wanted. Returns the launches' grids."""
-    ndim, count = len(shape), len(operands)
-    tensors = [x if isinstance(x, Tensor) else None for x in operands]
-    strides = [
-        stride * x.element_size() if x is not None else 0
-        for x in tensors
-        for stride in reversed(torch.empty(shape, device="meta").stride() if x is None else x.expand(shape).stride())
-    ]
-    grids = (ctypes.c_uint32 * 8)()
-    launches = emulated.run_sum(
-        SUMS.index(kernel),
-        ndim,
-        (ctypes.c_int64 * ndim)(*reversed(shape)),
-        (ctypes.c_bool * ndim)(*(dim in dims for dim in reversed(range(ndim)))),
-        count,
-        (ctypes.c_void_p * count)(*(None if x is None else x.data_ptr() for x in tensors)),
-        (ctypes.c_int * count)(*(DTYPES.index(sums.dtype if x is None else x.dtype) for x in tensors)),
-        (ctypes.c_int64 * (ndim * count))(*strides),
-        (ctypes.c_bool * 4)(*(isinstance(x, str) for x in operands[:4])),
-        ctypes.c_int64(divisor),
-        ctypes.c_double(clamp[0]),
-        ctypes.c_double(clamp[1]),
-        ctypes.c_void_p(sums.data_ptr()),
-        ctypes.c_uint32(last_blocks),
-        grids,
-        len(grids),
-    )
-    return list(grids[:launches])
-
-
-def arithmetic_of(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
-def check_sum(
-    emulated: ctypes.CDLL,
-    inputs: Sequence[Tensor],
-    dims: Sequence[int],
-    reduction: str = "sum",
-    clamp: tuple[float, float] = NARROW,
-) -> list[int]:
-    """The divergence, reduced over some dims."""
-    what = f"{reduction} over {dims} of {layouts.describe(*inputs)}"
-    shape = torch.broadcast_shapes(*(x.shape for x in inputs))
-    how: dict[str, Any] = {"clamp_min": clamp[0], "clamp_max": clamp[1], "dtype": arithmetic_of(*inputs)}
-    expected = torch.ops.kl_ext.gaussian_kl_div(*inputs, reduction=reduction, dim=list(dims), **how)
-    divisor = math.prod(shape[dim] for dim in dims) if reduction == "mean" else 1
-    with numpy.errstate(over="ignore", invalid="ignore"):
-        by_definition = reduced_sum(torch.ops.kl_ext.gaussian_kl_div(*inputs, **how), dims)
-    assert_same_bits(expected, by_definition / torch.tensor(divisor, dtype=expected.dtype), f"{what}, on the CPU")
-    result = Result(expected)
-    kernel = "kl_div_single_loss_sum" if len(inputs) == 2 else "gaussian_kl_div_sum"
-    grids = launch_sum(emulated, kernel, shape, dims, ["sum", *inputs], result.tensor, divisor, clamp)
-    result.check(expected, what)
-    return grids
-
-
-def check_gradients(
-    emulated: ctypes.CDLL,
-    loss: str,
-    grad_output: Tensor,
-    inputs: Sequence[Tensor],
-    clamp: tuple[float, float] = NARROW,
-    mask: Sequence[bool] | None = None,
-) -> list[int]:
-    """Gradients of which some are sums, in as many passes as csrc/cuda/losses.cpp makes."""
-    what = f"gradients of {loss} of {layouts.describe(grad_output, *inputs)}"
-    shape = grad_output.shape
-    wanted = list(mask or [True] * len(inputs))
-    reduction = ("none", None) if loss == "gaussian_kl_div" else ()
-    operator = getattr(torch.ops.kl_ext, f"{loss}_backward")
-    expected = operator(grad_output, *inputs, *clamp, *reduction, wanted)
-    aligned = [x.view([1] * (len(shape) - x.dim()) + list(x.shape)) for x in inputs]
-    broadcast = [[dim for dim, size in enumerate(x.shape) if size != shape[dim]] for x in aligned]
-    grids = []
-    while dims := next((broadcast[i] for i in range(len(inputs)) if wanted[i] and broadcast[i]), None):
-        operands: list[Tensor | str | None] = [None] * len(inputs)
-        results: dict[int, Result] = {}
-        for i in range(len(inputs)):
-            if wanted[i] and not broadcast[i]:
-                results[i] = Result(expected[i])
-                operands[i] = results[i].tensor
-            elif wanted[i] and broadcast[i] == dims:
-                operands[i] = "sum"
-            wanted[i] = wanted[i] and operands[i] is None
-        summed = [i for i, x in enumerate(operands) if isinstance(x, str)]
-        kept = torch.empty([len(summed), math.prod(inputs[summed[0]].shape)], dtype=arithmetic_of(grad_output, *inputs))
-        sums = Result(kept)
-        grids += launch_sum(
-            emulated, f"{loss}_backward_sum", shape, dims, [*operands, grad_output, *inputs], sums.tensor, 1, clamp
-        )
-        for i, result in results.items():
-            result.check(expected[i], f"{what}: {i}")
-        for row, i in zip(sums.tensor, summed, strict=True):
-            assert_same_bits(row.to(inputs[i].dtype).view(inputs[i].shape), expected[i], f"{what}: {i}")
-        sums.check(sums.tensor.clone(), what)
-    return grids
 
 
 def normal(shape: Sequence[int], dtype: torch.dtype, count: int) -> list[Tensor]:
@@ -187,11 +63,7 @@ def test_chunks_are_summed_up_level_by_level(emulated, dtype):
     for chunks, columns, launches in ((2, 100, 1), (1024, 3, 1), (5000, 17, 1), (65536, 1, 1), (65537, 2, 2)):
         partials = torch.randn(chunks, columns).to(dtype)
         sums = Result(partials[0])
-        grids = (ctypes.c_uint32 * 8)()
-        numbers = [ctypes.c_void_p(partials.data_ptr()), ctypes.c_int64(chunks), ctypes.c_int64(columns), ctypes.c_int64(7)]
-        assert launches == emulated.finish_sums(
-            dtype == torch.float64, *numbers, ctypes.c_void_p(sums.tensor.data_ptr()), grids, 8
-        )
+        assert finish_sums(emulated, partials, sums.tensor, 7) == launches
         expected = reduced_sum(partials, [0]) / torch.tensor(7, dtype=dtype)
         sums.check(expected, f"{columns} columns of {chunks} chunks")
 
@@ -287,8 +159,12 @@ def test_the_gradient_of_a_mean_is_divided_as_ieee_has_it(emulated, rng):
         numbers = torch.cat(values(rng, "kl_div_single_loss", [300], dtype))
         for divisor in (1, 3, 49, 10**6 + 3, 2**31 + 1):
             got = numbers.clone()
-            emulated.divide(
-                dtype == torch.float64, ctypes.c_void_p(got.data_ptr()), ctypes.c_int64(got.numel()), ctypes.c_int64(divisor)
+            emulated.call(
+                "divide",
+                dtype == torch.float64,
+                ctypes.c_void_p(got.data_ptr()),
+                ctypes.c_int64(got.numel()),
+                ctypes.c_int64(divisor),
             )
             expected = torch.from_numpy(numbers.numpy() / numbers.numpy().dtype.type(divisor))
             assert_same_bits(got, expected, f"divided by {divisor}")

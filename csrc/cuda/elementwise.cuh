@@ -125,12 +125,12 @@ bool run_vectors(const Iteration& iteration, Bounds bounds, CUstream_st* stream)
     // A wide clamp is rare enough to do without kernels of its own for flat operands.
     if constexpr (range == math::Range::kNarrow) {
       if (is_flat(piece)) {
-        const auto kernel = Direction::template kKernel<range, T, Input, Output, Vectors<kItems, true>>;
+        constexpr auto kernel = Direction::template kKernel<range, T, Input, Output, Vectors<kItems, true>>;
         KL_EXT_LAUNCH(kernel, blocks, kThreads, stream, plan, to_clamp<T>(bounds));
         return;
       }
     }
-    const auto kernel = Direction::template kKernel<range, T, Input, Output, Vectors<kItems, false>>;
+    constexpr auto kernel = Direction::template kKernel<range, T, Input, Output, Vectors<kItems, false>>;
     KL_EXT_LAUNCH(kernel, blocks, kThreads, stream, plan, to_clamp<T>(bounds));
   });
   return true;
@@ -140,7 +140,7 @@ template <class Direction, math::Range range, class T>
 void run_strided(const Iteration& iteration, Bounds bounds, CUstream_st* stream) {
   for_each_piece(iteration, kMaxStridedDims, fits_strided_indices, [&](const Iteration& piece) {
     const auto plan = plan_strides<Direction::kOperands>(piece);
-    const auto kernel = Direction::template kKernel<range, T, void, void, Strided<T>>;
+    constexpr auto kernel = Direction::template kKernel<range, T, void, void, Strided<T>>;
     const std::uint32_t threads = (plan.numel + Strided<T>::kItems - 1) / Strided<T>::kItems;
     KL_EXT_LAUNCH(kernel, blocks_for(threads), kThreads, stream, plan, to_clamp<T>(bounds));
   });

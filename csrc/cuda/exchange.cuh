@@ -36,8 +36,8 @@ KL_EXT_DEVICE T fold_among_neighbours(T (&lanes)[kItems], std::uint32_t width) {
 
 // Threads `width` apart hold the lanes of a column. The sums are left with lane 0. exchange: kItems numbers for every second
 // thread of the block.
-template <class T, int kItems>
-KL_EXT_DEVICE void fold_across_block(T (&lanes)[kItems], T* exchange, std::uint32_t lane, std::uint32_t lane_count,
+template <class T, int kItems, class Exchange>
+KL_EXT_DEVICE void fold_across_block(T (&lanes)[kItems], Exchange exchange, std::uint32_t lane, std::uint32_t lane_count,
                                      std::uint32_t width) {
   for (std::uint32_t half = lane_count / 2; half > 0; half /= 2) {
     const std::uint32_t distance = half * width;

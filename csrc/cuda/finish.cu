@@ -12,8 +12,8 @@ constexpr std::uint32_t kTeams = kThreads / kTeam;
 constexpr int kItems = math::kLanes / kTeam;
 
 // S of at most 1024 numbers `stride` apart, by a team; both teams of a warp come here together.
-template <class T>
-KL_EXT_DEVICE T sum_chunk(const T* numbers, std::int64_t count, std::int64_t stride) {
+template <class T, class Numbers>
+KL_EXT_DEVICE T sum_chunk(Numbers numbers, std::int64_t count, std::int64_t stride) {
   constexpr int kStepsAtOnce = 4; // their loads go out before any number is used
   T lanes[kItems] = {};
   for (std::int64_t first = threadIdx.x % kTeam; first < count; first += kStepsAtOnce * math::kLanes) {
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) sum_groups(const T* partials, std::i
   const std::int64_t sum = static_cast<std::int64_t>(blockIdx.x) * kTeams + threadIdx.x / kTeam;
   const std::int64_t first = sum / columns * math::kChunk;
   const std::int64_t count = chunk_size(chunks, first);
-  const T result = sum_chunk(partials + first * columns + sum % columns, count, columns);
+  const T result = sum_chunk<T>(partials + first * columns + sum % columns, count, columns);
   if (threadIdx.x % kTeam == 0 && count > 0) {
     sums[sum] = result;
   }
@@ -60,17 +60,17 @@ __global__ void __launch_bounds__(kThreads)
   const std::uint32_t in_column = team & (teams - 1);
   const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * (kTeams >> log_teams) + (team >> log_teams);
   const std::int64_t count = column < columns ? chunks : 0;
-  T* const of_column = of_groups + (team >> log_teams) * teams; // where there are more groups than teams, the only column
+  const auto of_column = of_groups + (team >> log_teams) * teams; // where there are more groups than teams, the only column
   const std::int64_t groups = ceil_divide(chunks, math::kChunk);
   for (std::int64_t group = 0; group < groups; group += teams) {
     const std::int64_t first = (group + in_column) * math::kChunk;
-    const T sum = sum_chunk(partials + first * columns + column, chunk_size(count, first), columns);
+    const T sum = sum_chunk<T>(partials + first * columns + column, chunk_size(count, first), columns);
     if (threadIdx.x % kTeam == 0 && group + in_column < groups) {
       of_column[group + in_column] = sum;
     }
   }
   __syncthreads();
-  const T sum = sum_chunk(of_column, in_column == 0 ? groups : 0, 1);
+  const T sum = sum_chunk<T>(of_column, in_column == 0 ? groups : 0, 1);
   if (threadIdx.x % kTeam == 0 && in_column == 0 && column < columns) {
     sums[column] = sum / divisor;
   }
@@ -90,7 +90,7 @@ void finish(const T* partials, std::int64_t chunks, std::int64_t columns, std::i
   std::int64_t groups = ceil_divide(chunks, math::kChunk);
   while (groups > kMaxGroups) {
     const auto blocks = static_cast<std::uint32_t>(ceil_divide(groups * columns, kTeams));
-    const auto kernel = sum_groups<T>;
+    constexpr auto kernel = sum_groups<T>;
     KL_EXT_LAUNCH_EXCHANGING(kernel, blocks, kThreads, stream, partials, chunks, columns, scratch);
     partials = scratch;
     scratch += groups * columns;
@@ -99,14 +99,14 @@ void finish(const T* partials, std::int64_t chunks, std::int64_t columns, std::i
   }
   const std::int64_t teams = std::min<std::int64_t>(kTeams, next_power_of_two(groups));
   const auto blocks = static_cast<std::uint32_t>(ceil_divide(columns, kTeams / teams));
-  const auto kernel = sum_last<T>;
+  constexpr auto kernel = sum_last<T>;
   KL_EXT_LAUNCH_EXCHANGING(kernel, blocks, kThreads, stream, partials, chunks, columns, log2_of(teams), static_cast<T>(divisor),
                            sums);
 }
 
 template <class T>
 void divide_all(T* numbers, std::int64_t numel, std::int64_t divisor, CUstream_st* stream) {
-  const auto kernel = divide_each<T>;
+  constexpr auto kernel = divide_each<T>;
   KL_EXT_LAUNCH(kernel, static_cast<std::uint32_t>(ceil_divide(numel, kThreads)), kThreads, stream, numbers, numel,
                 static_cast<T>(divisor));
 }

@@ -1,4 +1,5 @@
-// The only place that launches kernels: an emulation of CUDA on the host defines the macros before this header is read.
+// The only place that launches kernels, each a constant expression: an emulation of CUDA on the host defines the macros before
+// this header is read.
 #pragma once
 
 #if !defined(KL_EXT_LAUNCH)
@@ -9,6 +10,6 @@
 #define KL_EXT_LAUNCH_EXCHANGING KL_EXT_LAUNCH
 #define KL_EXT_UNROLL _Pragma("unroll")
 #define KL_EXT_DEVICE __device__ __forceinline__
-// An array that the threads of a block share.
+// An array that the threads of a block share; what is given its pointer takes any type that can be indexed and added to.
 #define KL_EXT_SHARED(type, name, size) __shared__ type name[size]
 #endif

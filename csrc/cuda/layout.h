@@ -4,6 +4,12 @@
 
 #include "kernels.h"
 
+// What signed 32-bit indices count. An emulation of CUDA on the host makes it less, so that small tensors are cut as large
+// ones.
+#if !defined(KL_EXT_INDICES)
+#define KL_EXT_INDICES (std::int64_t{1} << 31)
+#endif
+
 namespace kl_ext::cuda {
 
 constexpr std::int64_t kVectorBytes = 16;
@@ -224,19 +230,19 @@ void for_each_piece(const Iteration& iteration, int max_dims, const Fits& fits, 
 
 // Whether unit offsets (see VectorPlan) and the number of vectors stay within 32 bits.
 inline bool fits_vector_indices(const Iteration& iteration, int items) {
-  bool fits = numel_of(iteration) / items < (std::int64_t{1} << 31) - 1;
+  bool fits = numel_of(iteration) / items < KL_EXT_INDICES - 1;
   for (int i = 0; i < iteration.operands; ++i) {
     const Operand& operand = iteration.operand[i];
-    fits &= extent_of(iteration, operand) / unit_of(operand, items) < std::int64_t{1} << 32;
+    fits &= extent_of(iteration, operand) / unit_of(operand, items) < 2 * KL_EXT_INDICES;
   }
   return fits;
 }
 
 // Whether byte offsets and the number of elements do.
 inline bool fits_strided_indices(const Iteration& iteration) {
-  bool fits = numel_of(iteration) < std::int64_t{1} << 31;
+  bool fits = numel_of(iteration) < KL_EXT_INDICES;
   for (int i = 0; i < iteration.operands; ++i) {
-    fits &= extent_of(iteration, iteration.operand[i]) < std::int64_t{1} << 31;
+    fits &= extent_of(iteration, iteration.operand[i]) < KL_EXT_INDICES;
   }
   return fits;
 }

@@ -201,7 +201,6 @@ template <class Direction, math::Range range, class T, class Input, class Output
 void launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shape, Bounds bounds, CUstream_st* stream) {
   static_assert(sizeof(Plan) + sizeof(SumShape<T>) + sizeof(math::Clamp<T>) <= 4096);
   constexpr int kItems = Access::kItems;
-  constexpr std::int64_t kMostItems = (std::int64_t{1} << 31) - kThreads;
   shape.count = layout.count;
   shape.columns = layout.sums;
   const std::int64_t lanes = math::lanes_in_use(layout.count);
@@ -213,18 +212,18 @@ void launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shape, B
     shape.divider = Divider(tiles);
     shape.items = static_cast<std::uint32_t>(layout.chunks);
     const std::int64_t blocks = tiles * ceil_divide(layout.chunks, kThreads / (width * lanes));
-    const auto kernel = sum_columns<Direction, range, T, Input, Output, Access>;
+    constexpr auto kernel = sum_columns<Direction, range, T, Input, Output, Access>;
     KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), kThreads, stream, plan, shape, to_clamp<T>(bounds));
     return;
   }
   const std::int64_t width = std::max<std::int64_t>(1, lanes / kItems);
   shape.log_width = log2_of(width);
   shape.divider = Divider(layout.chunks);
-  const std::int64_t rows = kMostItems / width / layout.chunks;
+  const std::int64_t rows = (KL_EXT_INDICES - kThreads) / width / layout.chunks;
   for (shape.first = 0; shape.first < layout.sums; shape.first += rows) {
     shape.items = static_cast<std::uint32_t>(std::min(rows, layout.sums - shape.first) * layout.chunks);
     const std::int64_t blocks = ceil_divide(shape.items * width, kThreads);
-    const auto kernel = sum_rows<Direction, range, T, Input, Output, Access>;
+    constexpr auto kernel = sum_rows<Direction, range, T, Input, Output, Access>;
     KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), kThreads, stream, plan, shape, to_clamp<T>(bounds));
   }
 }

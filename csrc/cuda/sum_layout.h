@@ -157,7 +157,7 @@ struct TermsPlan {
     Storage dtype;
   };
 
-  bool is_small; // whether ranks of terms stay below 2^31
+  bool is_small; // whether ranks of terms fit 32 bits
   std::int32_t ndim;
   std::int64_t sizes[kMaxSumDims];
   Divider dividers[kMaxSumDims]; // if small
@@ -168,7 +168,7 @@ struct TermsPlan {
 template <int kOperands>
 TermsPlan<kOperands> plan_terms(const Iteration& terms) {
   TermsPlan<kOperands> plan{};
-  plan.is_small = numel_of(terms) < std::int64_t{1} << 31;
+  plan.is_small = numel_of(terms) < KL_EXT_INDICES;
   plan.ndim = terms.ndim;
   for (int dim = 0; dim < terms.ndim; ++dim) {
     plan.sizes[dim] = terms.sizes[dim];

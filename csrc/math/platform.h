@@ -4,8 +4,10 @@
 #include <cstdint>
 
 // Always inlined: the CPU kernels are compiled once per instruction set, and a function left out of line would be one weak
-// symbol of which the linker keeps a single copy, for the wrong instruction set.
-#if defined(__CUDACC__)
+// symbol of which the linker keeps a single copy, for the wrong instruction set. The emulation of CUDA, which has but one, is
+// compiled in less than half the time without it, and defines the macro before.
+#if defined(KL_EXT_INLINE)
+#elif defined(__CUDACC__)
 #define KL_EXT_INLINE __host__ __device__ __forceinline__
 #else
 #define KL_EXT_INLINE inline __attribute__((always_inline))

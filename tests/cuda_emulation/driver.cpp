@@ -26,8 +26,19 @@ cuda::Iteration to_iteration(int ndim, const std::int64_t* sizes, int operands, 
   return iteration;
 }
 
-// The number of launches, up to `most` of whose grids are left in `grids`.
-int report(std::uint32_t* grids, int most) {
+std::string fault;
+
+// The number of launches, up to `most` of whose grids are left in `grids`; -1 if a thread was at fault.
+template <class Run>
+int report(std::uint32_t last_blocks, std::uint32_t* grids, int most, const Run& run) {
+  emulation::launched.clear();
+  emulation::last_blocks = last_blocks;
+  try {
+    run();
+  } catch (const emulation::Fault& thrown) {
+    fault = thrown.what();
+    return -1;
+  }
   const int launches = static_cast<int>(emulation::launched.size());
   for (int i = 0; i < launches && i < most; ++i) {
     grids[i] = emulation::launched[i];
@@ -37,17 +48,22 @@ int report(std::uint32_t* grids, int most) {
 
 } // namespace
 
+// Said of the last fault.
+extern "C" const char* last_fault() { return fault.c_str(); }
+
+extern "C" void set_order(int order, std::uint32_t seed) { emulation::set_order(order, seed); }
+
+extern "C" void set_indices(std::int64_t indices) { emulation::indices = indices; }
+
 extern "C" int run(int kernel, int ndim, const std::int64_t* sizes, int operands, char* const* data, const int* dtypes,
                    const std::int64_t* strides, double low, double high, std::uint32_t last_blocks, std::uint32_t* grids,
                    int most) {
-  emulation::launched.clear();
-  emulation::last_blocks = last_blocks;
   constexpr decltype(&cuda::kernels::kl_div_single_loss) kKernels[] = {
       cuda::kernels::kl_div_single_loss, cuda::kernels::kl_div_single_loss_backward,
       cuda::kernels::kl_div_pair_loss,   cuda::kernels::kl_div_pair_loss_backward,
       cuda::kernels::gaussian_kl_div,    cuda::kernels::gaussian_kl_div_backward};
-  kKernels[kernel](to_iteration(ndim, sizes, operands, data, dtypes, strides), {low, high}, nullptr);
-  return report(grids, most);
+  return report(last_blocks, grids, most,
+                [&] { kKernels[kernel](to_iteration(ndim, sizes, operands, data, dtypes, strides), {low, high}, nullptr); });
 }
 
 // Dimensions are the logical shape's, the last first, with a flag for each that is reduced; an output is summed if it has a
@@ -60,38 +76,31 @@ extern "C" int run_sum(int kernel, int ndim, const std::int64_t* sizes, const bo
   std::copy_n(reduced, ndim, summation.reduced);
   std::copy_n(summed, cuda::kMaxOutputs, summation.summed);
   summation.divisor = divisor;
-  emulation::launched.clear();
-  emulation::last_blocks = last_blocks;
   constexpr decltype(&cuda::kernels::gaussian_kl_div_sum) kKernels[] = {
       cuda::kernels::kl_div_single_loss_sum, cuda::kernels::gaussian_kl_div_sum, cuda::kernels::kl_div_single_loss_backward_sum,
       cuda::kernels::kl_div_pair_loss_backward_sum, cuda::kernels::gaussian_kl_div_backward_sum};
   std::vector<double> scratch(static_cast<std::size_t>(cuda::scratch_numel(summation)));
-  kKernels[kernel](summation, {low, high}, sums, scratch.data(), nullptr);
-  return report(grids, most);
+  return report(last_blocks, grids, most, [&] { kKernels[kernel](summation, {low, high}, sums, scratch.data(), nullptr); });
+}
+
+template <class T>
+void finish(const void* partials, std::int64_t chunks, std::int64_t columns, std::int64_t divisor, void* sums) {
+  std::vector<T> scratch(static_cast<std::size_t>(cuda::level_numel(chunks, columns)));
+  cuda::kernels::finish_sums(static_cast<const T*>(partials), chunks, columns, divisor, static_cast<T*>(sums), scratch.data(),
+                             nullptr);
 }
 
 extern "C" int finish_sums(bool is_double, const void* partials, std::int64_t chunks, std::int64_t columns,
                            std::int64_t divisor, void* sums, std::uint32_t* grids, int most) {
-  emulation::launched.clear();
-  emulation::last_blocks = ~0u;
-  std::vector<double> scratch(static_cast<std::size_t>(cuda::level_numel(chunks, columns)));
-  if (is_double) {
-    cuda::kernels::finish_sums(static_cast<const double*>(partials), chunks, columns, divisor, static_cast<double*>(sums),
-                               scratch.data(), nullptr);
-  } else {
-    cuda::kernels::finish_sums(static_cast<const float*>(partials), chunks, columns, divisor, static_cast<float*>(sums),
-                               reinterpret_cast<float*>(scratch.data()), nullptr);
-  }
-  return report(grids, most);
+  return report(~0u, grids, most,
+                [&] { (is_double ? finish<double> : finish<float>)(partials, chunks, columns, divisor, sums); });
 }
 
-extern "C" void divide(bool is_double, void* numbers, std::int64_t numel, std::int64_t divisor) {
-  emulation::last_blocks = ~0u;
-  if (is_double) {
-    cuda::kernels::divide(static_cast<double*>(numbers), numel, divisor, nullptr);
-  } else {
-    cuda::kernels::divide(static_cast<float*>(numbers), numel, divisor, nullptr);
-  }
+extern "C" int divide(bool is_double, void* numbers, std::int64_t numel, std::int64_t divisor) {
+  return report(~0u, nullptr, 0, [&] {
+    is_double ? cuda::kernels::divide(static_cast<double*>(numbers), numel, divisor, nullptr)
+              : cuda::kernels::divide(static_cast<float*>(numbers), numel, divisor, nullptr);
+  });
 }
 
 extern "C" std::uint32_t quotient(std::uint32_t dividend, std::uint32_t divisor) {

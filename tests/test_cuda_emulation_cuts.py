@@ -1,0 +1,58 @@
+"""No result depends on how the CUDA kernels' work is cut into launches, or on which GPU runs them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import layouts
+from emulated_checks import check_backward, check_forward, check_gradients, check_sum
+from emulated_kernels import DTYPES, NARROW, ROOT, inputs_of, values
+
+LOSSES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div")
+INDICES = (1024, 4096)  # in place of 2^31: what a thread counts with 32 bits
+
+
+@pytest.mark.parametrize("indices", INDICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_elements_of_many_launches(emulated, rng, loss, dtype, indices):
+    """Vectors and strides, cut along any dimension."""
+    vectors, strided = [], []
+    shape = [4, 24, 32, 5]
+    full = values(rng, loss, shape, dtype)
+    transposed = [layouts.transposed(x, 1, 2) if i == 0 else x for i, x in enumerate(full)]
+    priors = [x if i < inputs_of(loss) / 2 else x[0, :, :, :1] for i, x in enumerate(full)]
+    for inputs in (full, priors, [layouts.shifted(x) for x in full], transposed):
+        grids = vectors if inputs is full else strided
+        with emulated.indices(indices):
+            grids.append(check_forward(emulated, loss, inputs, dtype, NARROW))
+            grids.append(check_backward(emulated, loss, torch.randn(shape).to(dtype), inputs, NARROW))
+    assert all(len(grid) > 1 for grid in strided), strided
+    assert indices > 1024 or all(len(grid) > 1 for grid in vectors), vectors
+
+
+@pytest.mark.parametrize("indices", INDICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_many_launches(emulated, rng, dtype, indices):
+    """Rows that several launches share; terms counted with 64 bits."""
+    for shape, dims in (([600, 40], [1]), ([40, 1500], [1]), ([40, 70], [0]), ([1500, 3], [0]), ([20, 30, 40], [0, 2])):
+        inputs = values(rng, "gaussian_kl_div", shape, dtype)
+        for operands in (inputs[:2], inputs, [layouts.shifted(x) for x in inputs], [inputs[0], inputs[1][..., :1]]):
+            with emulated.indices(indices):
+                grids = check_sum(emulated, operands, dims, rng.choice(["sum", "mean"]))
+            if shape == [600, 40]:
+                assert len(grids) > 1
+    for shape in ([300, 33], [1030, 16]):
+        inputs = [x if i < 2 else x[0] for i, x in enumerate(values(rng, "gaussian_kl_div", shape, dtype))]
+        with emulated.indices(indices):
+            check_gradients(emulated, "gaussian_kl_div", torch.randn(shape).to(dtype), inputs)
+
+
+def test_nothing_is_asked_of_the_device():
+    """Grids depend on shapes only, kernels on the block and the thread: the emulation knows no other names either."""
+    asked = "cudaGetDevice|cudaDeviceGet|DeviceProp|multiProcessorCount|Occupancy|gridDim|blockDim|warpSize|nsmid|atomic"
+    for source in (ROOT / "csrc/cuda").iterdir():
+        assert not re.search(asked, source.read_text()), source.name

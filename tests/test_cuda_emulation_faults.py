@@ -1,0 +1,145 @@
+"""The emulation of CUDA finds what is wrong in a kernel: faults in kernels of its own, and in copies of the real ones."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from emulated_checks import check_sum, finish_sums
+from emulated_kernels import (
+    EMULATION,
+    ORDERS,
+    PLAIN_ENVIRONMENT,
+    ROOT,
+    Emulated,
+    KernelFault,
+    compile_emulated,
+    link_emulated,
+    objects,
+)
+
+FAULTS = EMULATION / "faults.cu"
+
+
+def marked_lines(mark: str) -> dict[str, int]:
+    """The kernels of faults.cu with a line marked so, and its number."""
+    lines: dict[str, int] = {}
+    for number, line in enumerate(FAULTS.read_text().splitlines(), 1):
+        if kernel := re.match(r"__global__ void (\w+)\(", line):
+            name = kernel[1]
+        if line.endswith(f"// {mark}"):
+            lines[name] = number
+    return lines
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory) -> dict[bool, Path]:
+    """faults.cu, compiled without and with sanitizers."""
+    built = {}
+    for sanitize in (False, True):
+        folder = tmp_path_factory.mktemp("faults")
+        compiled = compile_emulated([FAULTS, EMULATION / "emulation.cpp"], folder, sanitize)
+        built[sanitize] = link_emulated(compiled, folder / "faults", sanitize, shared=False)
+    return built
+
+
+def run_kernel(program: Path, kernel: str, order: str, rng) -> subprocess.CompletedProcess[str]:
+    command = [str(program), kernel, str(ORDERS.index(order)), str(rng.integers(2**31))]
+    environment = {**PLAIN_ENVIRONMENT, "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+
+@pytest.mark.parametrize("sanitize", [False, True], ids=["plain", "sanitized"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_planted_fault_is_found(programs, rng, order, sanitize):
+    """With the kernel's name and the line; races, uninitialised and out-of-range reads, divergence: see faults.cu."""
+    faults = marked_lines("FAULT")
+    assert len(faults) == 20
+    for kernel, line in faults.items():
+        run = run_kernel(programs[sanitize], kernel, order, rng)
+        assert run.returncode == 2, f"{kernel}: {run.returncode}\n{run.stdout}{run.stderr}"
+        assert f"faults.cu:{line}" in run.stderr and f"of faults::{kernel}" in run.stderr, run.stderr
+        assert re.search(r"in block \d+, thread \d+ of", run.stderr)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_lies_outside_shared_memory_is_left_to_the_sanitizers(programs, rng, order):
+    faults = marked_lines("SANITIZED")
+    assert len(faults) == 4
+    for kernel, line in faults.items():
+        run = run_kernel(programs[True], kernel, order, rng)
+        assert run.returncode not in (0, 2), f"{kernel}: {run.stdout}"
+        assert f"faults.cu:{line}" in run.stderr and f"faults::{kernel}(" in run.stderr, run.stderr
+
+
+@pytest.mark.parametrize("sanitize", [False, True], ids=["plain", "sanitized"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_kernel_without_a_fault_runs(programs, rng, order, sanitize):
+    run = run_kernel(programs[sanitize], "nothing", order, rng)
+    assert run.returncode == 0 and run.stdout.split() == [str(sum(range(64)))] * 3 * 64, run.stderr
+
+
+def sum_columns(emulated: Emulated) -> None:
+    check_sum(emulated, [*torch.randn(2, 1030, 16)], [0])
+
+
+def sum_chunks(emulated: Emulated) -> None:
+    finish_sums(emulated, torch.randn(65536, 1), torch.empty(1))
+
+
+class Change(NamedTuple):
+    file: str  # of csrc/cuda
+    pattern: str
+    replacement: str
+    said: str  # of the fault
+    which: int = 0  # of the matches
+
+    @property
+    def compiled(self) -> tuple[str, Callable[[Emulated], None]]:
+        """The source with it that is compiled anew, and what runs it."""
+        return ("finish.cu", sum_chunks) if self.file == "finish.cu" else ("kl_div_single_loss_sum.cu", sum_columns)
+
+
+CHANGES = {
+    "exchange too small": Change("sum.cuh", r"kItems \* kThreads / 2", "kItems * kThreads / 4", "beyond its"),
+    "half the lanes left out": Change("exchange.cuh", r"if \(is_upper\)", "if (lane > 48)", "no thread has written"),
+    "all lanes write": Change("exchange.cuh", r"if \(is_upper\)", "if (lane < 64)", "no barrier after the write"),
+    "shuffle across warps": Change("exchange.cuh", "distance < 32", "distance <= 32", "part of a warp"),
+    "lanes that leave early": Change("sum.cuh", "(?=T lanes.*\n.*lane, lane_count)", "if (lane > 9) return;", "has returned"),
+    "barrier for some": Change("exchange.cuh", r"__syncthreads\(\);", "if (lane > 9) __syncthreads();", "is at a barrier"),
+    "too few groups": Change("finish.cu", "of_groups, kMaxGroups", "of_groups, kMaxGroups / 4", "beyond its"),
+    "all of a team write": Change("finish.cu", "threadIdx.x % kTeam == 0(?= && group)", "true", "no barrier after the write"),
+    "half a team shuffles": Change("finish.cu", r"(?=return fold)", "if (threadIdx.x % 2) return 0;", "shuffles at"),
+}
+for source in sorted((ROOT / "csrc/cuda").glob("*.cu*")):
+    for i in range(source.read_text().count("__syncthreads();")):
+        CHANGES[f"{source.name} without barrier {i}"] = Change(
+            source.name, r"__syncthreads\(\);", "", "no barrier|no thread has written", i
+        )
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_fault_in_a_real_kernel_is_found(tmp_path, change):
+    file, pattern, replacement, said, which = CHANGES[change]
+    source, use = CHANGES[change].compiled
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / "csrc/cuda" / file
+    text = path.read_text()
+    match = list(re.finditer(pattern, text))[which]
+    path.write_text(text[: match.start()] + replacement + text[match.end() :])
+    changed = compile_emulated([tmp_path / "csrc/cuda" / source], tmp_path)
+    # Of an inline function that several objects have, the first one's is linked.
+    others = [path for path in objects() if path.name != changed[0].name]
+    emulated = Emulated(link_emulated([*changed, *others], tmp_path / "libchanged.so"))
+    for order in ORDERS:
+        emulated.set_order(order, 1)
+        with pytest.raises(KernelFault, match=said) as fault:
+            use(emulated)
+        assert re.search(r"csrc/cuda/\w+\.cuh?:\d+: ", str(fault.value)) and "of kl_ext::cuda::" in str(fault.value)
