@@ -53,7 +53,8 @@ demo: $(stamps)/demo
 test: $(stamps)/test
 	$(bin)/python -m pytest $(ARGS)
 
-# Sanitized, threads take turns in one order of the three, and tensors are cut at one limit. The sanitizers have to be there before Python allocates anything.
+# Sanitized, threads take turns in one order of the three, and tensors are cut at one limit. The sanitizers have to be there
+# before Python allocates anything.
 emulation := tests/test_cuda_emulation
 test-cuda-emulation: $(stamps)/test
 	$(bin)/python -m pytest $(emulation)*.py $(ARGS)

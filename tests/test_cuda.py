@@ -268,6 +268,13 @@ def test_gradients_of_a_prior_from_more_than_2_to_the_31_terms(large):
     assert_same([x[some].cpu() for x in gradients[2:]], want[2:])
 
 
+def test_sums_of_more_terms_than_a_launch_reaches_are_refused():
+    """Only broadcasting makes so many."""
+    x = torch.zeros((), device="cuda").expand(2**36)
+    with pytest.raises(RuntimeError, match="expected at most 34359738368 terms to a sum on CUDA devices, got 68719476736"):
+        gaussian_kl_div(x, x, reduction="sum")
+
+
 def test_the_kernels_are_those_of_this_gpu():
     """Machine code for it, not PTX that the driver compiles: kl_ext's first call does not take seconds."""
     major, minor = torch.cuda.get_device_capability()

@@ -130,6 +130,7 @@ class Sum {
     if (sums_ > 0) {
       TORCH_CHECK(lay_out(summation_).terms.ndim <= kMaxSumDims, "kl_ext: expected at most ", kMaxSumDims,
                   " dimensions that do not merge, in sums on CUDA devices, got ", shape_);
+      TORCH_CHECK(count_ <= kMaxTerms, "kl_ext: expected at most ", kMaxTerms, " terms to a sum on CUDA devices, got ", count_);
       summation_.divisor = divisor;
       const at::Tensor scratch = at::empty({scratch_numel(summation_)}, options);
       launch(summation_, bounds, sums.data_ptr(), scratch.data_ptr(), c10::cuda::getCurrentCUDAStream());

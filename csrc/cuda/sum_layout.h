@@ -9,6 +9,7 @@ namespace kl_ext::cuda {
 
 // What merges to more has at least 2^40 terms. Kernel parameters end at 4 KiB.
 constexpr int kMaxSumDims = 40;
+constexpr std::int64_t kMaxTerms = std::int64_t{1} << 35; // of a sum: the chunks of one fit a launch
 // The chunks of chunks that one block sums up in the end.
 constexpr int kMaxGroups = 64;
 
