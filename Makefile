@@ -44,7 +44,7 @@ help:
 	@echo 'make check-cuda  build the CUDA kernels, which needs nvcc and no GPU, and check their machine code'
 	@echo 'make format   let clang-format and ruff rewrite the sources'
 	@echo 'make bench    the benchmarks of the losses and of the reductions; BENCH=losses runs one of them'
-	@echo 'make nightly  the tests that are too slow for make test'
+	@echo 'make nightly  the tests that are too slow for make test; writes docs/nightly.md'
 	@echo 'make clean    remove what was built, but not $(VENV), which holds torch'
 
 demo: $(stamps)/demo
@@ -63,7 +63,7 @@ test-cuda-emulation: $(stamps)/test
 	  $(bin)/python -m pytest $(emulation).py $(emulation)_sums.py $(emulation)_cuts.py -k 'random and not 4096' $(ARGS)
 
 nightly: $(stamps)/test
-	$(bin)/python -m pytest --slow -m slow $(ARGS)
+	$(bin)/python tests/nightly.py $(ARGS)
 
 bench: $(stamps)/bench
 	for benchmark in $(BENCH); do $(bin)/python benchmarks/bench_$$benchmark.py $(ARGS) || exit; done
