@@ -6,7 +6,6 @@
 #include <memory>
 
 #include "../math/summation.h"
-#include "../plan.h"
 #include "block.h"
 
 namespace kl_ext::cpu {
@@ -105,7 +104,7 @@ std::optional<at::Tensor> sum_flat(Loss loss, Arguments inputs, Bounds bounds, a
   return sum;
 }
 
-std::optional<std::array<at::Tensor, kMaxInputs>> backward_flat(Loss loss, Arguments arguments, Bounds bounds) {
+std::optional<Gradients> backward_flat(Loss loss, Arguments arguments, Bounds bounds) {
   const at::Tensor& grad_output = arguments[0].tensor;
   const Arguments inputs = arguments.slice(1);
   const auto strides = grad_output.strides();
@@ -117,7 +116,7 @@ std::optional<std::array<at::Tensor, kMaxInputs>> backward_flat(Loss loss, Argum
   }
   const bool wide = is_wide(bounds, arithmetic);
   const Storage storage = storage_of(inputs[0].tensor.scalar_type());
-  std::array<at::Tensor, kMaxInputs> gradients;
+  Gradients gradients;
   const auto numbers = numbers_of(inputs);
   Flat<char*> results{numbers.element_size};
   for (size_t i = 0; i < inputs.size(); ++i) {

@@ -6,12 +6,10 @@
 
 #include <optional>
 
-#include "../checks.h"
+#include "../backend.h"
 #include "kernels.h"
 
 namespace kl_ext::cpu {
-
-constexpr size_t kMaxInputs = 4;
 
 // Elementwise.
 std::optional<at::Tensor> forward_flat(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result);
@@ -21,6 +19,6 @@ std::optional<at::Tensor> sum_flat(Loss loss, Arguments inputs, Bounds bounds, a
                                    std::optional<int64_t> divisor);
 
 // All gradients, from a grad_output that is like the inputs or expanded from a single number. arguments: grad_output first.
-std::optional<std::array<at::Tensor, kMaxInputs>> backward_flat(Loss loss, Arguments arguments, Bounds bounds);
+std::optional<Gradients> backward_flat(Loss loss, Arguments arguments, Bounds bounds);
 
 } // namespace kl_ext::cpu

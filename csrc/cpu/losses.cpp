@@ -6,16 +6,13 @@
 #include <optional>
 #include <utility>
 
-#include "../plan.h"
-#include "../reduction.h"
+#include "../backend.h"
 #include "elementwise.h"
 #include "flat.h"
 #include "reduction.h"
 
 namespace kl_ext::cpu {
 namespace {
-
-using Mask = c10::ArrayRef<bool>;
 
 at::ScalarType dtype_of(Arithmetic arithmetic) { return arithmetic == kDouble ? at::kDouble : at::kFloat; }
 
@@ -60,15 +57,6 @@ at::Tensor forward_sum(Loss loss, Arguments inputs, Bounds bounds, at::ScalarTyp
   return sums;
 }
 
-// The dimensions of grad_output along which an input is broadcast.
-c10::SmallVector<bool, 8> broadcast_dims(at::IntArrayRef input, at::IntArrayRef shape) {
-  c10::SmallVector<bool, 8> dims(shape.size(), true);
-  for (size_t back = 1; back <= input.size(); ++back) {
-    dims[shape.size() - back] = input[input.size() - back] != shape[shape.size() - back];
-  }
-  return dims;
-}
-
 // A gradient kernel over blocks of at most block_numel numbers, with grad_output divided first where there is a divisor:
 // dividing it whole could take as much memory as an input.
 struct BlockBackward {
@@ -90,7 +78,7 @@ struct BlockBackward {
 
 // The gradients of broadcast inputs are summed in the pass that computes them: one pass for each way of being broadcast, of
 // which there is hardly ever more than one; what is elementwise is written in the first.
-void backward_sums(const BlockBackward& kernel, Arguments arguments, const std::array<at::Tensor, kMaxInputs>& gradients) {
+void backward_sums(const BlockBackward& kernel, Arguments arguments, const Gradients& gradients) {
   const auto shape = arguments[0].tensor.sizes();
   const size_t inputs = arguments.size() - 1;
   std::array<bool, kMaxInputs> done{};
@@ -138,16 +126,15 @@ void backward_sums(const BlockBackward& kernel, Arguments arguments, const std::
   }
 }
 
-// arguments: grad_output in the shape of the terms, then the inputs.
-std::array<at::Tensor, kMaxInputs> backward(Loss loss, Arguments arguments, Bounds bounds, Mask output_mask,
-                                            std::optional<int64_t> divisor = std::nullopt) {
+// arguments: grad_output in the shape of the terms, to be divided, then the inputs.
+Gradients backward_divided(Loss loss, Arguments arguments, Bounds bounds, Mask output_mask, std::optional<int64_t> divisor) {
   if (!divisor && std::find(output_mask.begin(), output_mask.end(), false) == output_mask.end()) {
     if (auto flat = backward_flat(loss, arguments, bounds)) {
       return *std::move(flat);
     }
   }
   const auto shape = arguments[0].tensor.sizes();
-  std::array<at::Tensor, kMaxInputs> gradients;
+  Gradients gradients;
   int wanted = 0;
   bool any_broadcast = false;
   for (size_t i = 0; i < output_mask.size(); ++i) {
@@ -171,8 +158,7 @@ std::array<at::Tensor, kMaxInputs> backward(Loss loss, Arguments arguments, Boun
   auto iterator = plan_backward(arguments, c10::ArrayRef<at::Tensor>(gradients.data(), output_mask.size()));
   const bool whole_rows = wanted == static_cast<int>(output_mask.size()) && !divisor;
   for_each_block(iterator, arithmetic, whole_rows, [&](void* const* pointers, int64_t numel) {
-    // The kernels compute every gradient; one that is not wanted
-    // stays behind in a scratch block.
+    // The kernels compute every gradient; one that is not wanted stays behind in a scratch block.
     alignas(64) char scratch[kBlockBytes];
     void* results[kMaxInputs];
     int output = 0;
@@ -184,98 +170,38 @@ std::array<at::Tensor, kMaxInputs> backward(Loss loss, Arguments arguments, Boun
   return gradients;
 }
 
-at::Tensor kl_div_single_loss(const at::Tensor& mu, const at::Tensor& log_var, double clamp_min, double clamp_max,
-                              std::optional<at::ScalarType> dtype) {
-  const Argument inputs[] = {{"mu", mu}, {"log_var", log_var}};
-  check_forward("kl_div_single_loss", inputs, clamp_min, clamp_max, dtype);
-  return forward(kSingleLoss, inputs, {clamp_min, clamp_max}, dtype.value_or(result_type(inputs)));
-}
-
-std::tuple<at::Tensor, at::Tensor> kl_div_single_loss_backward(const at::Tensor& grad_output, const at::Tensor& mu,
-                                                               const at::Tensor& log_var, double clamp_min, double clamp_max,
-                                                               std::array<bool, 2> output_mask) {
-  const Argument arguments[] = {{"grad_output", grad_output}, {"mu", mu}, {"log_var", log_var}};
-  check_backward("kl_div_single_loss_backward", arguments, clamp_min, clamp_max);
-  auto gradients = backward(kSingleLoss, arguments, {clamp_min, clamp_max}, output_mask);
-  return {std::move(gradients[0]), std::move(gradients[1])};
-}
-
-at::Tensor kl_div_pair_loss(const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
-                            const at::Tensor& log_var_q, double clamp_min, double clamp_max,
-                            std::optional<at::ScalarType> dtype) {
-  const Argument inputs[] = {{"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", mu_q}, {"log_var_q", log_var_q}};
-  check_forward("kl_div_pair_loss", inputs, clamp_min, clamp_max, dtype);
-  return forward(kPairLoss, inputs, {clamp_min, clamp_max}, dtype.value_or(result_type(inputs)));
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_div_pair_loss_backward(
-    const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
-    const at::Tensor& log_var_q, double clamp_min, double clamp_max, std::array<bool, 4> output_mask) {
-  const Argument arguments[] = {
-      {"grad_output", grad_output}, {"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", mu_q}, {"log_var_q", log_var_q}};
-  check_backward("kl_div_pair_loss_backward", arguments, clamp_min, clamp_max);
-  return std::tuple_cat(backward(kPairLoss, arguments, {clamp_min, clamp_max}, output_mask));
-}
-
-// Calls use(loss, inputs): without q, against the standard normal.
-template <class Use>
-auto with_inputs(const char* function, const at::Tensor& mu_p, const at::Tensor& log_var_p,
-                 const std::optional<at::Tensor>& mu_q, const std::optional<at::Tensor>& log_var_q, const Use& use) {
-  check_together(function, mu_q, log_var_q);
-  if (!mu_q) {
-    const Argument inputs[] = {{"mu_p", mu_p}, {"log_var_p", log_var_p}};
-    return use(kSingleLoss, Arguments(inputs));
+// The gradient of a sum is that of its terms, divided where it is a mean.
+Gradients backward_sum(Loss loss, const at::Tensor& grad_output, Arguments inputs, Bounds bounds, Mask output_mask,
+                       at::IntArrayRef shape, const Reduction& reduction) {
+  at::Tensor grad = grad_output;
+  auto divisor = reduction.divides ? std::optional(reduction.divisor(shape)) : std::nullopt;
+  if (divisor && grad.numel() == 1) { // once for all blocks
+    const Arithmetic arithmetic = arithmetic_of(inputs, grad.scalar_type());
+    grad = grad.to(dtype_of(arithmetic), /*non_blocking=*/false, /*copy=*/true);
+    kernels().divide[arithmetic](grad.data_ptr(), 1, *std::exchange(divisor, std::nullopt));
   }
-  const Argument inputs[] = {{"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", *mu_q}, {"log_var_q", *log_var_q}};
-  return use(kDivergence, Arguments(inputs));
+  grad = reduction.unsqueeze(grad).expand(shape);
+  c10::SmallVector<Argument, kMaxInputs + 1> arguments{{"grad_output", grad}};
+  arguments.append(inputs.begin(), inputs.end());
+  return backward_divided(loss, arguments, bounds, output_mask, divisor);
 }
 
-at::Tensor gaussian_kl_div(const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
-                           const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max,
-                           std::string_view reduction, at::OptionalIntArrayRef dim, std::optional<at::ScalarType> dtype) {
-  const char* const function = "gaussian_kl_div";
-  return with_inputs(function, mu_p, log_var_p, mu_q, log_var_q, [&](Loss loss, Arguments inputs) {
-    check_forward(function, inputs, clamp_min, clamp_max, dtype);
-    const at::DimVector shape = broadcast_shape(inputs);
-    const Reduction parsed = parse_reduction(function, reduction, dim, static_cast<int64_t>(shape.size()));
-    const Bounds bounds{clamp_min, clamp_max};
-    const at::ScalarType result = dtype.value_or(result_type(inputs));
-    return parsed.is_none ? forward(loss, inputs, bounds, result) : forward_sum(loss, inputs, bounds, result, shape, parsed);
-  });
+Gradients backward(Loss loss, Arguments arguments, Bounds bounds, Mask output_mask) {
+  return backward_divided(loss, arguments, bounds, output_mask, std::nullopt);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_div_backward(
-    const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
-    const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max, std::string_view reduction,
-    at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask) {
-  const char* const function = "gaussian_kl_div_backward";
-  return with_inputs(function, mu_p, log_var_p, mu_q, log_var_q, [&](Loss loss, Arguments inputs) {
-    check_forward(function, inputs, clamp_min, clamp_max, std::nullopt);
-    const at::DimVector shape = broadcast_shape(inputs);
-    const Reduction parsed = parse_reduction(function, reduction, dim, static_cast<int64_t>(shape.size()));
-    check_grad_output(function, {"grad_output", grad_output}, inputs, parsed.kept_shape(at::IntArrayRef(shape)));
-    at::Tensor grad = grad_output;
-    auto divisor = parsed.divides ? std::optional(parsed.divisor(at::IntArrayRef(shape))) : std::nullopt;
-    if (divisor && grad.numel() == 1) { // once for all blocks
-      const Arithmetic arithmetic = arithmetic_of(inputs, grad.scalar_type());
-      grad = grad.to(dtype_of(arithmetic), /*non_blocking=*/false, /*copy=*/true);
-      kernels().divide[arithmetic](grad.data_ptr(), 1, *std::exchange(divisor, std::nullopt));
-    }
-    grad = parsed.unsqueeze(grad).expand(shape);
-    c10::SmallVector<Argument, kMaxInputs + 1> arguments{{"grad_output", grad}};
-    arguments.append(inputs.begin(), inputs.end());
-    return std::tuple_cat(backward(loss, arguments, {clamp_min, clamp_max}, Mask(output_mask.data(), inputs.size()), divisor));
-  });
-}
+struct Backend {
+  using Loss = cpu::Loss;
+  static constexpr Loss kSingleLoss = cpu::kSingleLoss;
+  static constexpr Loss kPairLoss = cpu::kPairLoss;
+  static constexpr Loss kDivergence = cpu::kDivergence;
+  static constexpr auto forward = cpu::forward;
+  static constexpr auto forward_sum = cpu::forward_sum;
+  static constexpr auto backward = cpu::backward;
+  static constexpr auto backward_sum = cpu::backward_sum;
+};
 
-TORCH_LIBRARY_IMPL(kl_ext, CPU, m) {
-  m.impl("gaussian_kl_div", gaussian_kl_div);
-  m.impl("gaussian_kl_div_backward", gaussian_kl_div_backward);
-  m.impl("kl_div_single_loss", kl_div_single_loss);
-  m.impl("kl_div_single_loss_backward", kl_div_single_loss_backward);
-  m.impl("kl_div_pair_loss", kl_div_pair_loss);
-  m.impl("kl_div_pair_loss_backward", kl_div_pair_loss_backward);
-}
+TORCH_LIBRARY_IMPL(kl_ext, CPU, m) { Operators<Backend>::register_in(m); }
 
 } // namespace
 } // namespace kl_ext::cpu

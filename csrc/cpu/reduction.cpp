@@ -122,6 +122,7 @@ class Summation {
   }
 
  private:
+  static constexpr int kNoLane = -1;
   using Offsets = std::array<int64_t, kMaxOperands>;
 
   // A thread's operands and accumulators.
@@ -191,7 +192,7 @@ class Summation {
 
   // Computes the terms of a tile, [rows, columns] of the given axes; with a first lane, adds them to those of the only sum.
   void compute_tile(Workspace& workspace, const Offsets& offsets, const Axis& row_axis, int64_t rows, const Axis& column_axis,
-                    int64_t columns, std::optional<int> first_lane = std::nullopt) const {
+                    int64_t columns, int first_lane = kNoLane) const {
     void* pointers[kMaxOperands];
     const auto tile = [&](size_t i) { return Tile{columns, rows, column_axis.strides[i], row_axis.strides[i]}; };
     for (size_t i = 0; i < operands_.size(); ++i) {
@@ -199,8 +200,8 @@ class Summation {
                         ? workspace.buffers[i]
                         : workspace.operands[i]->begin_block(operands_[i].data + offsets[i], tile(i));
     }
-    if (first_lane) {
-      (*accumulate_)(workspace.lanes[0].get(), pointers + 1, *first_lane, rows * columns);
+    if (first_lane != kNoLane) {
+      (*accumulate_)(workspace.lanes[0].get(), pointers + 1, first_lane, rows * columns);
       return;
     }
     compute_(pointers, rows * columns);
@@ -287,7 +288,7 @@ class Summation {
           if (by_columns) {
             compute_tile(workspace, offsets, reduced_.back(), rows, column_axis, columns);
           } else {
-            const auto first_lane = accumulate_ ? std::optional(static_cast<int>(done % kLanes)) : std::nullopt;
+            const int first_lane = accumulate_ ? static_cast<int>(done % kLanes) : kNoLane;
             compute_tile(workspace, offsets, row_axis, rows, column_axis, row_length, first_lane);
           }
           const int64_t computed = rows * row_length;

@@ -7,15 +7,11 @@
 #include <algorithm>
 #include <numeric>
 
-#include "../plan.h"
-#include "../reduction.h"
+#include "../backend.h"
 #include "operands.h"
 
 namespace kl_ext::cuda {
 namespace {
-
-constexpr size_t kMaxInputs = 4;
-using Mask = c10::ArrayRef<bool>;
 
 using Launch = void (*)(const Iteration&, Bounds, CUstream_st*);
 
@@ -64,17 +60,6 @@ at::Tensor forward_sum(const Loss& loss, Arguments inputs, Bounds bounds, at::Sc
   const int64_t divisor = reduction.divides ? reduction.divisor(shape) : 1;
   return sum.run(loss.forward_sum, bounds, divisor, device).view(reduction.kept_shape(shape)).to(result);
 }
-
-// The dimensions of grad_output along which an input is broadcast.
-c10::SmallVector<bool, 8> broadcast_dims(at::IntArrayRef input, at::IntArrayRef shape) {
-  c10::SmallVector<bool, 8> dims(shape.size(), true);
-  for (size_t back = 1; back <= input.size(); ++back) {
-    dims[shape.size() - back] = input[input.size() - back] != shape[shape.size() - back];
-  }
-  return dims;
-}
-
-using Gradients = std::array<at::Tensor, kMaxInputs>;
 
 // The gradients of broadcast inputs are summed in the pass that computes them: one pass for each way of being broadcast, of
 // which there is hardly ever more than one; what is elementwise is written in the first.
@@ -164,98 +149,34 @@ at::Tensor divided(const at::Tensor& grad_output, int64_t divisor, at::ScalarTyp
   return grad;
 }
 
-at::Tensor kl_div_single_loss(const at::Tensor& mu, const at::Tensor& log_var, double clamp_min, double clamp_max,
-                              std::optional<at::ScalarType> dtype) {
-  const Argument inputs[] = {{"mu", mu}, {"log_var", log_var}};
-  check_forward("kl_div_single_loss", inputs, clamp_min, clamp_max, dtype);
-  return forward(kSingleLoss, inputs, {clamp_min, clamp_max}, dtype.value_or(result_type(inputs)));
-}
-
-std::tuple<at::Tensor, at::Tensor> kl_div_single_loss_backward(const at::Tensor& grad_output, const at::Tensor& mu,
-                                                               const at::Tensor& log_var, double clamp_min, double clamp_max,
-                                                               std::array<bool, 2> output_mask) {
-  const Argument arguments[] = {{"grad_output", grad_output}, {"mu", mu}, {"log_var", log_var}};
-  check_backward("kl_div_single_loss_backward", arguments, clamp_min, clamp_max);
-  auto gradients = backward(kSingleLoss, arguments, {clamp_min, clamp_max}, output_mask);
-  return {std::move(gradients[0]), std::move(gradients[1])};
-}
-
-at::Tensor kl_div_pair_loss(const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
-                            const at::Tensor& log_var_q, double clamp_min, double clamp_max,
-                            std::optional<at::ScalarType> dtype) {
-  const Argument inputs[] = {{"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", mu_q}, {"log_var_q", log_var_q}};
-  check_forward("kl_div_pair_loss", inputs, clamp_min, clamp_max, dtype);
-  return forward(kPairLoss, inputs, {clamp_min, clamp_max}, dtype.value_or(result_type(inputs)));
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_div_pair_loss_backward(
-    const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
-    const at::Tensor& log_var_q, double clamp_min, double clamp_max, std::array<bool, 4> output_mask) {
-  const Argument arguments[] = {
-      {"grad_output", grad_output}, {"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", mu_q}, {"log_var_q", log_var_q}};
-  check_backward("kl_div_pair_loss_backward", arguments, clamp_min, clamp_max);
-  return std::tuple_cat(backward(kPairLoss, arguments, {clamp_min, clamp_max}, output_mask));
-}
-
-// Calls use(loss, inputs): without q, against the standard normal.
-template <class Use>
-auto with_inputs(const char* function, const at::Tensor& mu_p, const at::Tensor& log_var_p,
-                 const std::optional<at::Tensor>& mu_q, const std::optional<at::Tensor>& log_var_q, const Use& use) {
-  check_together(function, mu_q, log_var_q);
-  if (!mu_q) {
-    const Argument inputs[] = {{"mu_p", mu_p}, {"log_var_p", log_var_p}};
-    return use(kSingleLoss, Arguments(inputs));
+// The gradient of a sum is that of its terms, divided where it is a mean.
+Gradients backward_sum(const Loss& loss, const at::Tensor& grad_output, Arguments inputs, Bounds bounds, Mask output_mask,
+                       at::IntArrayRef shape, const Reduction& reduction) {
+  c10::SmallVector<Argument, kMaxInputs + 1> given{{"grad_output", grad_output}};
+  given.append(inputs.begin(), inputs.end());
+  const c10::cuda::CUDAGuard guard(device_of(given));
+  at::Tensor grad = on_device(grad_output, guard.current_device());
+  if (reduction.divides) {
+    grad = divided(grad, reduction.divisor(shape), arithmetic_type(given));
   }
-  const Argument inputs[] = {{"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", *mu_q}, {"log_var_q", *log_var_q}};
-  return use(kDivergence, Arguments(inputs));
+  grad = reduction.unsqueeze(grad).expand(shape);
+  c10::SmallVector<Argument, kMaxInputs + 1> arguments{{"grad_output", grad}};
+  arguments.append(inputs.begin(), inputs.end());
+  return backward(loss, arguments, bounds, output_mask);
 }
 
-at::Tensor gaussian_kl_div(const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
-                           const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max,
-                           std::string_view reduction, at::OptionalIntArrayRef dim, std::optional<at::ScalarType> dtype) {
-  const char* const function = "gaussian_kl_div";
-  return with_inputs(function, mu_p, log_var_p, mu_q, log_var_q, [&](const Loss& loss, Arguments inputs) {
-    check_forward(function, inputs, clamp_min, clamp_max, dtype);
-    const at::DimVector shape = broadcast_shape(inputs);
-    const Reduction parsed = parse_reduction(function, reduction, dim, static_cast<int64_t>(shape.size()));
-    const Bounds bounds{clamp_min, clamp_max};
-    const at::ScalarType result = dtype.value_or(result_type(inputs));
-    return parsed.is_none ? forward(loss, inputs, bounds, result) : forward_sum(loss, inputs, bounds, result, shape, parsed);
-  });
-}
+struct Backend {
+  using Loss = cuda::Loss;
+  static constexpr Loss kSingleLoss = cuda::kSingleLoss;
+  static constexpr Loss kPairLoss = cuda::kPairLoss;
+  static constexpr Loss kDivergence = cuda::kDivergence;
+  static constexpr auto forward = cuda::forward;
+  static constexpr auto forward_sum = cuda::forward_sum;
+  static constexpr auto backward = cuda::backward;
+  static constexpr auto backward_sum = cuda::backward_sum;
+};
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_div_backward(
-    const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
-    const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max, std::string_view reduction,
-    at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask) {
-  const char* const function = "gaussian_kl_div_backward";
-  return with_inputs(function, mu_p, log_var_p, mu_q, log_var_q, [&](const Loss& loss, Arguments inputs) {
-    check_forward(function, inputs, clamp_min, clamp_max, std::nullopt);
-    const at::DimVector shape = broadcast_shape(inputs);
-    const Reduction parsed = parse_reduction(function, reduction, dim, static_cast<int64_t>(shape.size()));
-    check_grad_output(function, {"grad_output", grad_output}, inputs, parsed.kept_shape(at::IntArrayRef(shape)));
-    c10::SmallVector<Argument, kMaxInputs + 1> arguments{{"grad_output", grad_output}};
-    arguments.append(inputs.begin(), inputs.end());
-    const c10::cuda::CUDAGuard guard(device_of(arguments));
-    at::Tensor grad = on_device(grad_output, guard.current_device());
-    if (parsed.divides) {
-      grad = divided(grad, parsed.divisor(at::IntArrayRef(shape)), arithmetic_type(inputs, grad.scalar_type()));
-    }
-    grad = parsed.unsqueeze(grad).expand(shape);
-    c10::SmallVector<Argument, kMaxInputs + 1> expanded{{"grad_output", grad}};
-    expanded.append(inputs.begin(), inputs.end());
-    return std::tuple_cat(backward(loss, expanded, {clamp_min, clamp_max}, Mask(output_mask.data(), inputs.size())));
-  });
-}
-
-TORCH_LIBRARY_IMPL(kl_ext, CUDA, m) {
-  m.impl("gaussian_kl_div", gaussian_kl_div);
-  m.impl("gaussian_kl_div_backward", gaussian_kl_div_backward);
-  m.impl("kl_div_single_loss", kl_div_single_loss);
-  m.impl("kl_div_single_loss_backward", kl_div_single_loss_backward);
-  m.impl("kl_div_pair_loss", kl_div_pair_loss);
-  m.impl("kl_div_pair_loss_backward", kl_div_pair_loss_backward);
-}
+TORCH_LIBRARY_IMPL(kl_ext, CUDA, m) { Operators<Backend>::register_in(m); }
 
 } // namespace
 } // namespace kl_ext::cuda
