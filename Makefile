@@ -1,15 +1,13 @@
 # Everything a developer or CI does with the sources, each in a virtual environment made here:
 #
-#   make demo | test | check | bench | nightly | format | clean | help
+#   make demo | test | check | bench | bench-quick | nightly | format | clean | help
 #
 # Variables: PYTHON (python3), VENV (.venv), TORCH (a torch version; unset: the one installed in VENV, else the newest),
-# ARGS (passed on to the demo, the tests or the benchmarks), BENCH (which benchmarks), and the build's own: KL_EXT_CUDA,
-# TORCH_CUDA_ARCH_LIST, MAX_JOBS.
+# ARGS (passed on to the demo, the tests or the benchmarks), and the build's own: KL_EXT_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 ARGS ?=
-BENCH ?= losses reduction
 
 # Where there is no nvcc, a CUDA torch gets CPU kernels here; a plain `pip install .` would stop and say so.
 export KL_EXT_CUDA ?= auto
@@ -27,7 +25,7 @@ package := build/installed-in-$(subst /,-,$(VENV))
 sources := setup.py pyproject.toml CMakeLists.txt $(shell find build_backend cmake csrc -type f -not -name '*.pyc')
 cxx_files = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test check bench nightly format clean
+.PHONY: help demo test check bench bench-quick nightly format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,7 +33,8 @@ help:
 	@echo 'make test     the test-suite; ARGS="-k name" chooses tests, TORCH=2.13.0 a torch version'
 	@echo 'make check    clang-format, ruff and mypy'
 	@echo 'make format   let clang-format and ruff rewrite the sources'
-	@echo 'make bench    the benchmarks of the losses and of the reductions; BENCH=losses runs one of them'
+	@echo 'make bench    all benchmarks (a quarter of an hour), then the tables and plots of the pages; ARGS="--device cuda"'
+	@echo 'make bench-quick   a first impression of them (two minutes); ARGS="--only ratios" chooses suites'
 	@echo 'make nightly  the tests that are too slow for make test'
 	@echo 'make clean    remove what was built, but not $(VENV), which holds torch'
 
@@ -49,7 +48,12 @@ nightly: $(stamps)/test
 	$(bin)/python -m pytest --slow -m slow $(ARGS)
 
 bench: $(stamps)/bench
-	for benchmark in $(BENCH); do $(bin)/python benchmarks/bench_$$benchmark.py $(ARGS) || exit; done
+	$(bin)/python benchmarks/bench.py $(ARGS)
+	$(bin)/python benchmarks/plots.py
+	$(bin)/python benchmarks/table.py
+
+bench-quick: $(stamps)/bench
+	$(bin)/python benchmarks/bench.py --quick $(ARGS)
 
 check: $(stamps)/check
 	$(bin)/clang-format --dry-run -Werror $(cxx_files)
