@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._functorch import config as functorch
-from torch._inductor import config as inductor
 from torch._inductor.utils import fresh_cache
 
 import goals
@@ -97,19 +95,14 @@ def plan_of(options: argparse.Namespace) -> Plan:
 
 
 def measure(options: argparse.Namespace, plan: Plan) -> list[timing.Row]:
-    """All rows, with a progress bar.
-
-    Inductor builds the number of threads into what it compiles, but its caches of graphs do not know the number: they are off,
-    so that every row compiles its own code.
-    """
+    """All rows, with a progress bar. Inductor's cache starts empty; its code is made for the number of threads of the stage."""
     stages = [(threads, {name: suite for name, suite in SUITES.items() if name in options.only}) for threads in plan.threads]
     stages.append((plan.threads[-1], {name: suite for name, suite in ONCE.items() if name in options.only}))
     rows: list[timing.Row] = []
     before = torch.get_num_threads()
     total = sum(sum(1 for _ in suite(plan)) for _, chosen in stages for suite in chosen.values())
-    uncached = (inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False))
     try:
-        with fresh_cache(), uncached[0], uncached[1], tqdm(total=total, unit="case", mininterval=0, smoothing=0) as progress:
+        with fresh_cache(), tqdm(total=total, unit="case", mininterval=0, smoothing=0) as progress:
             for threads, chosen in stages:
                 torch.set_num_threads(threads)
                 for case in itertools.chain.from_iterable(suite(plan) for suite in chosen.values()):

@@ -17,7 +17,7 @@ from torch import Tensor
 import kl_ext
 import timing
 from timing import Effort, Row, Timed
-from workloads import EAGER, KL_EXT, PEERS, WORKLOADS
+from workloads import DIFFUSERS, DISTRIBUTIONS, EAGER, KL_EXT, PEERS, WORKLOADS
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 CHUNK = "concatenation"  # beside the peers, for chunk views: what the backward of chunk takes
@@ -61,7 +61,7 @@ def ratios(plan: Plan) -> Iterator[Case]:
             contenders = {peer: wrap(workload.run(peer)) for peer in PEERS}
             if workload.chunked and direction == BOTH:
                 contenders[CHUNK] = concatenate
-            measured = timing.time_in_turn(contenders, sets, plan.effort, KL_EXT)
+            measured = timing.time_in_turn(contenders, sets, plan.effort, KL_EXT, brief=(DISTRIBUTIONS, DIFFUSERS))
             rows.append(row("ratios", name, direction, elements, measured, threads=torch.get_num_threads()))
         return rows
 

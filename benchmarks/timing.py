@@ -11,7 +11,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 BLOCK_SECONDS = 5e-3  # calls are timed in blocks of about this length; longer ones one by one
 MOST_CALLS = 2000  # in a block
+BRIEF_ROUNDS = 3
 LARGE = 1 << 20  # from here on calls alternate between two sets of inputs
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -57,27 +58,29 @@ def time_in_turn(
     effort: Effort,
     of: str,
     prepare: dict[str, Callable[[], None]] | None = None,
+    brief: Collection[str] = (),
 ) -> Row:
     """Times in microseconds and ratios to the contender `of`, each as lower quartile, median and upper quartile.
 
-    What `prepare` has for a contender runs before each of its blocks and is not timed.
+    What `prepare` has for a contender runs before each of its blocks and is not timed. Where a row gets no more than its fewest
+    rounds, the contenders in `brief` take part in the first BRIEF_ROUNDS of them.
     """
 
-    def seconds_of(name: str, calls: int) -> float:
+    def seconds_of(name: str, calls: int, first: int = 0) -> float:
         if prepare and name in prepare:
             prepare[name]()
         function, count = contenders[name], len(sets)
         synchronize(effort.device)
         start = effort.clock()
         for index in range(calls):
-            function(sets[index % count])
+            function(sets[(first + index) % count])
         synchronize(effort.device)
         return (effort.clock() - start) / calls
 
     calls = {}
     for name in contenders:
         seconds_of(name, 1)  # compiles
-        warm = seconds_of(name, len(sets))
+        warm = seconds_of(name, 1, 1)
         calls[name] = calls_of(warm if warm > BLOCK_SECONDS else seconds_of(name, 3), len(sets))
     rounds: list[dict[str, float]] = []
     order = list(contenders)
@@ -87,7 +90,8 @@ def time_in_turn(
     try:
         while len(rounds) < planned:
             start = effort.clock()
-            rounds.append({name: seconds_of(name, calls[name]) for name in order})
+            present = [name for name in order if name not in brief or planned != effort.fewest or len(rounds) < BRIEF_ROUNDS]
+            rounds.append({name: seconds_of(name, calls[name], len(rounds)) for name in present})
             if len(rounds) == 1:
                 planned = effort.rounds(effort.clock() - start)
             order.append(order.pop(0))
@@ -95,16 +99,18 @@ def time_in_turn(
         gc.enable()
     return {
         "rounds": len(rounds),
-        "us": {name: quartiles([1e6 * times[name] for times in rounds]) for name in contenders},
-        "ratio": {name: quartiles([times[name] / times[of] for times in rounds]) for name in contenders if name != of},
+        "us": {name: quartiles([1e6 * times[name] for times in rounds if name in times]) for name in contenders},
+        "ratio": {
+            name: quartiles([times[name] / times[of] for times in rounds if name in times]) for name in contenders if name != of
+        },
         "seconds": rounds,  # what further ratios are computed from; not kept
     }
 
 
 def calls_of(seconds: float, sets: int) -> int:
-    """Calls in a block: whole turns through the sets of inputs."""
+    """Calls in a block: one, or whole turns through the sets of inputs."""
     calls = min(MOST_CALLS, round(BLOCK_SECONDS / max(seconds, 1e-9)))
-    return max(1, math.ceil(calls / sets)) * sets
+    return 1 if calls <= 1 else math.ceil(calls / sets) * sets
 
 
 def quartiles(numbers: list[float]) -> list[float]:

@@ -144,6 +144,17 @@ def test_contenders_take_turns_and_each_round_starts_with_the_next():
     assert row["ratio"] == {"b": [2.0] * 3, "c": [3.0] * 3}
 
 
+def test_a_brief_contender_leaves_a_row_that_has_no_time():
+    for seconds, rounds in [(0.1, 3), (2.0, 8)]:
+        machine = Machine(a=0.1, b=0.15)
+        effort = machine.effort(seconds=seconds + 1e-6, fewest=5)
+        row = timing.time_in_turn(machine.contenders, [["x"], ["y"]], effort, "a", brief=["b"])
+        assert row["rounds"] == max(5, rounds)
+        assert sum(name == "b" for name, _ in machine.log) == 2 + rounds
+        assert row["ratio"] == {"b": [1.5] * 3}
+        assert [leaf for name, leaf in machine.log if name == "a"][2:6] == list("xyxy")  # a set a round
+
+
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.1, 3), (0.7, 7), (100.0, 9)])
 def test_a_row_has_as_many_rounds_as_fit_into_its_time(seconds, rounds):
     machine = Machine(a=0.05, b=0.05)
