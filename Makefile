@@ -1,16 +1,14 @@
 # Everything a developer or CI does with the sources, each in a virtual environment made here:
 #
-#   make demo | test | test-cuda-emulation | test-oldest | check | check-cuda | check-instructions | bench | nightly | format |
-#        clean | help
+#   make demo | test | test-cuda-emulation | test-oldest | check | check-cuda | check-instructions | bench | bench-quick |
+#        nightly | format | clean | help
 #
 # Variables: PYTHON (python3), VENV (.venv), TORCH (a torch version; unset: the one installed in VENV, else the newest),
-# ARGS (passed on to the demo, the tests or the benchmarks), BENCH (which benchmarks), and the build's own: KL_EXT_CUDA,
-# TORCH_CUDA_ARCH_LIST, MAX_JOBS.
+# ARGS (passed on to the demo, the tests or the benchmarks), and the build's own: KL_EXT_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 ARGS ?=
-BENCH ?= losses reduction
 
 # Where there is no nvcc, a CUDA torch gets CPU kernels here; a plain `pip install .` would stop and say so.
 export KL_EXT_CUDA ?= auto
@@ -31,7 +29,7 @@ cxx_files = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
-.PHONY: help demo test test-cuda-emulation test-oldest check check-cuda check-instructions bench nightly format clean
+.PHONY: help demo test test-cuda-emulation test-oldest check check-cuda check-instructions bench bench-quick nightly format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -43,7 +41,8 @@ help:
 	@echo 'make check-instructions  count the instructions of the CPU kernels and compare them with their ceilings'
 	@echo 'make check-cuda  build the CUDA kernels, which needs nvcc and no GPU, and check their machine code'
 	@echo 'make format   let clang-format and ruff rewrite the sources'
-	@echo 'make bench    the benchmarks of the losses and of the reductions; BENCH=losses runs one of them'
+	@echo 'make bench    all benchmarks (a quarter of an hour), then the tables and plots of the pages; ARGS="--device cuda"'
+	@echo 'make bench-quick   a first impression of them (two minutes); ARGS="--only ratios" chooses suites'
 	@echo 'make nightly  the tests that are too slow for make test; writes docs/nightly.md'
 	@echo 'make clean    remove what was built, but not $(VENV), which holds torch'
 
@@ -66,7 +65,12 @@ nightly: $(stamps)/test
 	$(bin)/python tests/nightly.py $(ARGS)
 
 bench: $(stamps)/bench
-	for benchmark in $(BENCH); do $(bin)/python benchmarks/bench_$$benchmark.py $(ARGS) || exit; done
+	$(bin)/python benchmarks/bench.py $(ARGS)
+	$(bin)/python benchmarks/plots.py
+	$(bin)/python benchmarks/table.py
+
+bench-quick: $(stamps)/bench
+	$(bin)/python benchmarks/bench.py --quick $(ARGS)
 
 # Of the CPU kernels and calls, which a busy machine does not change; needs valgrind.
 check-instructions: $(stamps)/test

@@ -22,8 +22,8 @@ def describe_machine(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_model(),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],  # processes that wanted a core in the last minute, before the benchmark began
+        "huge_pages": _huge_pages(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -35,6 +35,15 @@ def describe_machine(device: str) -> dict[str, Any]:
 def _cpu_model() -> str:
     match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return match[1].strip() if match else platform.machine()
+
+
+def _huge_pages() -> str | None:
+    """What the kernel does about transparent huge pages: always, madvise or never."""
+    try:
+        match = re.search(r"\[(\w+)\]", Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text())
+    except OSError:
+        return None
+    return match[1] if match else None
 
 
 def _commit() -> str | None:

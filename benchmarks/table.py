@@ -25,98 +25,134 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PAGES = [HERE.parent / "README.md", HERE / "README.md"]
 MARKER = re.compile(r"(<!-- table: (\w+)(?: (\S+))? -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
-OTHERS = ["plain torch", "torch.compile"]
-LOSSES = {"kl_div_single_loss": "single", "kl_div_pair_loss": "pair"}
-
 Result = dict[str, Any]
+Row = dict[str, Any]
+KL_EXT, EAGER, COMPILED, CHUNK = "kl_ext", "plain torch", "torch.compile", "concatenation"
+BOTH = "forward + backward"
+
+
+def rows_of(result: Result, suite: str) -> list[Row]:
+    return [row for row in result["rows"] if row["suite"] == suite]
+
+
+def goals(result: Result) -> str:
+    """A row for each goal; what was measured is the worst of its rows, or their geometric mean."""
+    rows = []
+    for goal in result["goals"]:
+        met = "yes" if goal["met"] else f"**no**, in {goal['missed']} of {goal['rows']}" if goal["missed"] else "**no**"
+        close = " (within the spread)" if goal["close"] else ""
+        rows.append([goal["name"], f"{goal['sense']} {goal['bound']:g}", f"{goal['measured']:.2f}", met + close, goal["worst"]])
+    return table(["goal", "bound", "measured", "met", "worst case"], rows)
 
 
 def ratios(result: Result) -> str:
-    """A row for each size, a column for each loss and direction: plain torch / torch.compile, as multiples of kl_ext's time."""
-    cells = {(row["loss"], row["pass"], row["elements"]): row for row in result["speed"]}
-    columns = list(dict.fromkeys((loss, direction) for loss, direction, _ in cells))
-    rows = []
-    for size in dict.fromkeys(size for _, _, size in cells):
-        row = [cells[loss, direction, size] for loss, direction in columns]
-        rows.append([elements(size), *(" / ".join(f"{cell[name]['ratio']:.1f}" for name in OTHERS) for cell in row)])
-    return table(["elements", *(f"{LOSSES[loss]}, {direction}" for loss, direction in columns)], rows)
+    """Forward + backward: plain torch / torch.compile, as multiples of kl_ext's time."""
+    return _ratios(result, BOTH)
 
 
-def times(result: Result) -> str:
-    """A row for each measurement, in microseconds."""
-    return _times(result, ["loss", "pass"], lambda row: [LOSSES[row["loss"]], row["pass"]])
+def forward_ratios(result: Result) -> str:
+    """The same of the forward pass alone."""
+    return _ratios(result, "forward")
 
 
-def _times(result: Result, head: list[str], names: Callable[[dict[str, Any]], list[str]]) -> str:
-    """The medians of all that was timed; the spread is the distance of the quartiles of kl_ext's rounds."""
-    timed = list(dict.fromkeys(name for row in result["speed"] for name in row if isinstance(row[name], dict)))
-    rows = []
-    for row in result["speed"]:
-        medians = [f"{row[name]['median_us']:,.1f}" if name in row else "" for name in timed]
-        low, high = row["kl_ext"]["quartiles_us"]
-        spread = f"{(high - low) / row['kl_ext']['median_us']:.0%}"
-        rows.append([*names(row), elements(row["elements"]), *medians, spread])
-    return table([*head, "elements", *timed, "spread"], rows)
+def _ratios(result: Result, direction: str) -> str:
+    cells = {
+        (row["case"], row["threads"], row["elements"]): " / ".join(f"{row['ratio'][name][1]:.1f}" for name in (EAGER, COMPILED))
+        for row in rows_of(result, "ratios")
+        if row["pass"] == direction
+    }
+    sizes = list(dict.fromkeys(size for _, _, size in cells))
+    heads = list(dict.fromkeys((case, threads) for case, threads, _ in sorted(cells, key=lambda key: key[1])))
+    rows = [[case, str(threads), *(cells[case, threads, size] for size in sizes)] for case, threads in heads]
+    return table(["workload", "threads", *map(elements, sizes)], rows)
+
+
+def peers(result: Result) -> str:
+    """A row for each workload and pass, a column for each peer: geometric means over sizes and threads."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in rows_of(result, "ratios"):
+        for name, (_, middle, _) in row["ratio"].items():
+            if name != CHUNK:
+                found.setdefault((row["case"], row["pass"]), {}).setdefault(name, []).append(middle)
+    names = list(dict.fromkeys(name for by_peer in found.values() for name in by_peer))
+    rows = [
+        [*case, *(f"{statistics.geometric_mean(by_peer[name]):.1f}" if name in by_peer else "–" for name in names)]
+        for case, by_peer in found.items()
+    ]
+    return table(["workload", "pass", *names], rows)
+
+
+def chunk_share(result: Result) -> str:
+    """The time that autograd's concatenation takes, as a share of all of kl_ext's forward and backward."""
+    rows = [
+        [row["case"], elements(row["elements"]), str(row["threads"]), f"{row['us'][CHUNK][1] / row['us'][KL_EXT][1]:.0%}"]
+        for row in rows_of(result, "ratios")
+        if CHUNK in row["us"]
+    ]
+    return table(["workload", "terms", "threads", "share of the concatenation"], rows)
 
 
 def accuracy(result: Result) -> str:
-    """A row for each loss and distance from the prior; each cell is plain torch / kl_ext."""
-    columns: dict[str, tuple[str, Callable[[float], str]]] = {
-        "below the least value": ("below", share),
-        "value lost": ("lost", share),
-        "mean, of the true mean": ("mean_ratio", "{:.3f}".format),
-        "gradient's error": ("gradient_error", "{:.0e}".format),
-    }
-    rows = []
-    for row in result["accuracy"]:
-        pairs = [(form(row["plain torch"][key]), form(row["kl_ext"][key])) for key, form in columns.values()]
-        rows.append([LOSSES[row["loss"]], f"{row['distance']:g}", *(" / ".join(pair) for pair in pairs)])
-    return table(["loss", "distance", *columns], rows)
+    """A row for each divergence and distance from the prior: worst error in ulp, and the share of values below zero."""
+    return _accuracy(result, lambda peer: f"{ulps(peer['worst_ulp'])}, {share(peer['negative'])}", pair=False)
 
 
-def reduction_ratios(result: Result) -> str:
-    """A row for each reduction and prior, a column for each width: medians, over sizes and layouts, of both ratios."""
-    cases: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
-    for row in result["speed"]:
-        cases.setdefault((row["reduction"], row["prior"]), {}).setdefault(row["width"], []).append(row)
-    widths = list(dict.fromkeys(row["width"] for row in result["speed"]))
-    rows = []
-    for (reduction, prior), by_width in cases.items():
-        cells = []
-        for width in widths:
-            ratios_of = {name: [row[name]["ratio"] for row in by_width.get(width, []) if name in row] for name in OTHERS}
-            cells.append(" / ".join(f"{statistics.median(found):.1f}" for found in ratios_of.values() if found))
-        rows.append([reduction, prior, *cells])
-    return table(["reduction", "prior", *(f"D = {width}" for width in widths)], rows)
+def gradient_accuracy(result: Result) -> str:
+    """The pair loss too: the worst error of the gradient of log_var, in ulp."""
+    return _accuracy(result, lambda peer: ulps(peer["gradient_ulp"]))
 
 
-def reduction_losses(result: Result) -> str:
-    """One line: how often kl_ext was the slower one, and by how much at the worst."""
-    counts = []
-    for name in OTHERS:
-        found = [row for row in result["speed"] if name in row]
-        if not found:
-            continue
-        slower = sum(row[name]["ratio"] < 1 for row in found)
-        worst = min(found, key=lambda row: row[name]["ratio"])
-        case = f"{worst['reduction']}, D = {worst['width']}, {worst['layout']}, {worst['prior']}, {elements(worst['elements'])}"
-        counts.append(f"than {name} in {slower} of {len(found)} rows (least ratio {worst[name]['ratio']:.2f}: {case})")
-    return f"kl_ext was slower {' and '.join(counts)}.\n"
+def lost(result: Result) -> str:
+    """The pair loss too: the share of values that are their least one and should not be, and the mean over the true mean."""
+    return _accuracy(result, lambda peer: f"{share(peer['lost'])}, {peer['mean_ratio']:.3f}")
 
 
-def reduction_times(result: Result) -> str:
-    """A row for each case and size, in microseconds."""
-    keys = ["reduction", "width", "layout", "prior"]
-    return _times(result, ["reduction", "D", "layout", "prior"], lambda row: [str(row[key]) for key in keys])
+def _accuracy(result: Result, cell: Callable[[dict[str, float]], str], pair: bool = True) -> str:
+    found = [row for row in rows_of(result, "accuracy") if pair or row["case"] != "pair"]
+    names = list(found[0]["peers"]) if found else []
+    rows = [[row["case"], f"{row['distance']:g}", *(cell(row["peers"][name]) for name in names)] for row in found]
+    return table(["loss", "distance", *names], rows)
+
+
+def suite_table(suite: str) -> Callable[[Result], str]:
+    """A row for each measurement of a suite: medians in microseconds, and the ratios with their quartiles."""
+
+    def made(result: Result) -> str:
+        found = rows_of(result, suite)
+        times = list(dict.fromkeys(name for row in found for name in row["us"]))
+        compared = list(dict.fromkeys(name for row in found for name in row["ratio"] if suite != "ratios"))
+        more = [key for key in ("peer", "shapes") if any(key in row for row in found)]
+        rows = []
+        for row in found:
+            facts = [row["case"], row["pass"], *(row[key] for key in more), elements(row["elements"]), str(row["threads"])]
+            medians = [f"{row['us'][name][1]:,.1f}" if name in row["us"] else "" for name in times]
+            quotients = [
+                "{1:.2f} ({0:.2f} … {2:.2f})".format(*row["ratio"][name]) if name in row["ratio"] else "" for name in compared
+            ]
+            rows.append([*facts, *medians, *quotients])
+        heads = [
+            "case",
+            "pass",
+            *more,
+            "terms",
+            "threads",
+            *(f"{name}, µs" for name in times),
+            *(f"ratio of {name}" for name in compared),
+        ]
+        return table(heads, rows)
+
+    return made
 
 
 def machine(result: Result) -> str:
     """One line on where the result comes from."""
     facts = result["machine"]
-    where = (
-        facts["device"] if facts["device"] != facts["cpu"] else f"{facts['cpu']}, {facts['threads']} of {facts['cores']} cores"
+    where = facts["device"] if facts["device"] != facts["cpu"] else f"{facts['cpu']}, {facts['cores']} cores"
+    commit = (facts["commit"] or "no commit")[:10] + ("-dirty" if (facts["commit"] or "").endswith("-dirty") else "")
+    return (
+        f"{where}, {facts['cpu_capability']}, huge pages {facts['huge_pages']}, load before {facts['load']:.1f}; "
+        f"Python {facts['python']}, torch {facts['torch']}, kl_ext {commit}, {facts['date']}; {result['seconds']} s.\n"
     )
-    return f"{where}, {facts['cpu_capability']}, {result['options']['dtype']}, torch {facts['torch']}, {facts['date']}.\n"
 
 
 def _of_gpu(result: Result, cell: Callable[[dict[str, Any]], str]) -> str:
@@ -187,20 +223,33 @@ def values() -> str:
     return table(["p", "q", "KL(p, q)", "pair loss", "single loss of p"], rows)
 
 
-LOSS_KINDS: dict[str, Callable[[Result], str]] = {"ratios": ratios, "times": times, "accuracy": accuracy, "machine": machine}
-REDUCTION_KINDS: dict[str, Callable[[Result], str]] = {
-    "reduction_ratios": reduction_ratios,
-    "reduction_losses": reduction_losses,
-    "reduction_times": reduction_times,
+SUITES = ["ratios", "floor", "overhead", "compiled step", "dtypes", "threads", "linear", "exponent", "subnormals"]
+KINDS: dict[str, Callable[[Result], str]] = {
     "machine": machine,
-}
-GPU_KINDS: dict[str, Callable[[Result], str]] = {
+    "goals": goals,
+    "ratios": ratios,
+    "forward_ratios": forward_ratios,
+    "peers": peers,
+    "chunk_share": chunk_share,
+    "accuracy": accuracy,
+    "gradient_accuracy": gradient_accuracy,
+    "lost": lost,
+    **{("times" if suite == "ratios" else suite.replace(" ", "_")): suite_table(suite) for suite in SUITES},
     "gpu_bandwidth": gpu_bandwidth,
     "gpu_ratios": gpu_ratios,
     "gpu_goals": gpu_goals,
     "gpu_machine": gpu_machine,
 }
-KINDS = LOSS_KINDS | REDUCTION_KINDS | GPU_KINDS
+# What bench.py shows.
+PRINTED = {
+    "Time of plain torch / torch.compile in times of kl_ext (above 1: kl_ext is faster), forward:": forward_ratios,
+    "The same, forward + backward:": ratios,
+    "Time of each peer in times of kl_ext, geometric means:": peers,
+    "What the backward of chunk takes of it:": chunk_share,
+    "Worst error in ulp and share of negative values:": accuracy,
+    **{f"{suite.capitalize()}:": suite_table(suite) for suite in SUITES[1:]},
+    "Goals:": goals,
+}
 
 
 def elements(count: int) -> str:
@@ -216,10 +265,17 @@ def share(value: float) -> str:
     return "0" if value == 0 else f"{value:.1%}" if value >= 0.001 else "< 0.1%"
 
 
+def ulps(value: float) -> str:
+    """An error in units in the last place, with two digits."""
+    return f"{value:.1f}" if value < 100 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A markdown table that reads well as text too."""
+    """A markdown table that reads well as text too; nothing without rows."""
+    if not rows:
+        return ""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    numeric = [all(row[column][:1].isdigit() or row[column][:1] in "<" for row in rows) for column in range(len(head))]
+    numeric = [all(row[column][:1].isdigit() or row[column][:1] in "<–" for row in rows) for column in range(len(head))]
     lines = [
         [cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric, strict=True)]
         for row in [head, *rows]

@@ -1,99 +1,153 @@
-"""What the benchmarks share: contenders timed in turn in one process, the options of the command line, the file of results."""
+"""How contenders are timed: in turn, in one process, for as many rounds as fit into a row's share of time.
+
+A contender is a function of leaf tensors. A round times a block of calls of each contender, and starts with another one than
+the round before. A row reports the median of the rounds, and as its ratios the medians of each round's own ratio: what slows a
+round slows all its contenders.
+"""
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
+import math
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import kl_ext
-import kl_ext.reference
-from machine import describe_machine
-
-HERE = Path(__file__).resolve().parent
-LAYOUTS = ["contiguous", "chunk"]
-CONTENDERS = ["kl_ext", "plain torch", "torch.compile"]
-CHUNK = "gradients concatenated"  # beside the contenders, for chunk views: what the backward of chunk takes
 BLOCK_SECONDS = 5e-3  # calls are timed in blocks of about this length; longer ones one by one
+MOST_CALLS = 2000  # in a block
+BRIEF_ROUNDS = 3
+LARGE = 1 << 20  # from here on calls alternate between two sets of inputs
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 Timed = Callable[[list[Tensor]], Any]
+Row = dict[str, Any]
 
 
-def formulas(contender: str) -> Any:
-    """The module whose functions a contender calls."""
-    return kl_ext if contender == "kl_ext" else kl_ext.reference
+@dataclass(frozen=True)
+class Effort:
+    """What a row may take: seconds, within these numbers of rounds; and where its tensors are."""
+
+    seconds: float
+    fewest: int
+    most: int
+    device: str = "cpu"
+    clock: Callable[[], float] = time.perf_counter
+
+    def rounds(self, seconds_of_one: float) -> int:
+        return max(self.fewest, min(self.most, int(self.seconds / max(seconds_of_one, 1e-9))))
+
+
+def leaf(shape: Sequence[int], device: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Fresh standard normal numbers that want a gradient."""
+    return torch.randn(*shape, device=device).to(dtype).requires_grad_()
+
+
+def sets_of(make: Callable[[], list[Tensor]], elements: int) -> list[list[Tensor]]:
+    """Inputs for one row: two sets of large ones, so that no call finds in a cache what the last one left there."""
+    return [make() for _ in range(2 if elements >= LARGE else 1)]
+
+
+def time_in_turn(
+    contenders: dict[str, Timed],
+    sets: list[list[Tensor]],
+    effort: Effort,
+    of: str,
+    prepare: dict[str, Callable[[], None]] | None = None,
+    brief: Collection[str] = (),
+) -> Row:
+    """Times in microseconds and ratios to the contender `of`, each as lower quartile, median and upper quartile.
+
+    What `prepare` has for a contender runs before each of its blocks and is not timed. Where a row gets no more than its fewest
+    rounds, the contenders in `brief` take part in the first BRIEF_ROUNDS of them.
+    """
+
+    def seconds_of(name: str, calls: int, first: int = 0) -> float:
+        if prepare and name in prepare:
+            prepare[name]()
+        function, count = contenders[name], len(sets)
+        synchronize(effort.device)
+        start = effort.clock()
+        for index in range(calls):
+            function(sets[(first + index) % count])
+        synchronize(effort.device)
+        return (effort.clock() - start) / calls
+
+    calls = {}
+    for name in contenders:
+        seconds_of(name, 1)  # compiles
+        warm = seconds_of(name, 1, 1)
+        calls[name] = calls_of(warm if warm > BLOCK_SECONDS else seconds_of(name, 3), len(sets))
+    rounds: list[dict[str, float]] = []
+    order = list(contenders)
+    planned = 1
+    gc.collect()
+    gc.disable()
+    try:
+        while len(rounds) < planned:
+            start = effort.clock()
+            present = [name for name in order if name not in brief or planned != effort.fewest or len(rounds) < BRIEF_ROUNDS]
+            rounds.append({name: seconds_of(name, calls[name], len(rounds)) for name in present})
+            if len(rounds) == 1:
+                planned = effort.rounds(effort.clock() - start)
+            order.append(order.pop(0))
+    finally:
+        gc.enable()
+    return {
+        "rounds": len(rounds),
+        "us": {name: quartiles([1e6 * times[name] for times in rounds if name in times]) for name in contenders},
+        "ratio": {
+            name: quartiles([times[name] / times[of] for times in rounds if name in times]) for name in contenders if name != of
+        },
+        "seconds": rounds,  # what further ratios are computed from; not kept
+    }
+
+
+def calls_of(seconds: float, sets: int) -> int:
+    """Calls in a block: one, or whole turns through the sets of inputs."""
+    calls = min(MOST_CALLS, round(BLOCK_SECONDS / max(seconds, 1e-9)))
+    return 1 if calls <= 1 else math.ceil(calls / sets) * sets
+
+
+def quartiles(numbers: list[float]) -> list[float]:
+    """Lower quartile, median and upper quartile, to four digits."""
+    found = statistics.quantiles(numbers, n=4, method="inclusive") if len(numbers) > 1 else numbers * 3
+    return [float(f"{number:.4g}") for number in found]
+
+
+def forward_of(run: Callable[[list[Tensor]], Tensor]) -> Timed:
+    """The forward pass alone, as an evaluation has it."""
+
+    def forward(leaves: list[Tensor]) -> Tensor:
+        with torch.no_grad():
+            return run(leaves)
+
+    return forward
 
 
 def gradients_of(run: Callable[[list[Tensor]], Tensor]) -> Timed:
-    """The backward pass after the forward pass, into every leaf."""
+    """The forward and the backward pass, into every leaf; a result that is not a scalar is averaged over by its gradient."""
+    weights: dict[torch.Size, Tensor] = {}
 
     def forward_and_backward(leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(run(leaves), leaves)
+        result = run(leaves)
+        if result.dim() == 0:
+            return torch.autograd.grad(result, leaves)
+        if result.shape not in weights:
+            weights[result.shape] = torch.full_like(result, 1 / result.numel())
+        return torch.autograd.grad(result, leaves, weights[result.shape])
 
     return forward_and_backward
 
 
-def halves(leaves: list[Tensor]) -> list[Tensor]:
-    """The mu and log_var that are the halves of each leaf [rows, 2 * width], an encoder's output."""
-    return [half for leaf in leaves for half in leaf.chunk(2, dim=-1)]
-
-
-def concatenate(leaves: list[Tensor]) -> Any:
-    """What autograd does for chunk: one tensor of two gradients."""
-    with torch.no_grad():
-        return [torch.cat(leaf.chunk(2, dim=-1), dim=-1) for leaf in leaves]
-
-
-def leaf(shape: list[int], options: argparse.Namespace) -> Tensor:
-    """Fresh standard normal numbers that want a gradient."""
-    return torch.randn(shape, device=options.device).to(DTYPES[options.dtype]).requires_grad_()
-
-
-def time_in_turn(functions: dict[str, Timed], leaves: list[Tensor], rounds: int) -> dict[str, Any]:
-    """The functions in turn, round after round, each round starting with the next one; their times and ratios by name."""
-    calls = {}
-    for name, function in functions.items():
-        seconds_of(function, leaves, 1)  # compiles
-        warm = seconds_of(function, leaves, 1)
-        calls[name] = 1 if warm > BLOCK_SECONDS else max(1, min(2000, round(BLOCK_SECONDS / seconds_of(function, leaves, 3))))
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    order = list(functions)
-    for _ in range(rounds):
-        for name in order:
-            times[name].append(seconds_of(functions[name], leaves, calls[name]))
-        order.append(order.pop(0))
-    row = {}
-    for name, seconds in times.items():
-        low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        ratio = statistics.median(a / b for a, b in zip(seconds, times["kl_ext"], strict=True))
-        row[name] = {"median_us": 1e6 * middle, "quartiles_us": [1e6 * low, 1e6 * high], "ratio": ratio}
-    return row
-
-
-def seconds_of(function: Timed, leaves: list[Tensor], calls: int) -> float:
-    """Seconds of one call, averaged over a block of calls."""
-    synchronize(leaves[0])
-    start = time.perf_counter()
-    for _ in range(calls):
-        function(leaves)
-    synchronize(leaves[0])
-    return (time.perf_counter() - start) / calls
-
-
-def synchronize(tensor: Tensor) -> None:
+def synchronize(device: str) -> None:
     """Wait for the device, where there is something to wait for."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def free_memory() -> None:
@@ -102,59 +156,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def positive(text: str) -> int:
-    """An argument of the command line that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
-def parser_of(documentation: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=(documentation or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few and small cases, few rounds; nothing is written")
-    parser.add_argument("--sizes", type=positive, nargs="+", metavar="N", help="numbers of elements")
-    parser.add_argument("--rounds", type=positive, help="rounds that a row is the median of")
-    parser.add_argument("--threads", type=positive, help="threads of the CPU (torch's own number)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (%(default)s)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the arguments (%(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file to write (one in results/; with --quick, none)")
-    return parser
-
-
-def parse(parser: argparse.ArgumentParser, rounds: int, sizes: list[int], quick_sizes: list[int]) -> argparse.Namespace:
-    """What was asked for, with defaults; what cannot be had is refused."""
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this torch sees no CUDA device; use --device cpu")
-    if options.sizes is None:
-        options.sizes = quick_sizes if options.quick else sizes
-    if options.rounds is None:
-        options.rounds = 5 if options.quick else rounds
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    return options
-
-
-def result_file(options: argparse.Namespace, name: str) -> Path | None:
-    """Where the result goes, if anywhere."""
-    default = None if options.quick else HERE / "results" / f"{options.device}-{options.dtype}-{name}.json"
-    return options.out or default
-
-
-def begin(options: argparse.Namespace) -> dict[str, Any]:
-    """A result without rows."""
-    machine = describe_machine(options.device)
-    if machine["load"] > 0.5:
-        print(f"Other processes keep {machine['load']:.1f} cores busy: do not trust these times.", file=sys.stderr)
-    return {"machine": machine, "options": {key: value for key, value in vars(options).items() if key != "out"}, "speed": []}
-
-
-def write(result: dict[str, Any], path: Path | None) -> None:
-    """The result as a file."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written: {path}")

@@ -1,9 +1,8 @@
-"""The benchmarks measure what they say, and benchmarks/table.py shows what was measured."""
+"""The benchmarks measure what they say, judge it by the goals, and the pages show what was measured."""
 
-import argparse
-import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,166 +10,261 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-CONTENDERS = ["kl_ext", "plain torch", "torch.compile"]
-SIZES = [64, 1 << 12]
-SOME_REDUCTIONS = ["none", "batchmean", "sum over 0"]
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 
 pytest.importorskip("tqdm")
 
-
-def bench(name: str, *options: object) -> subprocess.CompletedProcess[str]:
-    """Run a benchmark with torch.compile standing aside: what it compiles to is not what is tested here."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TORCH_COMPILE_DISABLE": "1"}
-    command = [sys.executable, str(BENCHMARKS / f"bench_{name}.py"), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-@pytest.fixture(scope="module", params=["contiguous", "chunk"])
-def result(request, tmp_path_factory):
-    """The JSON file of a quick run, and what it printed."""
-    path = tmp_path_factory.mktemp("bench") / "new" / "result.json"
-    options = ["--quick", "--rounds", 2, "--threads", 1, "--layout", request.param, "--out", path]
-    completed = bench("losses", *options, "--sizes", *SIZES)
-    assert completed.returncode == 0, completed.stderr
-    return json.loads(path.read_text()), completed.stdout
-
-
-def test_every_loss_direction_and_size_is_measured(result):
-    measured, _ = result
-    assert [(row["loss"], row["pass"], row["elements"]) for row in measured["speed"]] == [
-        (loss, direction, size)
-        for loss in ("kl_div_single_loss", "kl_div_pair_loss")
-        for direction in ("forward", "forward + backward")
-        for size in SIZES
-    ]
-    for row in measured["speed"]:
-        for name in CONTENDERS:
-            low, high = row[name]["quartiles_us"]
-            assert 0 < low <= row[name]["median_us"] <= high
-            assert row[name]["ratio"] > 0
-        assert row["kl_ext"]["ratio"] == 1
-        chunk = measured["options"]["layout"] == "chunk" and row["pass"] == "forward + backward"
-        assert ("gradients concatenated" in row) == chunk
-
-
-def test_no_value_of_kl_ext_is_below_the_least(result):
-    measured, _ = result
-    assert len(measured["accuracy"]) == 8
-    for row in measured["accuracy"]:
-        assert row["kl_ext"]["below"] == 0
-        assert row["kl_ext"]["gradient_error"] < 2**-22  # 2 units in the last place; the bound is 3 and this is the median
-        if row["loss"] == "kl_div_single_loss":
-            assert row["kl_ext"]["lost"] == 0
+import bench  # noqa: E402
+import goals  # noqa: E402
+import plots  # noqa: E402
+import suites  # noqa: E402
+import table  # noqa: E402
+import timing  # noqa: E402
+import workloads  # noqa: E402
+from suites import BOTH, CHUNK, FORWARD, KI, MI  # noqa: E402
+from workloads import COMPILED, EAGER, KL_EXT, PEERS, WORKLOADS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def reduction(tmp_path_factory):
-    """The same of the other benchmark; one of its sizes makes only one row of 64."""
-    path = tmp_path_factory.mktemp("reduction") / "result.json"
-    cases = ["--widths", 2, 64, "--sizes", 64, 128, "--reductions", *SOME_REDUCTIONS, "--compiled", "some"]
-    completed = bench("reduction", "--quick", "--rounds", 2, "--threads", 1, *cases, "--out", path)
+def run(tmp_path_factory):
+    """A quick run, with torch.compile standing aside: its JSON file, and what it printed."""
+    path = tmp_path_factory.mktemp("bench") / "new" / "result.json"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TORCH_COMPILE_DISABLE": "1"}
+    command = [sys.executable, BENCHMARKS / "bench.py", "--quick", "--seconds", "0.001", "--out", path]
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert completed.returncode == 0, completed.stderr
     return json.loads(path.read_text()), completed.stdout
 
 
-def test_every_case_of_the_reductions_is_measured(reduction):
-    measured, _ = reduction
-    keys = ("reduction", "width", "layout", "prior", "elements")
-    assert [tuple(row[key] for key in keys) for row in measured["speed"]] == [
-        (name, width, layout, prior, size)
-        for name in SOME_REDUCTIONS
-        for width in (2, 64)
-        for layout in ("contiguous", "chunk")
-        for prior in ("standard", "learned")
-        for size in (64, 128)
-        if size >= 2 * width
+def chosen(result, suite):
+    return [row for row in result["rows"] if row["suite"] == suite]
+
+
+def test_every_suite_is_measured_and_its_numbers_are_in_order(run):
+    result, _ = run
+    names = {name.replace("-", " ") for name in (*bench.SUITES, *bench.ONCE)}
+    assert {row["suite"] for row in result["rows"]} == names | {"exponent"}
+    for row in result["rows"]:
+        assert row["elements"] > 0
+        for low, middle, high in row.get("us", {}).values():
+            assert 0 < low <= middle <= high
+        for low, middle, high in row.get("ratio", {}).values():
+            assert low <= middle <= high
+
+
+def test_every_workload_size_and_pass_has_all_peers(run):
+    rows = chosen(run[0], "ratios")
+    assert [(row["case"], row["pass"], row["elements"]) for row in rows] == [
+        (name, direction, size) for size in (4 * KI, MI) for name in WORKLOADS for direction in (FORWARD, BOTH)
     ]
-    for row in measured["speed"]:
-        assert ("torch.compile" in row) == (row["width"] == 64)
-        assert ("gradients concatenated" in row) == (row["layout"] == "chunk")
-        for name in CONTENDERS:
-            assert name not in row or (row[name]["median_us"] > 0 and row[name]["ratio"] > 0)
-        assert row["kl_ext"]["ratio"] == 1
+    for row in rows:
+        joined = {CHUNK} if "chunk" in row["case"] and row["pass"] == BOTH else set()
+        assert set(row["us"]) == {*PEERS, *joined}
+        assert set(row["ratio"]) == {*PEERS, *joined} - {KL_EXT}
 
 
-def test_the_tables_of_reductions_are_printed(reduction, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import table
-
-    measured, printed = reduction
-    for kind in table.REDUCTION_KINDS.values():
-        assert kind(measured) in printed
-    for row in measured["speed"]:
-        row["plain torch"]["ratio"] = 2.0
-    measured["speed"][3]["plain torch"]["ratio"] = 0.5
-    assert "| batchmean  | learned  |   2.0 | 2.0 / " in table.reduction_ratios(measured)
-    assert "slower than plain torch in 1 of 36 rows (least ratio 0.50: none, D = 2, contiguous, learned, 128) and than" in (
-        table.reduction_losses(measured)
-    )
+def test_a_result_says_where_it_comes_from(run):
+    machine = run[0]["machine"]
+    for fact in ("date", "device", "cpu", "cores", "huge_pages", "cpu_capability", "python", "torch", "kl_ext"):
+        assert machine[fact], fact
+    assert "commit" in machine
+    assert run[0]["options"]["threads"] == [1]
+    assert run[0]["options"]["quick"]
 
 
-@pytest.mark.parametrize("prior", ["standard", "learned"])
-@pytest.mark.parametrize("layout", ["contiguous", "chunk"])
-def test_the_contenders_of_a_reduction_compute_the_same_gradients(layout, prior, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import bench_reduction
-
-    leaves = bench_reduction.fresh(4, layout, prior, 32, argparse.Namespace(device="cpu", dtype="float64"))
-    assert sum(leaf.numel() for leaf in leaves) == 64 + (8 if prior == "learned" else 0)
-    for how in bench_reduction.REDUCTIONS.values():
-        gradients = [bench_reduction.contender(name, how, layout)(leaves) for name in ("kl_ext", "plain torch")]
-        assert all(gradient.any() for gradient in gradients[0])
-        torch.testing.assert_close(*gradients)
+def test_every_goal_finds_its_rows(run):
+    assert [goal["name"] for goal in run[0]["goals"]] == [goal.name for goal in goals.GOALS]
 
 
-def test_a_result_says_where_it_comes_from(result, reduction):
-    for measured, _ in (result, reduction):
-        machine = measured["machine"]
-        assert machine["threads"] == 1
-        for fact in ("date", "device", "cpu", "cores", "cpu_capability", "python", "torch", "kl_ext"):
-            assert machine[fact], fact
-        assert "commit" in machine
+def test_kl_ext_keeps_its_error_bounds_and_never_falls_below_the_least_value(run):
+    rows = chosen(run[0], "accuracy")
+    assert len(rows) == 18
+    for row in rows:
+        found = row["peers"][KL_EXT]
+        assert set(row["peers"]) == set(PEERS)
+        assert found["negative"] == 0
+        assert found["worst_ulp"] <= (2.5 if row["case"] == "single" else 4.5)
+        assert found["gradient_ulp"] <= 3
+        if row["case"] != "pair":
+            assert found["lost"] == 0
+            assert abs(found["mean_ratio"] - 1) < 1e-3
 
 
-def test_the_printed_tables_are_those_of_the_pages(result, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import table
-
-    measured, printed = result
-    for kind in table.LOSS_KINDS.values():
-        assert kind(measured) in printed
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("losses", ["--sizes", "0"], "argument --sizes: expected a positive integer, got '0'"),
-        ("losses", ["--threads", "two"], "argument --threads: expected a positive integer, got 'two'"),
-        ("losses", ["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        ("losses", ["--device", "cuda"], "--device cuda: this torch sees no CUDA device; use --device cpu"),
-        ("reduction", ["--device", "cuda"], "--device cuda: this torch sees no CUDA device; use --device cpu"),
-        ("reduction", ["--reductions", "max"], "argument --reductions: invalid choice: 'max'"),
-        ("reduction", ["--sizes", "8", "--widths", "8"], "--sizes: none of them makes two or more rows of one of the --widths"),
-    ],
-)
-def test_bad_options_are_refused(name, options, message, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    benchmark = importlib.import_module(f"bench_{name}")
-
-    monkeypatch.setattr(sys, "argv", [f"bench_{name}.py", *options])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as stopped:
-        benchmark.main()
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+def test_what_is_printed_is_what_the_pages_show(run):
+    result, printed = run
+    for kind in table.PRINTED.values():
+        text = kind(result)
+        assert text
+        assert text in printed
+    for name, kind in table.KINDS.items():
+        assert kind(result), name
 
 
-def test_table_fills_what_stands_between_the_markers(tmp_path, monkeypatch, result):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import table
+def test_plots_are_drawn_from_a_result(run, tmp_path):
+    plots.draw(run[0], tmp_path)
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == sorted(f"bench-{name}.png" for name in plots.PLOTS)
+    for path in tmp_path.iterdir():
+        assert 5_000 < path.stat().st_size < 100_000
 
-    measured, _ = result
+
+def test_the_pages_show_every_plot():
+    pages = (ROOT / "README.md").read_text() + (BENCHMARKS / "README.md").read_text()
+    for name in plots.PLOTS:
+        assert f"docs/bench-{name}.png" in pages
+
+
+class Machine:
+    """Contenders whose calls take a known time on a clock of their own, slower in some rounds."""
+
+    def __init__(self, **seconds):
+        self.now, self.slowdown, self.log = 0.0, 1.0, []
+        self.contenders = {name: self._contender(name, length) for name, length in seconds.items()}
+
+    def _contender(self, name, length):
+        def call(leaves):
+            self.log.append((name, leaves[0]))
+            self.now += self.slowdown * length
+
+        return call
+
+    def effort(self, **limits):
+        return timing.Effort(clock=lambda: self.now, **{"seconds": 1.0, "fewest": 3, "most": 9, **limits})
+
+
+def test_contenders_take_turns_and_each_round_starts_with_the_next():
+    machine = Machine(a=0.1, b=0.2, c=0.3)
+    row = timing.time_in_turn(machine.contenders, [["x"]], machine.effort(), "a")
+    names = "".join(name for name, _ in machine.log)
+    assert names == "aabbcc" + "abc" + "bca" + "cab"  # each twice to compile and to be estimated
+    assert row["rounds"] == 3
+    assert row["us"] == {"a": [1e5] * 3, "b": [2e5] * 3, "c": [3e5] * 3}
+    assert row["ratio"] == {"b": [2.0] * 3, "c": [3.0] * 3}
+
+
+def test_a_brief_contender_leaves_a_row_that_has_no_time():
+    for seconds, rounds in [(0.1, 3), (2.0, 8)]:
+        machine = Machine(a=0.1, b=0.15)
+        effort = machine.effort(seconds=seconds + 1e-6, fewest=5)
+        row = timing.time_in_turn(machine.contenders, [["x"], ["y"]], effort, "a", brief=["b"])
+        assert row["rounds"] == max(5, rounds)
+        assert sum(name == "b" for name, _ in machine.log) == 2 + rounds
+        assert row["ratio"] == {"b": [1.5] * 3}
+        assert [leaf for name, leaf in machine.log if name == "a"][2:6] == list("xyxy")  # a set a round
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.1, 3), (0.7, 7), (100.0, 9)])
+def test_a_row_has_as_many_rounds_as_fit_into_its_time(seconds, rounds):
+    machine = Machine(a=0.05, b=0.05)
+    assert timing.time_in_turn(machine.contenders, [["x"]], machine.effort(seconds=seconds + 1e-6), "a")["rounds"] == rounds
+
+
+def test_what_slows_a_round_does_not_change_the_ratios():
+    machine = Machine(a=0.1, b=0.25)
+    rounds = iter([1.0, 7.0, 1.0, 3.0])
+
+    def next_round():
+        machine.slowdown = next(rounds, 1.0) if sum(name == "a" for name, _ in machine.log) >= 2 else 1.0
+
+    # Rounds begin with a, then with b: let only whole rounds differ.
+    calls = machine.contenders
+    order = iter([True, False] * 20)
+    contenders = {name: lambda leaves, call=call: (next(order) and next_round(), call(leaves)) for name, call in calls.items()}
+    row = timing.time_in_turn(contenders, [["x"]], machine.effort(), "a")
+    assert row["us"]["a"][2] > 1.5 * row["us"]["a"][0]
+    assert row["ratio"]["b"] == [2.5] * 3
+
+
+def test_short_calls_are_timed_in_blocks_and_large_inputs_alternate():
+    machine = Machine(a=1e-3, b=1e-3)
+    row = timing.time_in_turn(machine.contenders, [["x"], ["y"]], machine.effort(), "a")
+    block = machine.log[-6:]
+    assert block == [(block[0][0], leaf) for leaf in "xyxyxy"]  # six calls are the first whole turns of 5 ms
+    assert row["us"]["a"] == [1e3] * 3
+    assert len(timing.sets_of(lambda: [], MI - 1)) == 1
+    assert len(timing.sets_of(lambda: [], MI)) == 2
+
+
+def test_what_prepares_a_contender_is_not_timed():
+    machine = Machine(a=0.1, b=0.1)
+    prepared = []
+
+    def prepare():
+        prepared.append(len(machine.log))
+        machine.now += 5.0
+
+    row = timing.time_in_turn(machine.contenders, [["x"]], machine.effort(), "a", {"b": prepare})
+    assert row["us"]["b"] == [1e5] * 3
+    assert [machine.log[index][0] for index in prepared] == ["b"] * 5
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_the_peers_of_a_workload_compute_the_same(name):
+    workload = WORKLOADS[name]
+    leaves = workload.leaves(256, dtype=torch.float64)
+    results = {peer: workload.run(peer)(leaves) for peer in PEERS if peer != COMPILED}
+    gradients = {peer: timing.gradients_of(workload.run(peer))(leaves) for peer in results}
+    for peer in results:
+        torch.testing.assert_close(results[peer], results[EAGER])
+        torch.testing.assert_close(gradients[peer], gradients[EAGER])
+    assert all(gradient.any() for gradient in gradients[KL_EXT])
+    assert not timing.forward_of(workload.run(KL_EXT))(leaves).requires_grad
+    expected = 8 * KI if "latents" in name else 256
+    terms = workloads.Workload(name, workload.shapes, workload.loss).leaves(256)[0].numel() // (2 if workload.chunked else 1)
+    assert terms == expected
+
+
+@pytest.mark.parametrize("name", ["elementwise's gradients", "sum's gradients"])
+def test_the_floor_of_the_backward_moves_its_bytes(run, name):
+    tensors = {"elementwise's gradients": 5, "sum's gradients": 4}[name]
+    (row,) = (row for row in chosen(run[0], "floor") if row["case"] == name)
+    assert row["bytes"] == 4 * tensors * row["elements"]
+
+
+def ratio_row(case, direction, elements, threads=1, **ratios):
+    numbers = {name: [value - 0.1, value, value + 0.1] for name, value in ratios.items()}
+    ratio = {{"eager": EAGER, "compiled": COMPILED}[name]: value for name, value in numbers.items()}
+    return {"suite": "ratios", "case": case, "pass": direction, "elements": elements, "threads": threads, "ratio": ratio}
+
+
+def test_goals_are_judged_by_the_worst_of_their_rows():
+    rows = [
+        ratio_row("single, mean", BOTH, 4 * KI, eager=2.0, compiled=1.25),
+        ratio_row("single, mean", BOTH, MI, eager=5.05, compiled=1.3),
+        ratio_row("batchmean", BOTH, 64 * KI, 2, eager=4.5, compiled=8.0),
+        ratio_row("batchmean", FORWARD, MI, eager=0.1, compiled=1.1),
+        ratio_row("latents, chunk", BOTH, MI, eager=2.6, compiled=0.997),
+    ]
+    found = {goal["name"]: goal for goal in goals.judge(rows)}
+    assert len(found) == 6
+    assert found["plain torch, 4 Ki, forward + backward"]["met"]
+    eager = found["plain torch, from 64 Ki on, forward + backward"]
+    assert (eager["measured"], eager["met"], eager["missed"], eager["rows"], eager["close"]) == (4.5, False, 1, 2, False)
+    assert eager["worst"] == "batchmean, forward + backward, 64 Ki, 2 threads"
+    compiled = found["torch.compile, in every case"]
+    assert (compiled["measured"], compiled["met"], compiled["rows"]) == (1.1, False, 4)
+    mean = found["torch.compile, geometric mean of all cases"]
+    assert mean["measured"] == pytest.approx((1.25 * 1.3 * 8.0 * 1.1 * 0.997) ** 0.2, rel=1e-3)
+    assert not mean["met"]
+    assert found["plain torch, chunk from 1 Mi on, forward + backward"]["met"]
+    joined = found["torch.compile, chunk from 1 Mi on, forward + backward"]
+    assert joined["met"]  # 1.00 as it is shown
+    assert joined["close"]
+
+
+def test_an_upper_bound_is_judged_by_the_largest_ratio():
+    rows = [
+        {"suite": "dtypes", "case": "sum", "pass": FORWARD, "elements": MI, "threads": 1, "ratio": {"float64": [2, value, 3]}}
+        for value in (2.1, 2.25)
+    ]
+    (found,) = goals.judge(rows)
+    assert (found["sense"], found["measured"], found["met"], found["missed"]) == ("≤", 2.25, False, 1)
+
+
+def test_table_fills_what_stands_between_the_markers(tmp_path, monkeypatch, run):
+    measured, _ = run
     (tmp_path / "a.json").write_text(json.dumps(measured))
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     page = "before\n<!-- table: ratios a.json -->\nold\n<!-- end of table -->\nafter\n"
@@ -179,3 +273,59 @@ def test_table_fills_what_stands_between_the_markers(tmp_path, monkeypatch, resu
     assert table.fill(filled) == filled
     with pytest.raises(SystemExit, match="no table 'nonsense'"):
         table.fill(page.replace("ratios", "nonsense"))
+
+
+def test_every_table_of_the_pages_has_rows():
+    for page in table.PAGES:
+        for match in table.MARKER.finditer(page.read_text()):
+            assert match[4], f"{page.name}: {match[2]}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sizes", "0"], "argument --sizes: expected a positive integer, got '0'"),
+        (["--threads", "two"], "argument --threads: expected a positive integer, got 'two'"),
+        (["--only", "rations"], "argument --only: invalid choice: 'rations'"),
+        (["--device", "cuda"], "--device cuda: this torch sees no CUDA device; use --device cpu"),
+    ],
+)
+def test_bad_options_are_refused(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *options])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        bench.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_full_run_has_every_size_and_a_quick_one_writes_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py"])
+    options = bench.parse_options()
+    plan = bench.plan_of(options)
+    assert options.out == BENCHMARKS / "results" / "cpu.json"
+    assert (plan.threads, plan.sizes) == ([1, 2], [4 * KI, 64 * KI, MI, 16 * MI])
+    assert (plan.linear[0], plan.linear[-1]) == (MI, 256 * MI)
+    assert (plan.batches, plan.latents) == ([128, 4096], [32, 512])
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--quick"])
+    assert bench.parse_options().out is None
+
+
+def test_the_threads_of_a_row_are_those_it_says(monkeypatch):
+    before, seen = torch.get_num_threads(), []
+
+    def suite(plan):
+        yield suites.Case("a case", lambda: seen.append(torch.get_num_threads()) or [])
+
+    monkeypatch.setattr(bench, "SUITES", {"one": suite})
+    monkeypatch.setattr(bench, "ONCE", {})
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--quick", "--only", "one", "--threads", "1", "2"])
+    options = bench.parse_options()
+    assert bench.measure(options, bench.plan_of(options)) == []
+    assert seen == [1, 2]
+    assert torch.get_num_threads() == before
+
+
+def test_makefile_runs_the_plots_and_tables_after_the_measurement():
+    recipe = re.search(r"^bench:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert re.findall(r"benchmarks/(\w+)\.py", recipe) == ["bench", "plots", "table"]
