@@ -223,6 +223,7 @@ def values() -> str:
     return table(["p", "q", "KL(p, q)", "pair loss", "single loss of p"], rows)
 
 
+OTHERS = ["plain torch", "torch.compile"]
 SUITES = ["ratios", "floor", "overhead", "compiled step", "dtypes", "threads", "linear", "exponent", "subnormals"]
 KINDS: dict[str, Callable[[Result], str]] = {
     "machine": machine,

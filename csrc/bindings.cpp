@@ -48,22 +48,25 @@ bool read(PyObject* object, std::string_view& text) {
   return true;
 }
 
+bool read(PyObject* object, int64_t& number) {
+  int overflow = 0;
+  number = PyLong_CheckExact(object) ? PyLong_AsLongLongAndOverflow(object, &overflow) : 0;
+  return PyLong_CheckExact(object) && overflow == 0;
+}
+
+// A number or a tuple of them.
 bool read(PyObject* object, std::optional<at::DimVector>& dims) {
   if (object == Py_None) {
     return true;
   }
-  if (!PyTuple_CheckExact(object)) {
-    return false;
-  }
   dims.emplace();
+  if (!PyTuple_CheckExact(object)) {
+    return read(object, dims->emplace_back());
+  }
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(object); ++i) {
-    PyObject* const item = PyTuple_GET_ITEM(object, i);
-    int overflow = 0;
-    const long long dim = PyLong_CheckExact(item) ? PyLong_AsLongLongAndOverflow(item, &overflow) : 0;
-    if (!PyLong_CheckExact(item) || overflow != 0) {
+    if (!read(PyTuple_GET_ITEM(object, i), dims->emplace_back())) {
       return false;
     }
-    dims->push_back(dim);
   }
   return true;
 }

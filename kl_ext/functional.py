@@ -169,14 +169,14 @@ def gaussian_kl_div(
         >>> kl_ext.gaussian_kl_div(mu, log_var, reduction="batchmean")
         tensor(1.2500)
     """
-    if isinstance(dim, int):
-        dim = (dim,)
-    if isinstance(mu_q, Real) or isinstance(log_var_q, Real):
-        mu_q, log_var_q, dtype = _with_tensors_for_numbers(mu_p, log_var_p, mu_q, log_var_q, dtype)
     if not _is_compiling():
         result = _bindings.gaussian_kl_div(mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, dtype)
         if result is not None:
             return result
+    if isinstance(dim, int):
+        dim = (dim,)
+    if isinstance(mu_q, Real) or isinstance(log_var_q, Real):
+        mu_q, log_var_q, dtype = _with_tensors_for_numbers(mu_p, log_var_p, mu_q, log_var_q, dtype)
     try:
         return _gaussian_kl_div(  # type: ignore[no-any-return]
             mu_p,

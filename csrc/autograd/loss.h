@@ -164,6 +164,13 @@ std::array<Argument, N> named(const std::array<const char*, N>& names, const Ten
   return named(names, tensors, std::make_index_sequence<N>());
 }
 
+template <size_t N>
+std::array<bool, N> all_of() {
+  std::array<bool, N> flags;
+  flags.fill(true);
+  return flags;
+}
+
 template <class Op, size_t N = Op::kInputs>
 at::Tensor forward(const Op& op, const Tensors<N>& inputs, std::optional<at::ScalarType> dtype) {
   check_tensors(Op::kForwardName, named(Op::kArguments, inputs));
@@ -176,8 +183,9 @@ at::Tensor forward(const Op& op, const Tensors<N>& inputs, std::optional<at::Sca
   if (any_requires_grad(inputs)) {
     auto node = make_node<Backward<Op>>(inputs);
     node->op = op;
-    node->save(inputs, needed_by_gradients<Op>(inputs));
-    if (op.needs_shapes()) {
+    const auto needed = needed_by_gradients<Op>(inputs);
+    node->save(inputs, needed);
+    if (op.needs_shapes() && needed != all_of<N>()) {
       const auto shape = shape_of_terms(op, result, inputs);
       node->shape.assign(shape.begin(), shape.end());
     }
@@ -207,9 +215,7 @@ Tensors<N> backward(const Op& op, const at::Tensor& grad_output, const Tensors<N
   if (any_requires_grad(tensors)) {
     auto node = make_node<BackwardBackward<Op>>(tensors);
     node->op = op;
-    std::array<bool, N + 1> needed;
-    needed.fill(true);
-    node->save(tensors, needed);
+    node->save(tensors, all_of<N + 1>());
     set_history(gradients, node);
   }
   const at::Tensor grad_tangent = grad_output._fw_grad(/*level=*/0);
