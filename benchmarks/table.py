@@ -236,6 +236,9 @@ KINDS: dict[str, Callable[[Result], str]] = {
     "gradient_accuracy": gradient_accuracy,
     "lost": lost,
     **{("times" if suite == "ratios" else suite.replace(" ", "_")): suite_table(suite) for suite in SUITES},
+}
+# Of a result of gpu_check.py.
+GPU_KINDS = {
     "gpu_bandwidth": gpu_bandwidth,
     "gpu_ratios": gpu_ratios,
     "gpu_goals": gpu_goals,
@@ -290,9 +293,10 @@ def fill(text: str) -> str:
 
     def written(match: re.Match[str]) -> str:
         opening, kind, name, _, end = match.groups()
-        if (kind not in KINDS) if name else (kind != "values"):
-            raise SystemExit(f"table.py: no table {kind!r}; there are {', '.join(KINDS)} of a result, and values of none")
-        made = KINDS[kind](json.loads((RESULTS / name).read_text())) if name else values()
+        kinds = KINDS | GPU_KINDS
+        if (kind not in kinds) if name else (kind != "values"):
+            raise SystemExit(f"table.py: no table {kind!r}; there are {', '.join(kinds)} of a result, and values of none")
+        made = kinds[kind](json.loads((RESULTS / name).read_text())) if name else values()
         return opening + made + end
 
     return MARKER.sub(written, text)
