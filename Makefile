@@ -25,7 +25,7 @@ endif
 package := build/installed-in-$(subst /,-,$(VENV))
 sources := setup.py pyproject.toml CMakeLists.txt \
   $(shell find build_backend cmake csrc -type f -not -name '*.pyc' -not -path 'csrc/cuda/sass*')
-cxx_files = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+cxx_files = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 

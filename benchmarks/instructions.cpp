@@ -37,23 +37,23 @@ int main(int, char** arguments) {
     std::fprintf(stderr, "%s\n", dlerror());
     return 1;
   }
-  const auto single = find<Tensor(const Tensor&, const Tensor&, double, double, std::optional<at::ScalarType>)>(
-      "kl_ext::kl_div_single_loss");
-  const auto pair = find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double,
-                                std::optional<at::ScalarType>)>("kl_ext::kl_div_pair_loss");
-  const auto single_backward = find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double, double,
-                                                               std::array<bool, 2>)>("kl_ext::kl_div_single_loss_backward");
-  const auto pair_backward =
-      find<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                      double, double, std::array<bool, 4>)>("kl_ext::kl_div_pair_loss_backward");
-  const auto divergence = find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, double, double,
-                                      std::string_view, at::OptionalIntArrayRef, std::optional<at::ScalarType>)>(
-      "kl_ext::gaussian_kl_div");
-  const auto divergence_backward =
-      find<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                                      const OptionalTensor&, double, double, std::string_view,
-                                                      at::OptionalIntArrayRef, std::array<bool, 4>)>(
-          "kl_ext::gaussian_kl_div_backward");
+  const auto single =
+      find<Tensor(const Tensor&, const Tensor&, double, double, std::optional<at::ScalarType>)>("kl_ext::kl_div_single_loss");
+  const auto pair =
+      find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, std::optional<at::ScalarType>)>(
+          "kl_ext::kl_div_pair_loss");
+  const auto single_backward =
+      find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double, double, std::array<bool, 2>)>(
+          "kl_ext::kl_div_single_loss_backward");
+  const auto pair_backward = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, std::array<bool, 4>)>(
+      "kl_ext::kl_div_pair_loss_backward");
+  const auto divergence =
+      find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, double, double, std::string_view,
+                  at::OptionalIntArrayRef, std::optional<at::ScalarType>)>("kl_ext::gaussian_kl_div");
+  const auto divergence_backward = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, double, double,
+      std::string_view, at::OptionalIntArrayRef, std::array<bool, 4>)>("kl_ext::gaussian_kl_div_backward");
   constexpr double kLow = -30, kHigh = 20;
   constexpr std::array<bool, 2> kBoth{true, true};
   constexpr std::array<bool, 4> kAll{true, true, true, true}, kOfP{true, true, false, false};
@@ -68,8 +68,7 @@ int main(int, char** arguments) {
     measure("call single grad", kCalls, [&] { single.call(leaf_x, leaf_y, kLow, kHigh, {}); });
     measure("call pair", kCalls, [&] { pair.call(x, y, y, x, kLow, kHigh, {}); });
     measure("call batchmean", kCalls, [&] { divergence.call(x, y, {}, {}, kLow, kHigh, "batchmean", {}, {}); });
-    measure("call batchmean grad", kCalls,
-            [&] { divergence.call(leaf_x, leaf_y, {}, {}, kLow, kHigh, "batchmean", {}, {}); });
+    measure("call batchmean grad", kCalls, [&] { divergence.call(leaf_x, leaf_y, {}, {}, kLow, kHigh, "batchmean", {}, {}); });
   }
 
   for (const at::ScalarType dtype : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) {
@@ -100,9 +99,8 @@ int main(int, char** arguments) {
     measure("divergence, batchmean" + suffix, 1, [&] { divergence.call(x, y, y, x, kLow, kHigh, "batchmean", {}, {}); });
     measure("batchmean backward" + suffix, 1,
             [&] { divergence_backward.call(one, x, y, {}, {}, kLow, kHigh, "batchmean", {}, kOfP); });
-    measure("batchmean backward with a prior" + suffix, 1, [&] {
-      divergence_backward.call(one, x, y, prior_mu, prior_log_var, kLow, kHigh, "batchmean", {}, kAll);
-    });
+    measure("batchmean backward with a prior" + suffix, 1,
+            [&] { divergence_backward.call(one, x, y, prior_mu, prior_log_var, kLow, kHigh, "batchmean", {}, kAll); });
   }
   return 0;
 }
