@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kl_ext  # noqa: F401
 import layouts
-from emulated_checks import SUMS, arithmetic_of, check_gradients, check_sum, finish_sums, launch_sum
+from emulated_checks import SUMS, arithmetic_of, check_gradients, check_sum, finish_sums, launch_sum, rounded
 from emulated_kernels import DTYPES, NARROW, WIDE, Result, assert_same_bits, values
 from ordered_sum import reduced_sum
 
@@ -168,3 +168,15 @@ def test_the_gradient_of_a_mean_is_divided_as_ieee_has_it(emulated, rng):
             )
             expected = torch.from_numpy(numbers.numpy() / numbers.numpy().dtype.type(divisor))
             assert_same_bits(got, expected, f"divided by {divisor}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_are_rounded_once(emulated, dtype):
+    """Just beside the middle of two neighbours, where float32 on the way would make it the middle."""
+    lower = torch.rand(300).add(0.5).to(dtype)
+    upper = (lower.view(torch.int16) + 1).view(dtype)
+    middle = (lower.double() + upper.double()) / 2
+    even = torch.where(lower.view(torch.int16) % 2 == 0, lower, upper)
+    for sums, nearest in ((middle * (1 + 2**-40), upper), (middle * (1 - 2**-40), lower), (middle, even)):
+        assert_same_bits(rounded(emulated, sums, dtype), nearest, "beside the middle")
+        assert_same_bits(rounded(emulated, -sums, dtype), -nearest, "beside the middle, negative")

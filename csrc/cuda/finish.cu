@@ -1,4 +1,4 @@
-// The small kernels beside those that sum: what sums up the chunks, and the division of the gradient of a mean.
+// The small kernels beside those that sum: what sums up the chunks, the division of the gradient of a mean, and rounding.
 #include <algorithm>
 
 #include "exchange.cuh"
@@ -84,6 +84,14 @@ __global__ void __launch_bounds__(kThreads) divide_each(T* numbers, std::int64_t
   }
 }
 
+template <class S>
+__global__ void __launch_bounds__(kThreads) round_each(const double* numbers, std::int64_t numel, S* rounded) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < numel) {
+    math::narrow(rounded[i], numbers[i]);
+  }
+}
+
 template <class T>
 void finish(const T* partials, std::int64_t chunks, std::int64_t columns, std::int64_t divisor, T* sums, T* scratch,
             CUstream_st* stream) {
@@ -111,6 +119,13 @@ void divide_all(T* numbers, std::int64_t numel, std::int64_t divisor, CUstream_s
                 static_cast<T>(divisor));
 }
 
+template <class S>
+void round_all(const double* numbers, std::int64_t numel, void* rounded, CUstream_st* stream) {
+  constexpr auto kernel = round_each<S>;
+  KL_EXT_LAUNCH(kernel, static_cast<std::uint32_t>(ceil_divide(numel, kThreads)), kThreads, stream, numbers, numel,
+                static_cast<S*>(rounded));
+}
+
 } // namespace
 
 namespace kernels {
@@ -131,6 +146,11 @@ void divide(float* numbers, std::int64_t numel, std::int64_t divisor, CUstream_s
 
 void divide(double* numbers, std::int64_t numel, std::int64_t divisor, CUstream_st* stream) {
   divide_all(numbers, numel, divisor, stream);
+}
+
+void round_to(Storage dtype, const double* numbers, std::int64_t numel, void* rounded, CUstream_st* stream) {
+  const auto round = dtype == kFloat16 ? round_all<math::Half> : round_all<math::BFloat16>;
+  round(numbers, numel, rounded, stream);
 }
 
 } // namespace kernels

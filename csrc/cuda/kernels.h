@@ -78,6 +78,9 @@ void finish_sums(const double* partials, std::int64_t chunks, std::int64_t colum
 void divide(float* numbers, std::int64_t numel, std::int64_t divisor, CUstream_st* stream);
 void divide(double* numbers, std::int64_t numel, std::int64_t divisor, CUstream_st* stream);
 
+// rounded[i] = numbers[i], as float16 or bfloat16 and rounded once, which torch's conversion does by way of float32.
+void round_to(Storage dtype, const double* numbers, std::int64_t numel, void* rounded, CUstream_st* stream);
+
 } // namespace kernels
 
 } // namespace kl_ext::cuda

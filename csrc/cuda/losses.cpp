@@ -58,7 +58,7 @@ at::Tensor forward_sum(const Loss& loss, Arguments inputs, Bounds bounds, at::Sc
     sum.add(input.tensor, input.tensor.scalar_type());
   }
   const int64_t divisor = reduction.divides ? reduction.divisor(shape) : 1;
-  return sum.run(loss.forward_sum, bounds, divisor, device).view(reduction.kept_shape(shape)).to(result);
+  return rounded(sum.run(loss.forward_sum, bounds, divisor, device), result).view(reduction.kept_shape(shape));
 }
 
 // The gradients of broadcast inputs are summed in the pass that computes them: one pass for each way of being broadcast, of
@@ -95,7 +95,7 @@ void backward_sums(const Loss& loss, Arguments arguments, Bounds bounds, const G
     const at::Tensor sums = sum.run(loss.backward_sum, bounds, /*divisor=*/1, device);
     for (size_t i = 0; i < summed.size(); ++i) {
       const at::Tensor& gradient = gradients[summed[i]];
-      gradient.copy_(sums[static_cast<int64_t>(i)].view(gradient.sizes()));
+      gradient.copy_(rounded(sums[static_cast<int64_t>(i)], gradient.scalar_type()).view(gradient.sizes()));
     }
   }
 }

@@ -86,6 +86,20 @@ inline Iteration to_iteration(const at::TensorIterator& iterator, c10::ArrayRef<
   return iteration;
 }
 
+// Contiguous sums in another dtype, rounded once.
+inline at::Tensor rounded(const at::Tensor& sums, at::ScalarType dtype) {
+  if (sums.scalar_type() != at::kDouble || !(dtype == at::kHalf || dtype == at::kBFloat16)) {
+    return sums.to(dtype);
+  }
+  at::Tensor result = at::empty(sums.sizes(), sums.options().dtype(dtype));
+  if (sums.numel() > 0) {
+    kernels::round_to(storage_of(dtype), sums.const_data_ptr<double>(), sums.numel(), result.mutable_data_ptr(),
+                      c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return result;
+}
+
 // Terms of the given shape, to be summed over the dimensions with a flag: operands are added in the order of kernels.h.
 class Sum {
  public:

@@ -103,6 +103,11 @@ extern "C" int divide(bool is_double, void* numbers, std::int64_t numel, std::in
   });
 }
 
+extern "C" int round_to(int dtype, const double* numbers, std::int64_t numel, void* rounded) {
+  return report(~0u, nullptr, 0,
+                [&] { cuda::kernels::round_to(static_cast<cuda::Storage>(dtype), numbers, numel, rounded, nullptr); });
+}
+
 extern "C" std::uint32_t quotient(std::uint32_t dividend, std::uint32_t divisor) {
   return cuda::Divider(divisor).quotient(dividend);
 }
