@@ -2,7 +2,8 @@
 
 A contender is a function of leaf tensors. A round times a block of calls of each contender, and starts with another one than
 the round before. A row reports the median of the rounds, and as its ratios the medians of each round's own ratio: what slows a
-round slows all its contenders.
+round slows all its contenders. A call too long to be timed with others follows one that is not timed: as in a training loop,
+the memory it takes is what a call like it has just freed.
 """
 
 from __future__ import annotations
@@ -63,13 +64,15 @@ def time_in_turn(
     """Times in microseconds and ratios to the contender `of`, each as lower quartile, median and upper quartile.
 
     What `prepare` has for a contender runs before each of its blocks and is not timed. Where a row gets no more than its fewest
-    rounds, the contenders in `brief` take part in the first BRIEF_ROUNDS of them.
+    rounds, the contenders in `brief` take part in the first BRIEF_ROUNDS of them; they have no calls that are not timed.
     """
 
-    def seconds_of(name: str, calls: int, first: int = 0) -> float:
+    def seconds_of(name: str, calls: int, first: int = 0, follow: bool = False) -> float:
+        function, count = contenders[name], len(sets)
+        if follow and calls == 1 and name not in brief:
+            function(sets[(first + 1) % count])
         if prepare and name in prepare:
             prepare[name]()
-        function, count = contenders[name], len(sets)
         synchronize(effort.device)
         start = effort.clock()
         for index in range(calls):
@@ -91,7 +94,7 @@ def time_in_turn(
         while len(rounds) < planned:
             start = effort.clock()
             present = [name for name in order if name not in brief or planned != effort.fewest or len(rounds) < BRIEF_ROUNDS]
-            rounds.append({name: seconds_of(name, calls[name], len(rounds)) for name in present})
+            rounds.append({name: seconds_of(name, calls[name], len(rounds), follow=True) for name in present})
             if len(rounds) == 1:
                 planned = effort.rounds(effort.clock() - start)
             order.append(order.pop(0))
