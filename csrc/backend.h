@@ -5,8 +5,10 @@
 //   Bounds                                        the clamp
 //   forward(loss, inputs, bounds, dtype)                              the terms, in this dtype
 //   forward_sum(loss, inputs, bounds, dtype, shape, reduction)        their sums, shape: of the terms
-//   backward(loss, arguments, bounds, mask)                           arguments: grad_output of each term, then the inputs
-//   backward_sum(loss, grad_output, inputs, bounds, mask, shape, reduction)      grad_output: of the sums
+//   backward(loss, arguments, bounds, gradients)                      arguments: grad_output of each term, then the inputs
+//   backward_sum(loss, grad_output, inputs, bounds, gradients, shape, reduction)      grad_output: of the sums
+//
+// Gradients go where the backend is told; those that are not wanted are undefined.
 #pragma once
 
 #include <torch/library.h>
@@ -45,9 +47,17 @@ struct Operators {
                                                                         const at::Tensor& log_var, double clamp_min,
                                                                         double clamp_max, std::array<bool, 2> output_mask) {
     const Argument arguments[] = {{"grad_output", grad_output}, {"mu", mu}, {"log_var", log_var}};
-    check_backward("kl_div_single_loss_backward", arguments, clamp_min, clamp_max);
-    auto gradients = Backend::backward(Backend::kSingleLoss, Arguments(arguments), {clamp_min, clamp_max}, output_mask);
+    const char* const function = "kl_div_single_loss_backward";
+    auto gradients = backward(function, Backend::kSingleLoss, arguments, clamp_min, clamp_max, wanted(output_mask));
     return {std::move(gradients[0]), std::move(gradients[1])};
+  }
+
+  static void kl_div_single_loss_backward_out(const at::Tensor& grad_output, const at::Tensor& mu, const at::Tensor& log_var,
+                                              double clamp_min, double clamp_max, const std::optional<at::Tensor>& grad_mu,
+                                              const std::optional<at::Tensor>& grad_log_var) {
+    const Argument arguments[] = {{"grad_output", grad_output}, {"mu", mu}, {"log_var", log_var}};
+    const char* const function = "kl_div_single_loss_backward";
+    backward(function, Backend::kSingleLoss, arguments, clamp_min, clamp_max, given({grad_mu, grad_log_var}));
   }
 
   static at::Tensor kl_div_pair_loss(const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
@@ -63,8 +73,21 @@ struct Operators {
       const at::Tensor& log_var_q, double clamp_min, double clamp_max, std::array<bool, 4> output_mask) {
     const Argument arguments[] = {
         {"grad_output", grad_output}, {"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", mu_q}, {"log_var_q", log_var_q}};
-    check_backward("kl_div_pair_loss_backward", arguments, clamp_min, clamp_max);
-    return std::tuple_cat(Backend::backward(Backend::kPairLoss, Arguments(arguments), {clamp_min, clamp_max}, output_mask));
+    const char* const function = "kl_div_pair_loss_backward";
+    return std::tuple_cat(backward(function, Backend::kPairLoss, arguments, clamp_min, clamp_max, wanted(output_mask)));
+  }
+
+  static void kl_div_pair_loss_backward_out(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,
+                                            const at::Tensor& mu_q, const at::Tensor& log_var_q, double clamp_min,
+                                            double clamp_max, const std::optional<at::Tensor>& grad_mu_p,
+                                            const std::optional<at::Tensor>& grad_log_var_p,
+                                            const std::optional<at::Tensor>& grad_mu_q,
+                                            const std::optional<at::Tensor>& grad_log_var_q) {
+    const Argument arguments[] = {
+        {"grad_output", grad_output}, {"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", mu_q}, {"log_var_q", log_var_q}};
+    const char* const function = "kl_div_pair_loss_backward";
+    backward(function, Backend::kPairLoss, arguments, clamp_min, clamp_max,
+             given({grad_mu_p, grad_log_var_p, grad_mu_q, grad_log_var_q}));
   }
 
   static at::Tensor gaussian_kl_div(const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
@@ -86,27 +109,86 @@ struct Operators {
       const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
       const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max, std::string_view reduction,
       at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask) {
+    return std::tuple_cat(divergence_backward(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim,
+                                              wanted(output_mask)));
+  }
+
+  static void gaussian_kl_div_backward_out(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,
+                                           const std::optional<at::Tensor>& mu_q, const std::optional<at::Tensor>& log_var_q,
+                                           double clamp_min, double clamp_max, std::string_view reduction,
+                                           at::OptionalIntArrayRef dim, const std::optional<at::Tensor>& grad_mu_p,
+                                           const std::optional<at::Tensor>& grad_log_var_p,
+                                           const std::optional<at::Tensor>& grad_mu_q,
+                                           const std::optional<at::Tensor>& grad_log_var_q) {
+    divergence_backward(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim,
+                        given({grad_mu_p, grad_log_var_p, grad_mu_q, grad_log_var_q}));
+  }
+
+  static void register_in(torch::Library& m) {
+    m.impl("kl_div_single_loss", kl_div_single_loss);
+    m.impl("kl_div_single_loss_backward", kl_div_single_loss_backward);
+    m.impl("kl_div_single_loss_backward.out", kl_div_single_loss_backward_out);
+    m.impl("kl_div_pair_loss", kl_div_pair_loss);
+    m.impl("kl_div_pair_loss_backward", kl_div_pair_loss_backward);
+    m.impl("kl_div_pair_loss_backward.out", kl_div_pair_loss_backward_out);
+    m.impl("gaussian_kl_div", gaussian_kl_div);
+    m.impl("gaussian_kl_div_backward", gaussian_kl_div_backward);
+    m.impl("gaussian_kl_div_backward.out", gaussian_kl_div_backward_out);
+  }
+
+ private:
+  // Where gradients go: called with the function's name and the inputs.
+  static auto wanted(Mask mask) {
+    return [mask](const char*, Arguments inputs) {
+      Gradients gradients;
+      for (size_t i = 0; i < inputs.size(); ++i) {
+        if (mask[i]) {
+          gradients[i] = at::empty_like(inputs[i].tensor);
+        }
+      }
+      return gradients;
+    };
+  }
+
+  static auto given(std::initializer_list<std::optional<at::Tensor>> tensors) {
+    return [gradients = std::vector(tensors)](const char* function, Arguments inputs) {
+      Gradients checked;
+      for (size_t i = 0; i < inputs.size(); ++i) {
+        if (gradients[i]) {
+          check_gradient(function, *gradients[i], inputs[i]);
+          checked[i] = *gradients[i];
+        }
+      }
+      return checked;
+    };
+  }
+
+  template <class Where>
+  static Gradients backward(const char* function, const Loss& loss, Arguments arguments, double clamp_min, double clamp_max,
+                            const Where& where) {
+    check_backward(function, arguments, clamp_min, clamp_max);
+    Gradients gradients = where(function, arguments.slice(1));
+    Backend::backward(loss, arguments, {clamp_min, clamp_max}, gradients);
+    return gradients;
+  }
+
+  template <class Where>
+  static Gradients divergence_backward(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,
+                                       const std::optional<at::Tensor>& mu_q, const std::optional<at::Tensor>& log_var_q,
+                                       double clamp_min, double clamp_max, std::string_view reduction,
+                                       at::OptionalIntArrayRef dim, const Where& where) {
     const char* const function = "gaussian_kl_div_backward";
     return with_inputs(function, mu_p, log_var_p, mu_q, log_var_q, [&](const Loss& loss, Arguments inputs) {
       check_forward(function, inputs, clamp_min, clamp_max, std::nullopt);
       const at::DimVector shape = broadcast_shape(inputs);
       const Reduction parsed = parse_reduction(function, reduction, dim, static_cast<int64_t>(shape.size()));
       check_grad_output(function, {"grad_output", grad_output}, inputs, parsed.kept_shape(at::IntArrayRef(shape)));
-      const Mask mask(output_mask.data(), inputs.size());
-      return std::tuple_cat(Backend::backward_sum(loss, grad_output, inputs, {clamp_min, clamp_max}, mask, shape, parsed));
+      Gradients gradients = where(function, inputs);
+      Backend::backward_sum(loss, grad_output, inputs, {clamp_min, clamp_max}, gradients, shape, parsed);
+      return gradients;
     });
   }
 
-  static void register_in(torch::Library& m) {
-    m.impl("kl_div_single_loss", kl_div_single_loss);
-    m.impl("kl_div_single_loss_backward", kl_div_single_loss_backward);
-    m.impl("kl_div_pair_loss", kl_div_pair_loss);
-    m.impl("kl_div_pair_loss_backward", kl_div_pair_loss_backward);
-    m.impl("gaussian_kl_div", gaussian_kl_div);
-    m.impl("gaussian_kl_div_backward", gaussian_kl_div_backward);
-  }
-
- private:
   // Calls use(loss, inputs): without q, against the standard normal.
   template <class Use>
   static auto with_inputs(const char* function, const at::Tensor& mu_p, const at::Tensor& log_var_p,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ExpandUtils.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -133,6 +134,18 @@ inline void check_grad_output(const char* function, Argument grad_output, Argume
   check_devices(function, both);
   TORCH_CHECK(grad_output.tensor.sizes() == shape, function, ": expected grad_output of shape ", shape, ", got shape ",
               grad_output.tensor.sizes());
+}
+
+// A tensor that is to hold the gradient of an input.
+inline void check_gradient(const char* function, const at::Tensor& gradient, Argument input) {
+  const auto& [name, tensor] = input;
+  TORCH_CHECK_TYPE(gradient.scalar_type() == tensor.scalar_type(), function, ": expected grad_", name, " to be ",
+                   dtype_name(tensor.scalar_type()), " like ", name, ", got ", dtype_name(gradient.scalar_type()));
+  TORCH_CHECK(gradient.device() == tensor.device(), function, ": expected grad_", name, " on ", tensor.device(), " like ", name,
+              ", got ", gradient.device());
+  TORCH_CHECK(gradient.sizes() == tensor.sizes(), function, ": expected grad_", name, " of shape ", tensor.sizes(), " like ",
+              name, ", got shape ", gradient.sizes());
+  at::assert_no_internal_overlap(gradient);
 }
 
 } // namespace kl_ext

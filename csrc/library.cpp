@@ -32,8 +32,8 @@ namespace ops {
 namespace {
 
 template <class Function>
-c10::TypedOperatorHandle<Function> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
+c10::TypedOperatorHandle<Function> find(const char* name, const char* overload = "") {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Function>();
 }
 
 } // namespace
@@ -51,6 +51,13 @@ std::tuple<at::Tensor, at::Tensor> kl_div_single_loss_backward(const at::Tensor&
   return handle.call(grad_output, mu, log_var, clamp_min, clamp_max, output_mask);
 }
 
+void kl_div_single_loss_backward_out(const at::Tensor& grad_output, const at::Tensor& mu, const at::Tensor& log_var,
+                                     double clamp_min, double clamp_max, const std::optional<at::Tensor>& grad_mu,
+                                     const std::optional<at::Tensor>& grad_log_var) {
+  static const auto handle = find<decltype(kl_div_single_loss_backward_out)>("kl_ext::kl_div_single_loss_backward", "out");
+  handle.call(grad_output, mu, log_var, clamp_min, clamp_max, grad_mu, grad_log_var);
+}
+
 at::Tensor kl_div_pair_loss(const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
                             const at::Tensor& log_var_q, double clamp_min, double clamp_max,
                             std::optional<at::ScalarType> dtype) {
@@ -63,6 +70,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_div_pair_loss_back
     const at::Tensor& log_var_q, double clamp_min, double clamp_max, std::array<bool, 4> output_mask) {
   static const auto handle = find<decltype(kl_div_pair_loss_backward)>("kl_ext::kl_div_pair_loss_backward");
   return handle.call(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, output_mask);
+}
+
+void kl_div_pair_loss_backward_out(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,
+                                   const at::Tensor& mu_q, const at::Tensor& log_var_q, double clamp_min, double clamp_max,
+                                   const std::optional<at::Tensor>& grad_mu_p, const std::optional<at::Tensor>& grad_log_var_p,
+                                   const std::optional<at::Tensor>& grad_mu_q, const std::optional<at::Tensor>& grad_log_var_q) {
+  static const auto handle = find<decltype(kl_div_pair_loss_backward_out)>("kl_ext::kl_div_pair_loss_backward", "out");
+  handle.call(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, grad_mu_p, grad_log_var_p, grad_mu_q,
+              grad_log_var_q);
 }
 
 at::Tensor gaussian_kl_div(const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
@@ -78,6 +94,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_div_backw
     at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask) {
   static const auto handle = find<decltype(gaussian_kl_div_backward)>("kl_ext::gaussian_kl_div_backward");
   return handle.call(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, output_mask);
+}
+
+void gaussian_kl_div_backward_out(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,
+                                  const std::optional<at::Tensor>& mu_q, const std::optional<at::Tensor>& log_var_q,
+                                  double clamp_min, double clamp_max, std::string_view reduction, at::OptionalIntArrayRef dim,
+                                  const std::optional<at::Tensor>& grad_mu_p, const std::optional<at::Tensor>& grad_log_var_p,
+                                  const std::optional<at::Tensor>& grad_mu_q, const std::optional<at::Tensor>& grad_log_var_q) {
+  static const auto handle = find<decltype(gaussian_kl_div_backward_out)>("kl_ext::gaussian_kl_div_backward", "out");
+  handle.call(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, grad_mu_p,
+              grad_log_var_p, grad_mu_q, grad_log_var_q);
 }
 
 } // namespace ops
@@ -117,12 +143,21 @@ TORCH_LIBRARY(kl_ext, m) {
       " bool[2] output_mask) -> (Tensor, Tensor)",
       compliant);
   m.def(
+      "kl_div_single_loss_backward.out(Tensor grad_output, Tensor mu, Tensor log_var, float clamp_min, float clamp_max, *,"
+      " Tensor(a!)? grad_mu, Tensor(b!)? grad_log_var) -> ()",
+      compliant);
+  m.def(
       "kl_div_pair_loss(Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor log_var_q, *, float clamp_min=-30.0,"
       " float clamp_max=20.0, ScalarType? dtype=None) -> Tensor",
       elementwise);
   m.def(
       "kl_div_pair_loss_backward(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor log_var_q,"
       " float clamp_min, float clamp_max, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+      compliant);
+  m.def(
+      "kl_div_pair_loss_backward.out(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor log_var_q,"
+      " float clamp_min, float clamp_max, *, Tensor(a!)? grad_mu_p, Tensor(b!)? grad_log_var_p, Tensor(c!)? grad_mu_q,"
+      " Tensor(d!)? grad_log_var_q) -> ()",
       compliant);
   m.def(
       "gaussian_kl_div(Tensor mu_p, Tensor log_var_p, Tensor? mu_q=None, Tensor? log_var_q=None, *, float clamp_min=-30.0,"
@@ -133,11 +168,17 @@ TORCH_LIBRARY(kl_ext, m) {
       " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] output_mask)"
       " -> (Tensor, Tensor, Tensor, Tensor)",
       compliant);
+  m.def(
+      "gaussian_kl_div_backward.out(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor? mu_q, Tensor? log_var_q,"
+      " float clamp_min, float clamp_max, str reduction, int[]? dim, *, Tensor(a!)? grad_mu_p, Tensor(b!)? grad_log_var_p,"
+      " Tensor(c!)? grad_mu_q, Tensor(d!)? grad_log_var_q) -> ()",
+      compliant);
 }
 
 TORCH_LIBRARY_IMPL(kl_ext, CompositeExplicitAutograd, m) {
-  for (const char* name : {"kl_div_single_loss", "kl_div_single_loss_backward", "kl_div_pair_loss", "kl_div_pair_loss_backward",
-                           "gaussian_kl_div", "gaussian_kl_div_backward"}) {
+  for (const char* name : {"kl_div_single_loss", "kl_div_single_loss_backward", "kl_div_single_loss_backward.out",
+                           "kl_div_pair_loss", "kl_div_pair_loss_backward", "kl_div_pair_loss_backward.out", "gaussian_kl_div",
+                           "gaussian_kl_div_backward", "gaussian_kl_div_backward.out"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&kl_ext::refuse>());
   }
 }

@@ -33,7 +33,7 @@ struct GaussianKlDiv : Formula {
 
   static std::optional<at::Tensor> q(const Tensors<N>& x, size_t i) {
     if constexpr (N == 4) {
-      return x[i];
+      return optional(x[i]);
     }
     return std::nullopt;
   }
@@ -57,6 +57,12 @@ struct GaussianKlDiv : Formula {
 
   Tensors<N> backward(const at::Tensor& grad_output, const Tensors<N>& x, std::array<bool, N> mask) const {
     return backward(grad_output, x, mask, reduction, dims());
+  }
+
+  void backward_out(const at::Tensor& grad_output, const Tensors<N>& x, const Tensors<N>& gradients) const {
+    ops::gaussian_kl_div_backward_out(grad_output, x[0], x[1], q(x, 2), q(x, 3), this->clamp_min, this->clamp_max, reduction,
+                                      dims(), optional(gradients[0]), optional(gradients[1]), q(gradients, 2),
+                                      q(gradients, 3));
   }
 
   Tensors<N> terms_backward(const at::Tensor& grad_terms, const Tensors<N>& x, std::array<bool, N> mask) const {
@@ -130,9 +136,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_div_backw
   return {mu, log_var, at::Tensor(), at::Tensor()};
 }
 
+void gaussian_kl_div_backward_out(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,
+                                  const std::optional<at::Tensor>& mu_q, const std::optional<at::Tensor>& log_var_q,
+                                  double clamp_min, double clamp_max, std::string_view reduction, at::OptionalIntArrayRef dim,
+                                  const std::optional<at::Tensor>& grad_mu_p, const std::optional<at::Tensor>& grad_log_var_p,
+                                  const std::optional<at::Tensor>& grad_mu_q, const std::optional<at::Tensor>& grad_log_var_q) {
+  check_together("gaussian_kl_div_backward", mu_q, log_var_q);
+  const at::Tensor of_mu_p = grad_mu_p.value_or(at::Tensor());
+  const at::Tensor of_log_var_p = grad_log_var_p.value_or(at::Tensor());
+  if (mu_q) {
+    backward_out(with<Pair>(clamp_min, clamp_max, reduction, dim), grad_output, {mu_p, log_var_p, *mu_q, *log_var_q},
+                 {of_mu_p, of_log_var_p, grad_mu_q.value_or(at::Tensor()), grad_log_var_q.value_or(at::Tensor())});
+  } else {
+    backward_out(with<Standard>(clamp_min, clamp_max, reduction, dim), grad_output, {mu_p, log_var_p}, {of_mu_p, of_log_var_p});
+  }
+}
+
 TORCH_LIBRARY_IMPL(kl_ext, Autograd, m) {
   m.impl("gaussian_kl_div", gaussian_kl_div);
   m.impl("gaussian_kl_div_backward", gaussian_kl_div_backward);
+  m.impl("gaussian_kl_div_backward.out", gaussian_kl_div_backward_out);
 }
 
 } // namespace

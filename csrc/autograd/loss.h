@@ -5,6 +5,7 @@
 //   needs_shapes()                                        whether it needs the shape of the terms, which grad_output lacks
 //   forward(inputs, dtype)                                the operator
 //   backward(grad_output, inputs, mask)                   its backward operator
+//   backward_out(grad_output, inputs, gradients)          the same into given tensors
 //   terms_backward(grad_terms, inputs, mask)              that of the terms before their reduction, if there is one
 //   reduce(terms), unreduce(grad_output, shape)           the reduction; the gradient of the terms, broadcasting with them
 //   curvature(inputs, v)                                  row by row, the Hessian of the term times v, differentiable
@@ -17,13 +18,20 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
 #include "../checks.h"
+#include "halves.h"
 #include "node.h"
 
 namespace kl_ext::autograd {
+
+// A gradient that is wanted.
+inline std::optional<at::Tensor> optional(const at::Tensor& gradient) {
+  return gradient.defined() ? std::optional(gradient) : std::nullopt;
+}
 
 inline at::Tensor sum_of(const at::Tensor& a, const at::Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a + b; }
 
@@ -128,8 +136,9 @@ struct Backward : SavingNode<Op, Op::kInputs> {
   variable_list apply(variable_list&& grads) override {
     const at::Tensor& grad_output = grads[0];
     const auto wanted = this->template wanted<N>();
+    variable_list result(this->num_outputs());
     if (!grad_output.defined() || !any(wanted)) {
-      return variable_list(N);
+      return result;
     }
     Tensors<N> inputs = this->unpack();
     for (size_t i = 0; i < N; ++i) {
@@ -137,8 +146,55 @@ struct Backward : SavingNode<Op, Op::kInputs> {
         inputs[i] = at::zeros({}, grad_output.options().dtype(this->dtypes[i])).expand_symint(this->shape);
       }
     }
-    auto gradients = this->op.backward(grad_output, inputs, wanted);
-    return {std::make_move_iterator(gradients.begin()), std::make_move_iterator(gradients.end())};
+    if (!apply_to_halves(grad_output, inputs, wanted, result)) {
+      auto gradients = this->op.backward(grad_output, inputs, wanted);
+      std::move(gradients.begin(), gradients.end(), result.begin());
+    }
+    return result;
+  }
+
+  // Edges to what pairs of inputs are halves of, after those to the inputs.
+  void add_edges_of_halves(const Tensors<N>& inputs) {
+    for (size_t pair = 0; pair < N / 2; ++pair) {
+      const size_t i = 2 * pair;
+      halves[pair] = find_halves(inputs[i], inputs[i + 1], this->next_edge(i), this->next_edge(i + 1));
+      if (halves[pair]) {
+        this->add_next_edge(this->next_edge(i).function->next_edge(0));
+      }
+    }
+  }
+
+  std::array<std::optional<Halves>, N / 2> halves;
+
+ private:
+  // Writes the gradients of halves into that of the whole, where nobody can tell; false if there are none.
+  bool apply_to_halves(const at::Tensor& grad_output, const Tensors<N>& inputs, const std::array<bool, N>& wanted,
+                       variable_list& result) {
+    if (this->num_outputs() == N || at::GradMode::is_enabled() || at::areAnyTensorSubclassLike({grad_output}) ||
+        at::areAnyTensorSubclassLike(inputs) || grad_output._fw_grad(/*level=*/0).defined() || any(defined(tangents_of(inputs)))) {
+      return false;
+    }
+    Tensors<N> gradients;
+    size_t edge = N;
+    bool any_whole = false;
+    for (size_t pair = 0; pair < N / 2; ++pair) {
+      const size_t i = 2 * pair;
+      if (halves[pair] && this->task_should_compute_output(edge++) && wanted[i] && wanted[i + 1] &&
+          !is_observed(*this->next_edge(i).function) && !is_observed(*this->next_edge(i + 1).function)) {
+        std::tie(result[edge - 1], gradients[i], gradients[i + 1]) = std::tuple_cat(halves[pair]->allocate(inputs[i]));
+        any_whole = true;
+      }
+    }
+    if (!any_whole) {
+      return false;
+    }
+    for (size_t i = 0; i < N; ++i) {
+      if (wanted[i] && !gradients[i].defined()) {
+        gradients[i] = result[i] = at::empty_like(inputs[i]);
+      }
+    }
+    this->op.backward_out(grad_output, inputs, gradients);
+    return true;
   }
 };
 
@@ -185,6 +241,7 @@ at::Tensor forward(const Op& op, const Tensors<N>& inputs, std::optional<at::Sca
     node->op = op;
     const auto needed = needed_by_gradients<Op>(inputs);
     node->save(inputs, needed);
+    node->add_edges_of_halves(inputs);
     if (op.needs_shapes() && needed != all_of<N>()) {
       const auto shape = shape_of_terms(op, result, inputs);
       node->shape.assign(shape.begin(), shape.end());
@@ -239,6 +296,16 @@ Tensors<N> backward(const Op& op, const at::Tensor& grad_output, const Tensors<N
     }
   }
   return gradients;
+}
+
+// What has no derivatives: as torch's own operators with an out argument.
+template <class Op, size_t N = Op::kInputs>
+void backward_out(const Op& op, const at::Tensor& grad_output, const Tensors<N>& inputs, const Tensors<N>& gradients) {
+  const bool records = any_requires_grad(Tensors<1>{grad_output}) || any_requires_grad(inputs) || any_requires_grad(gradients);
+  TORCH_CHECK(!records, Op::kBackwardName, ": expected no tensor to require grad where gradients are given, which are not ",
+              "differentiated");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  op.backward_out(grad_output, inputs, gradients);
 }
 
 } // namespace kl_ext::autograd

@@ -33,10 +33,11 @@ void prefer_huge_pages(const at::Tensor& fresh) {
     const char* const value = std::getenv("KL_EXT_HUGE_PAGES");
     return value == nullptr || std::string(value) != "0";
   }();
-  if (enabled && fresh.nbytes() >= 2 * kPage) {
-    const auto start = reinterpret_cast<std::uintptr_t>(fresh.const_data_ptr());
+  const c10::Storage& memory = fresh.storage();
+  if (enabled && memory.nbytes() >= 2 * kPage) {
+    const auto start = reinterpret_cast<std::uintptr_t>(memory.data());
     const auto first = (start + kPage - 1) / kPage * kPage;
-    const auto last = (start + fresh.nbytes()) / kPage * kPage;
+    const auto last = (start + memory.nbytes()) / kPage * kPage;
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE); // best effort: an error changes nothing
   }
 }

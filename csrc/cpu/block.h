@@ -11,6 +11,7 @@
 
 namespace kl_ext::cpu {
 
+constexpr int kMaxOperands = 9; // of the backward of a pair: four gradients, grad_output, four inputs
 // The bytes of an operand in one block: nine of them fit the first-level cache.
 constexpr int64_t kBlockBytes = 4096;
 // Rows at least this long are cut into blocks one by one; shorter ones are gathered, several to a block.
@@ -48,6 +49,12 @@ bool is_wide(Bounds bounds, Arithmetic arithmetic);
 // Large fresh memory costs more in page faults than in arithmetic: asks the kernel for huge pages before the first touch, as
 // NumPy does. KL_EXT_HUGE_PAGES=0 turns it off.
 void prefer_huge_pages(const at::Tensor& fresh);
+
+// Operands with numbers one behind the other: a block of one row.
+inline Block contiguous(void* const* pointers, int64_t numel) {
+  static constexpr std::int64_t kNoStrides[kMaxOperands] = {};
+  return {pointers, kNoStrides, numel, 1};
+}
 
 // One operand of an iteration, as a thread sees it: finds the numbers of each block in the arithmetic type.
 class Operand {

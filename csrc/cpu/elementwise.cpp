@@ -1,7 +1,5 @@
 #include "elementwise.h"
 
-#include "block.h"
-
 namespace kl_ext::cpu {
 
 void for_each_block(at::TensorIterator& iterator, Arithmetic arithmetic, bool whole_rows, Compute compute) {

@@ -6,11 +6,9 @@
 #include <ATen/TensorIterator.h>
 #include <c10/util/FunctionRef.h>
 
-#include "kernels.h"
+#include "block.h"
 
 namespace kl_ext::cpu {
-
-constexpr int kMaxOperands = 9; // of the backward of a pair: four gradients, grad_output, four inputs
 
 using Compute = c10::function_ref<void(void* const* pointers, int64_t numel)>;
 

@@ -28,14 +28,27 @@ math::Clamp<T> to_clamp(Bounds bounds) {
   return {static_cast<T>(bounds.low), static_cast<T>(bounds.high)};
 }
 
+// A row of an operand.
+template <class S>
+KL_EXT_INLINE S* row_of(const Block& block, int operand, std::int64_t row) {
+  return reinterpret_cast<S*>(static_cast<char*>(block.pointers[operand]) + row * block.row_strides[operand]);
+}
+
 // What the loops read: a number of each input, in the arithmetic type.
 template <class Loss, class S>
 struct Inputs {
   using T = typename ArithmeticOf<S>::Type;
 
-  explicit Inputs(const void* const* inputs, std::int64_t first = 0) {
+  explicit KL_EXT_INLINE Inputs(const void* const* inputs) {
     for (int input = 0; input < Loss::kInputs; ++input) {
-      data[input] = static_cast<const S*>(inputs[input]) + first;
+      data[input] = static_cast<const S*>(inputs[input]);
+    }
+  }
+
+  // The operands from the given one on.
+  KL_EXT_INLINE Inputs(const Block& block, int operand, std::int64_t row, std::int64_t column = 0) {
+    for (int input = 0; input < Loss::kInputs; ++input) {
+      data[input] = row_of<const S>(block, operand + input, row) + column;
     }
   }
 
@@ -49,61 +62,66 @@ struct Inputs {
 };
 
 template <class Loss, Range range, class S>
-void forward(void* out, const void* const* pointers, std::int64_t numel, Bounds bounds) {
+void forward(const Block& block, Bounds bounds) {
   using T = typename ArithmeticOf<S>::Type;
   const math::Clamp<T> clamp = to_clamp<T>(bounds);
-  const Inputs<Loss, S> inputs(pointers);
-  S* result = static_cast<S*>(out);
-  KL_EXT_LOOP
-  for (std::int64_t i = 0; i < numel; ++i) {
-    T values[Loss::kInputs];
-    inputs.read(values, i);
-    math::narrow(result[i], Loss::template forward<range>(values, clamp));
+  for (std::int64_t row = 0; row < block.rows; ++row) {
+    const Inputs<Loss, S> inputs(block, 1, row);
+    S* result = row_of<S>(block, 0, row);
+    KL_EXT_LOOP
+    for (std::int64_t i = 0; i < block.columns; ++i) {
+      T values[Loss::kInputs];
+      inputs.read(values, i);
+      math::narrow(result[i], Loss::template forward<range>(values, clamp));
+    }
   }
 }
 
-// grad(i): grad_output[i].
+// grad(row)(i): that of grad_output; the inputs are the operands from first_input on.
 template <class Loss, Range range, class S, class Grad>
-KL_EXT_INLINE void backward_of(void* const* gradients, const Grad& grad, const void* const* pointers, std::int64_t numel,
-                               Bounds bounds) {
+KL_EXT_INLINE void backward_of(const Block& block, const Grad& grad, int first_input, Bounds bounds) {
   using T = typename ArithmeticOf<S>::Type;
   const math::Clamp<T> clamp = to_clamp<T>(bounds);
-  const Inputs<Loss, S> inputs(pointers);
-  S* results[Loss::kInputs];
-  for (int input = 0; input < Loss::kInputs; ++input) {
-    results[input] = static_cast<S*>(gradients[input]);
-  }
-  KL_EXT_LOOP
-  for (std::int64_t i = 0; i < numel; ++i) {
-    T values[Loss::kInputs];
-    T gradient[Loss::kInputs];
-    inputs.read(values, i);
-    Loss::template backward<range>(grad(i), values, clamp, gradient);
+  for (std::int64_t row = 0; row < block.rows; ++row) {
+    const Inputs<Loss, S> inputs(block, first_input, row);
+    const auto grad_of_row = grad(row);
+    S* results[Loss::kInputs];
     for (int input = 0; input < Loss::kInputs; ++input) {
-      math::narrow(results[input][i], gradient[input]);
+      results[input] = row_of<S>(block, input, row);
+    }
+    KL_EXT_LOOP
+    for (std::int64_t i = 0; i < block.columns; ++i) {
+      T values[Loss::kInputs];
+      T gradient[Loss::kInputs];
+      inputs.read(values, i);
+      Loss::template backward<range>(grad_of_row(i), values, clamp, gradient);
+      for (int input = 0; input < Loss::kInputs; ++input) {
+        math::narrow(results[input][i], gradient[input]);
+      }
     }
   }
 }
 
 template <class Loss, Range range, class S>
-void backward(void* const* gradients, const void* grad_output, const void* const* inputs, std::int64_t numel, Bounds bounds) {
-  const S* grad = static_cast<const S*>(grad_output);
-  backward_of<Loss, range, S>(gradients, [grad](std::int64_t i) { return math::widen(grad[i]); }, inputs, numel, bounds);
+void backward(const Block& block, Bounds bounds) {
+  const auto grad = [&](std::int64_t row) {
+    return [data = row_of<const S>(block, Loss::kInputs, row)](std::int64_t i) { return math::widen(data[i]); };
+  };
+  backward_of<Loss, range, S>(block, grad, Loss::kInputs + 1, bounds);
 }
 
 template <class Loss, Range range, class S>
-void backward_of_one(void* const* gradients, double grad_output, const void* const* inputs, std::int64_t numel, Bounds bounds) {
-  const auto grad = static_cast<typename ArithmeticOf<S>::Type>(grad_output);
-  backward_of<Loss, range, S>(gradients, [grad](std::int64_t) { return grad; }, inputs, numel, bounds);
+void backward_of_one(const Block& block, double grad_output, Bounds bounds) {
+  const auto grad = [one = static_cast<typename ArithmeticOf<S>::Type>(grad_output)](std::int64_t) {
+    return [one](std::int64_t) { return one; };
+  };
+  backward_of<Loss, range, S>(block, grad, Loss::kInputs, bounds);
 }
 
-// Terms number first_term and on go to the lanes `first` and on.
-template <class Loss, Range range, class S>
-KL_EXT_INLINE void accumulate_from(typename ArithmeticOf<S>::Type* lanes, const void* const* pointers, std::int64_t first_term,
-                                   int first, std::int64_t numel, Bounds bounds) {
-  using T = typename ArithmeticOf<S>::Type;
-  const math::Clamp<T> clamp = to_clamp<T>(bounds);
-  const Inputs<Loss, S> inputs(pointers, first_term);
+// Adds the terms of contiguous inputs to the lanes `first` and on.
+template <class Loss, Range range, class S, class T>
+KL_EXT_INLINE void accumulate_row(T* lanes, const Inputs<Loss, S>& inputs, int first, std::int64_t numel,
+                                  const math::Clamp<T>& clamp) {
   const auto add_term = [&](int lane, std::int64_t i) __attribute__((always_inline)) { // a call would end the vectorising
     T values[Loss::kInputs];
     inputs.read(values, i);
@@ -132,17 +150,27 @@ KL_EXT_INLINE void accumulate_from(typename ArithmeticOf<S>::Type* lanes, const 
 
 template <class Loss, Range range, class T>
 void accumulate(void* lanes, const void* const* inputs, int first, std::int64_t numel, Bounds bounds) {
-  accumulate_from<Loss, range, T>(static_cast<T*>(lanes), inputs, 0, first, numel, bounds);
+  accumulate_row<Loss, range>(static_cast<T*>(lanes), Inputs<Loss, T>(inputs), first, numel, to_clamp<T>(bounds));
 }
 
 template <class Loss, Range range, class S>
-void sum_chunks(void* partials, const void* const* inputs, std::int64_t numel, Bounds bounds) {
+void sum_chunks(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Bounds bounds) {
   using T = typename ArithmeticOf<S>::Type;
+  const math::Clamp<T> clamp = to_clamp<T>(bounds);
   T* out = static_cast<T*>(partials);
-  for (std::int64_t start = 0; start < numel; start += math::kChunk) {
+  std::int64_t row = begin / block.columns;
+  std::int64_t column = begin % block.columns;
+  for (std::int64_t start = begin; start < end; start += math::kChunk) {
     alignas(64) T lanes[math::kLanes] = {};
-    const std::int64_t count = numel - start < math::kChunk ? numel - start : math::kChunk;
-    accumulate_from<Loss, range, S>(lanes, inputs, start, 0, count, bounds);
+    const std::int64_t count = end - start < math::kChunk ? end - start : math::kChunk;
+    for (std::int64_t done = 0; done < count;) {
+      const std::int64_t left = block.columns - column;
+      const std::int64_t run = count - done < left ? count - done : left;
+      accumulate_row<Loss, range>(lanes, Inputs<Loss, S>(block, 0, row, column), done % math::kLanes, run, clamp);
+      done += run;
+      row += run == left ? 1 : 0;
+      column = run == left ? 0 : column + run;
+    }
     math::fold_lanes(lanes, math::kLanes, 1);
     *out++ = lanes[0];
   }

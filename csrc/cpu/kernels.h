@@ -1,5 +1,5 @@
-// The interface of the CPU kernels, compiled once per instruction set: plain loops over blocks of contiguous numbers. Shapes,
-// strides and threads are the caller's. Neither this header nor kernels.cpp includes any of torch: an inline function that two
+// The interface of the CPU kernels, compiled once per instruction set: plain loops over rows of contiguous numbers. Shapes,
+// buffers and threads are the caller's. Neither this header nor kernels.cpp includes any of torch: an inline function that two
 // instruction sets share would be merged by the linker.
 #pragma once
 
@@ -27,25 +27,34 @@ struct Tile {
   std::int64_t row_stride;
 };
 
-// out[i] from inputs[..][i]; all contiguous, of one storage.
-using Forward = void (*)(void* out, const void* const* inputs, std::int64_t numel, Bounds bounds);
-// gradients[..][i] from grad_output[i] and inputs[..][i]; likewise.
-using Backward = void (*)(void* const* gradients, const void* grad_output, const void* const* inputs, std::int64_t numel,
-                          Bounds bounds);
-// The same from one grad_output for all.
-using BackwardOfOne = void (*)(void* const* gradients, double grad_output, const void* const* inputs, std::int64_t numel,
-                               Bounds bounds);
+// Rows of contiguous numbers in several operands: where the first row of each begins, and the bytes from one row to the next,
+// which may be zero or negative.
+struct Block {
+  void* const* pointers;
+  const std::int64_t* row_strides;
+  std::int64_t columns;
+  std::int64_t rows;
+};
+
+// Operands: the result; the inputs. All of one storage.
+using Forward = void (*)(const Block& block, Bounds bounds);
+// Operands: the gradients, one for each input; grad_output; the inputs.
+using Backward = void (*)(const Block& block, Bounds bounds);
+// The same from one grad_output for all, which is no operand.
+using BackwardOfOne = void (*)(const Block& block, double grad_output, Bounds bounds);
 // Between a tile of any storage and contiguous numbers of the arithmetic type; Store rounds to nearest even.
 using Load = void (*)(void* contiguous, const void* strided, const Tile& tile);
 using Store = void (*)(void* strided, const void* contiguous, const Tile& tile);
 
-// For sums in the order of math/summation.h, all of contiguous numbers of the arithmetic type but for the inputs of SumChunks. lanes: [64, columns].
+// For sums in the order of math/summation.h, all of contiguous numbers of the arithmetic type but for the inputs of SumChunks.
+// lanes: [64, columns].
 using AddToLanes = void (*)(void* lanes, const void* terms, int first, std::int64_t rows, std::int64_t columns);
 using FoldLanes = void (*)(void* lanes, int in_use, std::int64_t columns);
 // The same with terms computed on the way: lanes: [64]; term i goes to lane (first + i) % 64.
 using Accumulate = void (*)(void* lanes, const void* const* inputs, int first, std::int64_t numel, Bounds bounds);
-// partials[chunk] from the consecutive chunks of 1024 terms, the last of which may be shorter.
-using SumChunks = void (*)(void* partials, const void* const* inputs, std::int64_t numel, Bounds bounds);
+// partials[..] from the chunks of 1024 terms, the last of which may be shorter, from term number begin, which begins one, to end.
+// Operands: the inputs.
+using SumChunks = void (*)(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Bounds bounds);
 // sums[row] from the at most 1024 terms of each row.
 using SumRows = void (*)(void* sums, const void* terms, std::int64_t rows, std::int64_t columns);
 // numbers[i] /= divisor.

@@ -8,8 +8,8 @@
 
 #include "../backend.h"
 #include "elementwise.h"
-#include "flat.h"
 #include "reduction.h"
+#include "rows.h"
 
 namespace kl_ext::cpu {
 namespace {
@@ -17,15 +17,15 @@ namespace {
 at::ScalarType dtype_of(Arithmetic arithmetic) { return arithmetic == kDouble ? at::kDouble : at::kFloat; }
 
 at::Tensor forward(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result) {
-  if (auto flat = forward_flat(loss, inputs, bounds, result)) {
-    return *std::move(flat);
+  if (auto out = forward_by_rows(loss, inputs, bounds, result)) {
+    return *std::move(out);
   }
   const Arithmetic arithmetic = arithmetic_of(inputs, result);
   const Forward kernel = kernels().forward[loss][is_wide(bounds, arithmetic)][storage_of(arithmetic)];
   auto iterator = plan_forward(inputs, result, at::kCPU);
   prefer_huge_pages(iterator.output());
   for_each_block(iterator, arithmetic, /*whole_rows=*/true,
-                 [&](void* const* pointers, int64_t numel) { kernel(pointers[0], pointers + 1, numel, bounds); });
+                 [&](void* const* pointers, int64_t numel) { kernel(contiguous(pointers, numel), bounds); });
   return iterator.output();
 }
 
@@ -35,8 +35,8 @@ at::Tensor forward_sum(Loss loss, Arguments inputs, Bounds bounds, at::ScalarTyp
   const auto divisor = reduction.divides ? std::optional(reduction.divisor(shape)) : std::nullopt;
   const auto kept = reduction.kept_shape(shape);
   if (kept.empty()) {
-    if (auto flat = sum_flat(loss, inputs, bounds, result, divisor)) {
-      return *std::move(flat);
+    if (auto sum = sum_by_rows(loss, inputs, bounds, result, divisor)) {
+      return *std::move(sum);
     }
   }
   const Arithmetic arithmetic = arithmetic_of(inputs, result);
@@ -49,7 +49,7 @@ at::Tensor forward_sum(Loss loss, Arguments inputs, Bounds bounds, at::ScalarTyp
   for (const auto& input : inputs) {
     operands.emplace_back(input.tensor, SumOperand::kInput, shape);
   }
-  const auto compute = [&](void* const* pointers, int64_t numel) { kernel(pointers[0], pointers + 1, numel, bounds); };
+  const auto compute = [&](void* const* pointers, int64_t numel) { kernel(contiguous(pointers, numel), bounds); };
   const auto add_terms = [&](void* lanes, void* const* pointers, int first, int64_t numel) {
     accumulate(lanes, pointers, first, numel, bounds);
   };
@@ -57,22 +57,36 @@ at::Tensor forward_sum(Loss loss, Arguments inputs, Bounds bounds, at::ScalarTyp
   return sums;
 }
 
-// A gradient kernel over blocks of at most block_numel numbers, with grad_output divided first where there is a divisor:
-// dividing it whole could take as much memory as an input.
+// A gradient of sums is divided whole where there are so many times as many terms.
+constexpr int64_t kLeastShare = 16;
+
+// A gradient kernel over blocks of at most block_numel numbers, with grad_output divided first where there is a divisor: dividing
+// it whole could take as much memory as an input.
 struct BlockBackward {
   Backward kernel;
   Arithmetic arithmetic;
   Bounds bounds;
+  size_t inputs;
   std::optional<int64_t> divisor;
 
-  void operator()(void* const* gradients, const void* grad_output, void* const* inputs, int64_t numel) const {
+  // output(i): where gradient i goes, or null; from first on the pointers are those of grad_output and the inputs.
+  template <class Output>
+  void operator()(void* const* pointers, size_t first, const Output& output, int64_t numel) const {
     alignas(64) char divided[kBlockBytes];
-    if (divisor) {
-      std::copy_n(static_cast<const char*>(grad_output), numel * size_of(arithmetic), divided);
-      kernels().divide[arithmetic](divided, numel, *divisor);
-      grad_output = divided;
+    // The kernels compute every gradient; one that is not wanted stays behind here.
+    alignas(64) char scratch[kBlockBytes];
+    void* operands[kMaxOperands];
+    for (size_t i = 0; i < inputs; ++i) {
+      void* const wanted = output(i);
+      operands[i] = wanted != nullptr ? wanted : scratch;
     }
-    kernel(gradients, grad_output, inputs, numel, bounds);
+    std::copy_n(pointers + first, inputs + 1, operands + inputs);
+    if (divisor) {
+      std::copy_n(static_cast<const char*>(pointers[first]), numel * size_of(arithmetic), divided);
+      kernels().divide[arithmetic](divided, numel, *divisor);
+      operands[inputs] = divided;
+    }
+    kernel(contiguous(operands, numel), bounds);
   }
 };
 
@@ -111,12 +125,8 @@ void backward_sums(const BlockBackward& kernel, Arguments arguments, const Gradi
       operands.emplace_back(argument.tensor, SumOperand::kInput, shape);
     }
     sum_terms(shape, reduced, operands, kernel.arithmetic, [&](void* const* pointers, int64_t numel) {
-      alignas(64) char scratch[kBlockBytes];
-      void* results[kMaxInputs];
-      for (size_t i = 0; i < inputs; ++i) {
-        results[i] = output[i] >= 0 ? pointers[output[i]] : scratch;
-      }
-      kernel(results, pointers[first_input], pointers + first_input + 1, numel);
+      kernel(
+          pointers, first_input, [&](size_t i) { return output[i] >= 0 ? pointers[output[i]] : nullptr; }, numel);
     });
     for (size_t i = 0; i < inputs; ++i) {
       if (sums[i].defined() && !sums[i].is_same(gradients[i])) {
@@ -127,67 +137,57 @@ void backward_sums(const BlockBackward& kernel, Arguments arguments, const Gradi
 }
 
 // arguments: grad_output in the shape of the terms, to be divided, then the inputs.
-Gradients backward_divided(Loss loss, Arguments arguments, Bounds bounds, Mask output_mask, std::optional<int64_t> divisor) {
-  if (!divisor && std::find(output_mask.begin(), output_mask.end(), false) == output_mask.end()) {
-    if (auto flat = backward_flat(loss, arguments, bounds)) {
-      return *std::move(flat);
-    }
-  }
+void backward_divided(Loss loss, Arguments arguments, Bounds bounds, const Gradients& gradients,
+                      std::optional<int64_t> divisor) {
   const auto shape = arguments[0].tensor.sizes();
-  Gradients gradients;
-  int wanted = 0;
+  const size_t inputs = arguments.size() - 1;
+  size_t wanted = 0;
   bool any_broadcast = false;
-  for (size_t i = 0; i < output_mask.size(); ++i) {
-    if (output_mask[i]) {
-      gradients[i] = at::empty_like(arguments[i + 1].tensor);
+  for (size_t i = 0; i < inputs; ++i) {
+    if (gradients[i].defined()) {
       prefer_huge_pages(gradients[i]);
       any_broadcast |= gradients[i].sizes() != shape;
       ++wanted;
     }
   }
-  if (wanted == 0) {
-    return gradients;
+  const bool all_wanted = wanted == inputs;
+  if (wanted == 0 || (all_wanted && !divisor && backward_by_rows(loss, arguments, bounds, gradients))) {
+    return;
   }
   const Arithmetic arithmetic = arithmetic_of(arguments);
   const BlockBackward kernel{kernels().backward[loss][is_wide(bounds, arithmetic)][storage_of(arithmetic)], arithmetic, bounds,
-                             divisor};
+                             inputs, divisor};
   if (any_broadcast) {
     backward_sums(kernel, arguments, gradients);
-    return gradients;
+    return;
   }
-  auto iterator = plan_backward(arguments, c10::ArrayRef<at::Tensor>(gradients.data(), output_mask.size()));
-  const bool whole_rows = wanted == static_cast<int>(output_mask.size()) && !divisor;
-  for_each_block(iterator, arithmetic, whole_rows, [&](void* const* pointers, int64_t numel) {
-    // The kernels compute every gradient; one that is not wanted stays behind in a scratch block.
-    alignas(64) char scratch[kBlockBytes];
-    void* results[kMaxInputs];
-    int output = 0;
-    for (size_t i = 0; i < output_mask.size(); ++i) {
-      results[i] = output_mask[i] ? pointers[output++] : scratch;
-    }
-    kernel(results, pointers[wanted], pointers + wanted + 1, numel);
+  auto iterator = plan_backward(arguments, c10::ArrayRef<at::Tensor>(gradients.data(), inputs));
+  for_each_block(iterator, arithmetic, /*whole_rows=*/all_wanted && !divisor, [&](void* const* pointers, int64_t numel) {
+    void* const* next = pointers;
+    kernel(
+        pointers, wanted, [&](size_t i) { return gradients[i].defined() ? *next++ : nullptr; }, numel);
   });
-  return gradients;
 }
 
 // The gradient of a sum is that of its terms, divided where it is a mean.
-Gradients backward_sum(Loss loss, const at::Tensor& grad_output, Arguments inputs, Bounds bounds, Mask output_mask,
-                       at::IntArrayRef shape, const Reduction& reduction) {
+void backward_sum(Loss loss, const at::Tensor& grad_output, Arguments inputs, Bounds bounds, const Gradients& gradients,
+                  at::IntArrayRef shape, const Reduction& reduction) {
   at::Tensor grad = grad_output;
   auto divisor = reduction.divides ? std::optional(reduction.divisor(shape)) : std::nullopt;
-  if (divisor && grad.numel() == 1) { // once for all blocks
+  const bool is_small = kLeastShare * grad.numel() <= c10::multiply_integers(shape);
+  if (divisor && (is_small || grad.numel() == 1)) { // once for all blocks
     const Arithmetic arithmetic = arithmetic_of(inputs, grad.scalar_type());
-    grad = grad.to(dtype_of(arithmetic), /*non_blocking=*/false, /*copy=*/true);
-    kernels().divide[arithmetic](grad.data_ptr(), 1, *std::exchange(divisor, std::nullopt));
+    grad = grad.to(dtype_of(arithmetic), /*non_blocking=*/false, /*copy=*/true, at::MemoryFormat::Contiguous);
+    kernels().divide[arithmetic](grad.data_ptr(), grad.numel(), *std::exchange(divisor, std::nullopt));
   }
   grad = reduction.unsqueeze(grad).expand(shape);
   c10::SmallVector<Argument, kMaxInputs + 1> arguments{{"grad_output", grad}};
   arguments.append(inputs.begin(), inputs.end());
-  return backward_divided(loss, arguments, bounds, output_mask, divisor);
+  backward_divided(loss, arguments, bounds, gradients, divisor);
 }
 
-Gradients backward(Loss loss, Arguments arguments, Bounds bounds, Mask output_mask) {
-  return backward_divided(loss, arguments, bounds, output_mask, std::nullopt);
+void backward(Loss loss, Arguments arguments, Bounds bounds, const Gradients& gradients) {
+  backward_divided(loss, arguments, bounds, gradients, std::nullopt);
 }
 
 struct Backend {

@@ -5,7 +5,6 @@
 #include <c10/util/FunctionRef.h>
 #include <c10/util/SmallVector.h>
 
-#include "block.h"
 #include "elementwise.h"
 
 #include <optional>

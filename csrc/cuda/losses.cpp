@@ -101,37 +101,36 @@ void backward_sums(const Loss& loss, Arguments arguments, Bounds bounds, const G
 }
 
 // arguments: grad_output in the shape of the terms, then the inputs.
-Gradients backward(const Loss& loss, Arguments arguments, Bounds bounds, Mask output_mask) {
+void backward(const Loss& loss, Arguments arguments, Bounds bounds, const Gradients& gradients) {
   const auto shape = arguments[0].tensor.sizes();
-  const size_t inputs = output_mask.size();
+  const size_t inputs = arguments.size() - 1;
   const at::Device device = device_of(arguments);
   const c10::cuda::CUDAGuard guard(device);
   const OnDevice copies(arguments, device);
   const Arguments moved(copies);
-  Gradients gradients;
+  Gradients computed;
   std::array<int, 2 * kMaxInputs + 1> operands;
   int wanted = 0;
   bool any_broadcast = false;
   for (size_t i = 0; i < inputs; ++i) {
-    operands[i] = output_mask[i] ? wanted++ : -1;
-    if (output_mask[i]) {
-      gradients[i] = at::empty_like(moved[i + 1].tensor);
-      any_broadcast |= gradients[i].sizes() != shape;
+    operands[i] = gradients[i].defined() ? wanted++ : -1;
+    if (gradients[i].defined()) {
+      computed[i] = gradients[i].is_cpu() ? at::empty_like(moved[i + 1].tensor) : gradients[i];
+      any_broadcast |= computed[i].sizes() != shape;
     }
   }
   if (any_broadcast) {
-    backward_sums(loss, moved, bounds, gradients, device);
+    backward_sums(loss, moved, bounds, computed, device);
   } else if (wanted > 0) {
     std::iota(operands.begin() + inputs, operands.begin() + 2 * inputs + 1, wanted);
-    run(loss.backward, plan_backward(moved, at::TensorList(gradients.data(), inputs)),
+    run(loss.backward, plan_backward(moved, at::TensorList(computed.data(), inputs)),
         c10::ArrayRef<int>(operands.data(), 2 * inputs + 1), bounds);
   }
   for (size_t i = 0; i < inputs; ++i) {
-    if (output_mask[i] && arguments[i + 1].tensor.is_cpu()) {
-      gradients[i] = gradients[i].cpu();
+    if (gradients[i].defined() && !gradients[i].is_same(computed[i])) {
+      gradients[i].copy_(computed[i]);
     }
   }
-  return gradients;
 }
 
 // The gradient of each term's sum, in the arithmetic type.
@@ -150,8 +149,8 @@ at::Tensor divided(const at::Tensor& grad_output, int64_t divisor, at::ScalarTyp
 }
 
 // The gradient of a sum is that of its terms, divided where it is a mean.
-Gradients backward_sum(const Loss& loss, const at::Tensor& grad_output, Arguments inputs, Bounds bounds, Mask output_mask,
-                       at::IntArrayRef shape, const Reduction& reduction) {
+void backward_sum(const Loss& loss, const at::Tensor& grad_output, Arguments inputs, Bounds bounds, const Gradients& gradients,
+                  at::IntArrayRef shape, const Reduction& reduction) {
   c10::SmallVector<Argument, kMaxInputs + 1> given{{"grad_output", grad_output}};
   given.append(inputs.begin(), inputs.end());
   const c10::cuda::CUDAGuard guard(device_of(given));
@@ -162,7 +161,7 @@ Gradients backward_sum(const Loss& loss, const at::Tensor& grad_output, Argument
   grad = reduction.unsqueeze(grad).expand(shape);
   c10::SmallVector<Argument, kMaxInputs + 1> arguments{{"grad_output", grad}};
   arguments.append(inputs.begin(), inputs.end());
-  return backward(loss, arguments, bounds, output_mask);
+  backward(loss, arguments, bounds, gradients);
 }
 
 struct Backend {
