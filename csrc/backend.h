@@ -13,6 +13,7 @@
 
 #include <torch/library.h>
 
+#include "memory.h"
 #include "plan.h"
 #include "reduction.h"
 
@@ -143,7 +144,7 @@ struct Operators {
       Gradients gradients;
       for (size_t i = 0; i < inputs.size(); ++i) {
         if (mask[i]) {
-          gradients[i] = at::empty_like(inputs[i].tensor);
+          gradients[i] = room_like(inputs[i].tensor);
         }
       }
       return gradients;

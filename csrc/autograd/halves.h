@@ -11,13 +11,14 @@
 #pragma once
 
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/input_metadata.h>
 
 #include <optional>
 #include <string>
+
+#include "../memory.h"
 
 namespace kl_ext::autograd {
 
@@ -30,7 +31,7 @@ struct Halves {
   std::array<at::Tensor, 3> allocate(const at::Tensor& mu) const {
     at::DimVector sizes(mu.sizes());
     sizes[dim] *= 2;
-    const at::Tensor whole = at::empty(sizes, mu.options().memory_format(mu.suggest_memory_format()));
+    const at::Tensor whole = room(sizes, mu.options(), mu.suggest_memory_format());
     const int64_t half = mu.size(dim);
     return {whole, whole.narrow(dim, mu_is_first ? 0 : half, half), whole.narrow(dim, mu_is_first ? half : 0, half)};
   }

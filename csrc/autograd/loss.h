@@ -18,11 +18,11 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
 #include "../checks.h"
+#include "../memory.h"
 #include "halves.h"
 #include "node.h"
 
@@ -190,7 +190,7 @@ struct Backward : SavingNode<Op, Op::kInputs> {
     }
     for (size_t i = 0; i < N; ++i) {
       if (wanted[i] && !gradients[i].defined()) {
-        gradients[i] = result[i] = at::empty_like(inputs[i]);
+        gradients[i] = result[i] = room_like(inputs[i]);
       }
     }
     this->op.backward_out(grad_output, inputs, gradients);

@@ -46,10 +46,6 @@ inline int64_t block_numel(Arithmetic arithmetic) { return kBlockBytes / size_of
 // Whether the kernels for any clamp are needed.
 bool is_wide(Bounds bounds, Arithmetic arithmetic);
 
-// Large fresh memory costs more in page faults than in arithmetic: asks the kernel for huge pages before the first touch, as
-// NumPy does. KL_EXT_HUGE_PAGES=0 turns it off.
-void prefer_huge_pages(const at::Tensor& fresh);
-
 // Operands with numbers one behind the other: a block of one row.
 inline Block contiguous(void* const* pointers, int64_t numel) {
   static constexpr std::int64_t kNoStrides[kMaxOperands] = {};

@@ -23,7 +23,6 @@ at::Tensor forward(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType re
   const Arithmetic arithmetic = arithmetic_of(inputs, result);
   const Forward kernel = kernels().forward[loss][is_wide(bounds, arithmetic)][storage_of(arithmetic)];
   auto iterator = plan_forward(inputs, result, at::kCPU);
-  prefer_huge_pages(iterator.output());
   for_each_block(iterator, arithmetic, /*whole_rows=*/true,
                  [&](void* const* pointers, int64_t numel) { kernel(contiguous(pointers, numel), bounds); });
   return iterator.output();
@@ -145,7 +144,6 @@ void backward_divided(Loss loss, Arguments arguments, Bounds bounds, const Gradi
   bool any_broadcast = false;
   for (size_t i = 0; i < inputs; ++i) {
     if (gradients[i].defined()) {
-      prefer_huge_pages(gradients[i]);
       any_broadcast |= gradients[i].sizes() != shape;
       ++wanted;
     }

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "../math/summation.h"
+#include "../memory.h"
 #include "block.h"
 
 namespace kl_ext::cpu {
@@ -165,13 +166,12 @@ std::optional<at::Tensor> forward_by_rows(Loss loss, Arguments inputs, Bounds bo
   if (!rows || rows.dtype() != result) {
     return std::nullopt;
   }
-  const at::Tensor out(at::detail::empty_cpu(rows.shape().sizes, result));
+  const at::Tensor out = room(rows.shape().sizes, at::dtype(result));
   rows.add(out, out.mutable_data_ptr());
   rows.add(inputs);
   if (!rows) {
     return std::nullopt;
   }
-  prefer_huge_pages(out);
   const Forward kernel = kernels().forward[loss][is_wide(bounds, arithmetic_of(inputs))][storage_of(result)];
   at::parallel_for(0, rows.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
     rows.for_range(begin, end, rows.shape().rows, [&](const Block& block, int64_t) { kernel(block, bounds); });

@@ -1,0 +1,165 @@
+#include "memory.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/CPUAllocator.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+namespace kl_ext {
+namespace {
+
+constexpr size_t kMiB = size_t{1} << 20;
+// Of a huge page, of which blocks are made. Smaller results are the C library's, which keeps what is freed of them.
+constexpr size_t kPage = 2 * kMiB;
+// A block serves a result that leaves at most this share of it unused.
+constexpr size_t kSlack = 4;
+
+size_t environment(const char* name, size_t value) {
+  if (const char* const text = std::getenv(name)) {
+    std::from_chars(text, text + std::strlen(text), value);
+  }
+  return value;
+}
+
+struct Block {
+  char* data;
+  size_t size;
+};
+
+// Aligned to huge pages; none where the system has no memory.
+char* map(size_t size) {
+  void* const mapped = mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) {
+    return nullptr;
+  }
+  char* const start = static_cast<char*>(mapped);
+  char* const data = start + (kPage - reinterpret_cast<std::uintptr_t>(start) % kPage) % kPage;
+  if (data > start) {
+    munmap(start, data - start);
+  }
+  if (data < start + kPage) {
+    munmap(data + size, start + kPage - data);
+  }
+  static const bool huge = environment("KL_EXT_HUGE_PAGES", 1) != 0;
+  if (huge) {
+    madvise(data, size, MADV_HUGEPAGE); // best effort: an error changes nothing
+  }
+  return data;
+}
+
+void unmap(const Block& block) { munmap(block.data, block.size); }
+
+// The blocks that no tensor holds. Nobody waits for another thread here: who comes at the same moment does without.
+class Kept {
+ public:
+  // The smallest block that is large enough and not too large, if there is one.
+  std::optional<Block> take(size_t size) {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    auto best = blocks_.end();
+    for (auto block = blocks_.begin(); lock && block != blocks_.end(); ++block) {
+      const bool fits = block->size >= size && block->size - size <= block->size / kSlack;
+      best = fits && (best == blocks_.end() || block->size < best->size) ? block : best;
+    }
+    if (best == blocks_.end()) {
+      return std::nullopt;
+    }
+    const Block block = *best;
+    blocks_.erase(best);
+    size_ -= block.size;
+    return block;
+  }
+
+  void give(const Block& block) {
+    static const size_t most = environment("KL_EXT_KEEP_MEMORY", 512) * kMiB;
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock || block.size > most) {
+      return unmap(block);
+    }
+    madvise(block.data, block.size, MADV_FREE); // the system may take it, and does only where it must
+    blocks_.push_back(block);
+    size_ += block.size;
+    while (size_ > most) {
+      unmap(blocks_.front());
+      size_ -= blocks_.front().size;
+      blocks_.erase(blocks_.begin());
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Block> blocks_; // the first was given first
+  size_t size_ = 0;
+};
+
+// Never destroyed: tensors may outlive whatever ends with the process.
+Kept& kept() {
+  static Kept& kept = *new Kept;
+  return kept;
+}
+
+struct Allocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t size) override {
+    const size_t rounded = (size + kPage - 1) / kPage * kPage;
+    std::optional<Block> block = kept().take(rounded);
+    if (!block) {
+      char* const data = map(rounded);
+      if (data == nullptr) {
+        return c10::GetCPUAllocator()->allocate(size); // which says what there is to say
+      }
+      block = Block{data, rounded};
+    }
+    c10::profiledCPUMemoryReporter().New(block->data, size);
+    return {block->data, new Block(*block), &release, at::kCPU};
+  }
+
+  void copy_data(void* to, const void* from, size_t size) const override { default_copy_data(to, from, size); }
+
+  static void release(void* context) {
+    const std::unique_ptr<Block> block(static_cast<Block*>(context));
+    c10::profiledCPUMemoryReporter().Delete(block->data);
+    kept().give(*block);
+  }
+};
+
+Allocator allocator;
+
+// Whether it is ours to allocate: large, on the CPU, and with torch's own allocator in charge.
+bool is_ours(int64_t numel, const at::TensorOptions& options) {
+  return options.device().is_cpu() && static_cast<size_t>(numel) * options.dtype().itemsize() >= kPage &&
+         c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator();
+}
+
+constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
+
+} // namespace
+
+at::Tensor room(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format) {
+  if (!is_ours(c10::multiply_integers(sizes), options)) {
+    return at::empty(sizes, options.memory_format(format));
+  }
+  return at::Tensor(
+      at::detail::empty_generic(sizes, &allocator, kCpu, c10::typeMetaToScalarType(options.dtype()), format));
+}
+
+at::Tensor room_like(const at::Tensor& tensor) {
+  if (!is_ours(tensor.numel(), tensor.options())) {
+    return at::empty_like(tensor);
+  }
+  if (!tensor.is_non_overlapping_and_dense()) {
+    return room(tensor.sizes(), tensor.options(), tensor.suggest_memory_format());
+  }
+  return at::Tensor(
+      at::detail::empty_strided_generic(tensor.sizes(), tensor.strides(), &allocator, kCpu, tensor.scalar_type()));
+}
+
+} // namespace kl_ext

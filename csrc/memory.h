@@ -1,0 +1,23 @@
+// Where results go.
+//
+// Large fresh memory costs more than what is computed: the first touch of each page is a fault, and the C library gives what
+// a training step frees back to the system before the next step asks for it. So large results on the CPU get memory that an
+// earlier one has left, or huge pages, as NumPy's arrays do. What is kept is the system's to take back where it runs short.
+//
+//   KL_EXT_KEEP_MEMORY   the most MiB that are kept (512)
+//   KL_EXT_HUGE_PAGES    0: ordinary pages
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/MemoryFormat.h>
+
+namespace kl_ext {
+
+// As at::empty.
+at::Tensor room(at::IntArrayRef sizes, const at::TensorOptions& options,
+                 at::MemoryFormat format = at::MemoryFormat::Contiguous);
+
+// As at::empty_like.
+at::Tensor room_like(const at::Tensor& tensor);
+
+} // namespace kl_ext
