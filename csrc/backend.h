@@ -144,7 +144,7 @@ struct Operators {
       Gradients gradients;
       for (size_t i = 0; i < inputs.size(); ++i) {
         if (mask[i]) {
-          gradients[i] = room_like(inputs[i].tensor);
+          gradients[i] = allocate_like(inputs[i].tensor);
         }
       }
       return gradients;

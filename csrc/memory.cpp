@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/ExpandUtils.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/CPUAllocator.h>
@@ -80,9 +81,9 @@ class Kept {
   }
 
   void give(const Block& block) {
-    static const size_t most = environment("KL_EXT_KEEP_MEMORY", 512) * kMiB;
+    const size_t most = environment("KL_EXT_KEEP_MEMORY", 512) * kMiB;
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock || block.size > most) {
+    if (!lock) {
       return unmap(block);
     }
     madvise(block.data, block.size, MADV_FREE); // the system may take it, and does only where it must
@@ -143,7 +144,7 @@ constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
 
 } // namespace
 
-at::Tensor room(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format) {
+at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format) {
   if (!is_ours(c10::multiply_integers(sizes), options)) {
     return at::empty(sizes, options.memory_format(format));
   }
@@ -151,15 +152,14 @@ at::Tensor room(at::IntArrayRef sizes, const at::TensorOptions& options, at::Mem
       at::detail::empty_generic(sizes, &allocator, kCpu, c10::typeMetaToScalarType(options.dtype()), format));
 }
 
-at::Tensor room_like(const at::Tensor& tensor) {
+at::Tensor allocate_like(const at::Tensor& tensor) {
   if (!is_ours(tensor.numel(), tensor.options())) {
     return at::empty_like(tensor);
   }
-  if (!tensor.is_non_overlapping_and_dense()) {
-    return room(tensor.sizes(), tensor.options(), tensor.suggest_memory_format());
-  }
-  return at::Tensor(
-      at::detail::empty_strided_generic(tensor.sizes(), tensor.strides(), &allocator, kCpu, tensor.scalar_type()));
+  const at::DimVector strides = tensor.is_non_overlapping_and_dense()
+                                    ? at::DimVector(tensor.strides())
+                                    : at::DimVector(at::infer_dense_strides(tensor.sizes(), tensor.strides()));
+  return at::Tensor(at::detail::empty_strided_generic(tensor.sizes(), strides, &allocator, kCpu, tensor.scalar_type()));
 }
 
 } // namespace kl_ext

@@ -14,10 +14,10 @@
 namespace kl_ext {
 
 // As at::empty.
-at::Tensor room(at::IntArrayRef sizes, const at::TensorOptions& options,
+at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options,
                  at::MemoryFormat format = at::MemoryFormat::Contiguous);
 
 // As at::empty_like.
-at::Tensor room_like(const at::Tensor& tensor);
+at::Tensor allocate_like(const at::Tensor& tensor);
 
 } // namespace kl_ext

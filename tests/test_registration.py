@@ -30,6 +30,17 @@ SCHEMAS = {
     "gaussian_kl_div_backward": "(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor? mu_q, Tensor? log_var_q,"
     " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
 }
+# The gradients go where they are told.
+OUT_SCHEMAS = {
+    "kl_div_single_loss_backward": "(Tensor grad_output, Tensor mu, Tensor log_var, float clamp_min, float clamp_max, *,"
+    " Tensor(a!)? grad_mu, Tensor(b!)? grad_log_var) -> ()",
+    "kl_div_pair_loss_backward": "(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor log_var_q,"
+    " float clamp_min, float clamp_max, *, Tensor(a!)? grad_mu_p, Tensor(b!)? grad_log_var_p, Tensor(c!)? grad_mu_q,"
+    " Tensor(d!)? grad_log_var_q) -> ()",
+    "gaussian_kl_div_backward": "(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor? mu_q, Tensor? log_var_q,"
+    " float clamp_min, float clamp_max, str reduction, int[]? dim, *, Tensor(a!)? grad_mu_p, Tensor(b!)? grad_log_var_p,"
+    " Tensor(c!)? grad_mu_q, Tensor(d!)? grad_log_var_q) -> ()",
+}
 ELEMENTWISE = ("kl_div_single_loss", "kl_div_pair_loss")
 
 each_operator = pytest.mark.parametrize("name", SCHEMAS)
@@ -45,9 +56,15 @@ def test_each_operator_has_its_schema(name: str) -> None:
     assert str(getattr(torch.ops.kl_ext, name).default._schema) == str(expected)
 
 
+@pytest.mark.parametrize("name", OUT_SCHEMAS)
+def test_each_operator_with_given_gradients_has_its_schema(name: str) -> None:
+    expected = torch._C.parse_schema(f"kl_ext::{name}.out{OUT_SCHEMAS[name]}")
+    assert str(getattr(torch.ops.kl_ext, name).out._schema) == str(expected)
+
+
 def test_there_are_no_other_operators() -> None:
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kl_ext::")]
-    assert sorted(names) == sorted(f"kl_ext::{name}" for name in SCHEMAS)
+    assert sorted(names) == sorted([*(f"kl_ext::{name}" for name in SCHEMAS), *(f"kl_ext::{name}.out" for name in OUT_SCHEMAS)])
 
 
 @each_operator

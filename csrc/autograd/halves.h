@@ -31,7 +31,7 @@ struct Halves {
   std::array<at::Tensor, 3> allocate(const at::Tensor& mu) const {
     at::DimVector sizes(mu.sizes());
     sizes[dim] *= 2;
-    const at::Tensor whole = room(sizes, mu.options(), mu.suggest_memory_format());
+    const at::Tensor whole = kl_ext::allocate(sizes, mu.options(), mu.suggest_memory_format());
     const int64_t half = mu.size(dim);
     return {whole, whole.narrow(dim, mu_is_first ? 0 : half, half), whole.narrow(dim, mu_is_first ? half : 0, half)};
   }

@@ -190,7 +190,7 @@ struct Backward : SavingNode<Op, Op::kInputs> {
     }
     for (size_t i = 0; i < N; ++i) {
       if (wanted[i] && !gradients[i].defined()) {
-        gradients[i] = result[i] = room_like(inputs[i]);
+        gradients[i] = result[i] = allocate_like(inputs[i]);
       }
     }
     this->op.backward_out(grad_output, inputs, gradients);

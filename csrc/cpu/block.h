@@ -46,9 +46,43 @@ inline int64_t block_numel(Arithmetic arithmetic) { return kBlockBytes / size_of
 // Whether the kernels for any clamp are needed.
 bool is_wide(Bounds bounds, Arithmetic arithmetic);
 
+// Which operand is log_var_q, for the kernels that are given what only q decides where rows share it; no operand, if negative.
+struct GivenQ {
+  int log_var_q = -1;
+  PrepareQ prepare = nullptr;
+  Bounds bounds{};
+};
+
+// What only q decides, in the blocks of a thread. The numbers of a block that comes back are those of before.
+class PreparedQ {
+ public:
+  explicit PreparedQ(const GivenQ& given) : given_(given) {}
+
+  // Of the tile of log_var_q at `data`, with its numbers one behind the other; null where rows do not share it.
+  void* find(const char* data, const Tile& tile, const void* numbers, bool rows_share_it) {
+    if (given_.log_var_q < 0 || !rows_share_it) {
+      return nullptr;
+    }
+    if (data != data_ || tile.columns != columns_ || tile.rows > rows_) {
+      given_.prepare(buffer_, numbers, tile.columns * tile.rows, given_.bounds);
+      data_ = data;
+      columns_ = tile.columns;
+      rows_ = tile.rows;
+    }
+    return buffer_;
+  }
+
+ private:
+  GivenQ given_;
+  const char* data_ = nullptr;
+  int64_t columns_ = 0;
+  int64_t rows_ = 0;
+  alignas(64) char buffer_[kBlockBytes];
+};
+
 // Operands with numbers one behind the other: a block of one row.
 inline Block contiguous(void* const* pointers, int64_t numel) {
-  static constexpr std::int64_t kNoStrides[kMaxOperands] = {};
+  static constexpr std::int64_t kNoStrides[kMaxOperands + 1] = {};
   return {pointers, kNoStrides, numel, 1};
 }
 

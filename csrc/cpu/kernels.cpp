@@ -85,17 +85,17 @@ KL_EXT_INLINE void backward_of(const Block& block, const Grad& grad, int first_i
   for (std::int64_t row = 0; row < block.rows; ++row) {
     const Inputs<Loss, S> inputs(block, first_input, row);
     const auto grad_of_row = grad(row);
-    S* results[Loss::kInputs];
-    for (int input = 0; input < Loss::kInputs; ++input) {
+    S* results[Loss::kGradients];
+    for (int input = 0; input < Loss::kGradients; ++input) {
       results[input] = row_of<S>(block, input, row);
     }
     KL_EXT_LOOP
     for (std::int64_t i = 0; i < block.columns; ++i) {
       T values[Loss::kInputs];
-      T gradient[Loss::kInputs];
+      T gradient[Loss::kGradients];
       inputs.read(values, i);
       Loss::template backward<range>(grad_of_row(i), values, clamp, gradient);
-      for (int input = 0; input < Loss::kInputs; ++input) {
+      for (int input = 0; input < Loss::kGradients; ++input) {
         math::narrow(results[input][i], gradient[input]);
       }
     }
@@ -105,9 +105,9 @@ KL_EXT_INLINE void backward_of(const Block& block, const Grad& grad, int first_i
 template <class Loss, Range range, class S>
 void backward(const Block& block, Bounds bounds) {
   const auto grad = [&](std::int64_t row) {
-    return [data = row_of<const S>(block, Loss::kInputs, row)](std::int64_t i) { return math::widen(data[i]); };
+    return [data = row_of<const S>(block, Loss::kGradients, row)](std::int64_t i) { return math::widen(data[i]); };
   };
-  backward_of<Loss, range, S>(block, grad, Loss::kInputs + 1, bounds);
+  backward_of<Loss, range, S>(block, grad, Loss::kGradients + 1, bounds);
 }
 
 template <class Loss, Range range, class S>
@@ -115,7 +115,7 @@ void backward_of_one(const Block& block, double grad_output, Bounds bounds) {
   const auto grad = [one = static_cast<typename ArithmeticOf<S>::Type>(grad_output)](std::int64_t) {
     return [one](std::int64_t) { return one; };
   };
-  backward_of<Loss, range, S>(block, grad, Loss::kInputs, bounds);
+  backward_of<Loss, range, S>(block, grad, Loss::kGradients, bounds);
 }
 
 // Adds the terms of contiguous inputs to the lanes `first` and on.
@@ -266,6 +266,16 @@ void sum_rows(void* sums, const void* terms, std::int64_t rows, std::int64_t col
   }
 }
 
+template <int kTimes, class T>
+void prepare_q(void* out, const void* log_var_q, std::int64_t numel, Bounds bounds) {
+  const math::Clamp<T> clamp = to_clamp<T>(bounds);
+  KL_EXT_LOOP
+  for (std::int64_t i = 0; i < numel; ++i) {
+    const T clamped = math::clamp(static_cast<const T*>(log_var_q)[i], clamp.low, clamp.high);
+    static_cast<T*>(out)[i] = math::inverse_variance<kTimes>(clamped);
+  }
+}
+
 template <class T>
 void divide(void* numbers, std::int64_t numel, std::int64_t divisor) {
   for (std::int64_t i = 0; i < numel; ++i) {
@@ -286,6 +296,10 @@ void divide(void* numbers, std::int64_t numel, std::int64_t divisor) {
       {TYPES(function, math::PairLoss, Range::kNarrow), TYPES(function, math::PairLoss, Range::kWide)},     \
       {TYPES(function, math::Divergence, Range::kNarrow), TYPES(function, math::Divergence, Range::kWide)}, \
   }
+#define KL_EXT_GIVEN_Q(function)                                                 \
+  {{},                                                                           \
+   KL_EXT_ARITHMETICS(function, math::PairGivenQ<true>, Range::kNarrow),         \
+   KL_EXT_ARITHMETICS(function, math::PairGivenQ<false>, Range::kNarrow)}
 #define KL_EXT_BY_STORAGE(function)                                        \
   {                                                                        \
       {function<math::Half, float>, function<math::Half, double>},         \
@@ -300,6 +314,11 @@ const Kernels kernels = {
     KL_EXT_BY_LOSS(backward_of_one, KL_EXT_STORAGES),
     KL_EXT_BY_LOSS(accumulate, KL_EXT_ARITHMETICS),
     KL_EXT_BY_LOSS(sum_chunks, KL_EXT_STORAGES),
+    KL_EXT_GIVEN_Q(forward),
+    KL_EXT_GIVEN_Q(backward),
+    KL_EXT_GIVEN_Q(accumulate),
+    {{}, KL_EXT_ARITHMETICS(prepare_q, 1), KL_EXT_ARITHMETICS(prepare_q, 1)},
+    {{}, KL_EXT_ARITHMETICS(prepare_q, 2), KL_EXT_ARITHMETICS(prepare_q, 1)},
     KL_EXT_BY_STORAGE(load),
     KL_EXT_BY_STORAGE(store),
     {add_to_lanes<float>, add_to_lanes<double>},

@@ -36,7 +36,7 @@ struct Block {
   std::int64_t rows;
 };
 
-// Operands: the result; the inputs. All of one storage.
+// Operands: the result; the inputs. All of one storage. Given q (PairGivenQ of math/gaussian.h), one more input.
 using Forward = void (*)(const Block& block, Bounds bounds);
 // Operands: the gradients, one for each input; grad_output; the inputs.
 using Backward = void (*)(const Block& block, Bounds bounds);
@@ -57,6 +57,8 @@ using Accumulate = void (*)(void* lanes, const void* const* inputs, int first, s
 using SumChunks = void (*)(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Bounds bounds);
 // sums[row] from the at most 1024 terms of each row.
 using SumRows = void (*)(void* sums, const void* terms, std::int64_t rows, std::int64_t columns);
+// out[i] from the log_var_q[i] of contiguous numbers, for the kernels that are given q.
+using PrepareQ = void (*)(void* out, const void* log_var_q, std::int64_t numel, Bounds bounds);
 // numbers[i] /= divisor.
 using Divide = void (*)(void* numbers, std::int64_t numel, std::int64_t divisor);
 
@@ -66,6 +68,12 @@ struct Kernels {
   BackwardOfOne backward_of_one[kLosses][2][kStorages];
   Accumulate accumulate[kLosses][2][kArithmetics];
   SumChunks sum_chunks[kLosses][2][kStorages];
+  // Narrow ranges only; none for kSingleLoss.
+  Forward forward_given_q[kLosses][kArithmetics];
+  Backward backward_given_q[kLosses][kArithmetics];
+  Accumulate accumulate_given_q[kLosses][kArithmetics];
+  PrepareQ prepare_q[kLosses][kArithmetics]; // of the forward pass
+  PrepareQ prepare_q_of_backward[kLosses][kArithmetics];
   Load load[kStorages][kArithmetics];
   Store store[kStorages][kArithmetics];
   AddToLanes add_to_lanes[kArithmetics];

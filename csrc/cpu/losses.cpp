@@ -16,15 +16,25 @@ namespace {
 
 at::ScalarType dtype_of(Arithmetic arithmetic) { return arithmetic == kDouble ? at::kDouble : at::kFloat; }
 
+// For operands of which the first is the result, and the others the inputs.
+GivenQ given_q(Loss loss, Arithmetic arithmetic, bool wide, Bounds bounds) {
+  const PrepareQ prepare = kernels().prepare_q[loss][arithmetic];
+  return prepare == nullptr || wide ? GivenQ{} : GivenQ{4, prepare, bounds};
+}
+
 at::Tensor forward(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result) {
   if (auto out = forward_by_rows(loss, inputs, bounds, result)) {
     return *std::move(out);
   }
   const Arithmetic arithmetic = arithmetic_of(inputs, result);
-  const Forward kernel = kernels().forward[loss][is_wide(bounds, arithmetic)][storage_of(arithmetic)];
+  const bool wide = is_wide(bounds, arithmetic);
+  const Forward kernel = kernels().forward[loss][wide][storage_of(arithmetic)];
+  const Forward kernel_given_q = kernels().forward_given_q[loss][arithmetic];
+  const GivenQ given = given_q(loss, arithmetic, wide, bounds);
   auto iterator = plan_forward(inputs, result, at::kCPU);
-  for_each_block(iterator, arithmetic, /*whole_rows=*/true,
-                 [&](void* const* pointers, int64_t numel) { kernel(contiguous(pointers, numel), bounds); });
+  for_each_block(iterator, arithmetic, /*whole_rows=*/true, given, [&](void* const* pointers, int64_t numel) {
+    (pointers[inputs.size() + 1] != nullptr ? kernel_given_q : kernel)(contiguous(pointers, numel), bounds);
+  });
   return iterator.output();
 }
 
@@ -48,11 +58,16 @@ at::Tensor forward_sum(Loss loss, Arguments inputs, Bounds bounds, at::ScalarTyp
   for (const auto& input : inputs) {
     operands.emplace_back(input.tensor, SumOperand::kInput, shape);
   }
-  const auto compute = [&](void* const* pointers, int64_t numel) { kernel(contiguous(pointers, numel), bounds); };
-  const auto add_terms = [&](void* lanes, void* const* pointers, int first, int64_t numel) {
-    accumulate(lanes, pointers, first, numel, bounds);
+  const GivenQ given = given_q(loss, arithmetic, wide, bounds);
+  const Forward kernel_given_q = kernels().forward_given_q[loss][arithmetic];
+  const Accumulate accumulate_given_q = kernels().accumulate_given_q[loss][arithmetic];
+  const auto compute = [&](void* const* pointers, int64_t numel) {
+    (pointers[inputs.size() + 1] != nullptr ? kernel_given_q : kernel)(contiguous(pointers, numel), bounds);
   };
-  sum_terms(shape, reduction.reduced, operands, arithmetic, compute, add_terms);
+  const auto add_terms = [&](void* lanes, void* const* pointers, int first, int64_t numel) {
+    (pointers[inputs.size()] != nullptr ? accumulate_given_q : accumulate)(lanes, pointers, first, numel, bounds);
+  };
+  sum_terms(shape, reduction.reduced, operands, arithmetic, given, compute, add_terms);
   return sums;
 }
 
@@ -63,29 +78,37 @@ constexpr int64_t kLeastShare = 16;
 // it whole could take as much memory as an input.
 struct BlockBackward {
   Backward kernel;
+  Backward kernel_given_q;
+  PrepareQ prepare_q; // with the two, none in a wide range
   Arithmetic arithmetic;
   Bounds bounds;
   size_t inputs;
   std::optional<int64_t> divisor;
 
-  // output(i): where gradient i goes, or null; from first on the pointers are those of grad_output and the inputs.
+  // output(i): where gradient i goes, or null; from first on the pointers are those of grad_output, of the inputs, and of what is
+  // prepared of q.
   template <class Output>
   void operator()(void* const* pointers, size_t first, const Output& output, int64_t numel) const {
     alignas(64) char divided[kBlockBytes];
     // The kernels compute every gradient; one that is not wanted stays behind here.
     alignas(64) char scratch[kBlockBytes];
-    void* operands[kMaxOperands];
+    void* operands[kMaxOperands + 1];
     for (size_t i = 0; i < inputs; ++i) {
       void* const wanted = output(i);
       operands[i] = wanted != nullptr ? wanted : scratch;
     }
-    std::copy_n(pointers + first, inputs + 1, operands + inputs);
+    std::copy_n(pointers + first, inputs + 2, operands + inputs);
     if (divisor) {
       std::copy_n(static_cast<const char*>(pointers[first]), numel * size_of(arithmetic), divided);
       kernels().divide[arithmetic](divided, numel, *divisor);
       operands[inputs] = divided;
     }
-    kernel(contiguous(operands, numel), bounds);
+    (operands[2 * inputs + 1] != nullptr ? kernel_given_q : kernel)(contiguous(operands, numel), bounds);
+  }
+
+  // first: the operand that is grad_output.
+  GivenQ given(size_t first) const {
+    return prepare_q == nullptr ? GivenQ{} : GivenQ{static_cast<int>(first) + 4, prepare_q, bounds};
   }
 };
 
@@ -123,7 +146,7 @@ void backward_sums(const BlockBackward& kernel, Arguments arguments, const Gradi
     for (const auto& argument : arguments) {
       operands.emplace_back(argument.tensor, SumOperand::kInput, shape);
     }
-    sum_terms(shape, reduced, operands, kernel.arithmetic, [&](void* const* pointers, int64_t numel) {
+    sum_terms(shape, reduced, operands, kernel.arithmetic, kernel.given(first_input), [&](void* const* pointers, int64_t numel) {
       kernel(
           pointers, first_input, [&](size_t i) { return output[i] >= 0 ? pointers[output[i]] : nullptr; }, numel);
     });
@@ -153,14 +176,21 @@ void backward_divided(Loss loss, Arguments arguments, Bounds bounds, const Gradi
     return;
   }
   const Arithmetic arithmetic = arithmetic_of(arguments);
-  const BlockBackward kernel{kernels().backward[loss][is_wide(bounds, arithmetic)][storage_of(arithmetic)], arithmetic, bounds,
-                             inputs, divisor};
+  const bool wide = is_wide(bounds, arithmetic);
+  const BlockBackward kernel{kernels().backward[loss][wide][storage_of(arithmetic)],
+                             kernels().backward_given_q[loss][arithmetic],
+                             wide ? nullptr : kernels().prepare_q_of_backward[loss][arithmetic],
+                             arithmetic,
+                             bounds,
+                             inputs,
+                             divisor};
   if (any_broadcast) {
     backward_sums(kernel, arguments, gradients);
     return;
   }
   auto iterator = plan_backward(arguments, c10::ArrayRef<at::Tensor>(gradients.data(), inputs));
-  for_each_block(iterator, arithmetic, /*whole_rows=*/all_wanted && !divisor, [&](void* const* pointers, int64_t numel) {
+  const bool whole_rows = all_wanted && !divisor;
+  for_each_block(iterator, arithmetic, whole_rows, kernel.given(wanted), [&](void* const* pointers, int64_t numel) {
     void* const* next = pointers;
     kernel(
         pointers, wanted, [&](size_t i) { return gradients[i].defined() ? *next++ : nullptr; }, numel);

@@ -17,6 +17,8 @@ using math::kLanes;
 
 // The sums that are accumulated beside each other where the kept coordinates are the fast ones in memory.
 constexpr int64_t kColumns = 512;
+// Tiles of fewer columns would waste vectors.
+constexpr int64_t kNarrowest = 32;
 // Terms a thread should have at least.
 constexpr int64_t kGrain = 32768;
 
@@ -87,8 +89,8 @@ void finish(char* partials, int64_t chunks, int64_t columns, Arithmetic arithmet
 class Summation {
  public:
   Summation(at::IntArrayRef shape, c10::ArrayRef<bool> reduced, c10::ArrayRef<SumOperand> operands, Arithmetic arithmetic,
-            Compute compute, std::optional<AddTerms> accumulate)
-      : operands_(operands), arithmetic_(arithmetic), compute_(compute), accumulate_(accumulate) {
+            const GivenQ& given, Compute compute, std::optional<AddTerms> accumulate)
+      : operands_(operands), arithmetic_(arithmetic), given_(given), compute_(compute), accumulate_(accumulate) {
     for (auto& axis : merged_axes(shape, reduced, operands)) {
       (axis.reduced ? reduced_ : kept_).push_back(std::move(axis));
     }
@@ -127,7 +129,7 @@ class Summation {
 
   // A thread's operands and accumulators.
   struct Workspace {
-    Workspace(const Summation& sum, int64_t columns) {
+    Workspace(const Summation& sum, int64_t columns) : prepared(sum.given_) {
       for (size_t i = 0; i < sum.operands_.size(); ++i) {
         const SumOperand& operand = sum.operands_[i];
         if (operand.role == SumOperand::kSummedOutput) {
@@ -141,6 +143,7 @@ class Summation {
     alignas(64) char buffers[kMaxOperands][kBlockBytes]; // of operands, or of the terms of a sum
     std::array<std::optional<Operand>, kMaxOperands> operands;
     std::array<std::unique_ptr<char[]>, kMaxOperands> lanes;
+    PreparedQ prepared;
   };
 
   // Divides and rounds sums, which are overwritten, and puts them where they belong.
@@ -193,12 +196,18 @@ class Summation {
   // Computes the terms of a tile, [rows, columns] of the given axes; with a first lane, adds them to those of the only sum.
   void compute_tile(Workspace& workspace, const Offsets& offsets, const Axis& row_axis, int64_t rows, const Axis& column_axis,
                     int64_t columns, int first_lane = kNoLane) const {
-    void* pointers[kMaxOperands];
+    void* pointers[kMaxOperands + 1] = {};
     const auto tile = [&](size_t i) { return Tile{columns, rows, column_axis.strides[i], row_axis.strides[i]}; };
     for (size_t i = 0; i < operands_.size(); ++i) {
       pointers[i] = operands_[i].role == SumOperand::kSummedOutput
                         ? workspace.buffers[i]
                         : workspace.operands[i]->begin_block(operands_[i].data + offsets[i], tile(i));
+    }
+    if (given_.log_var_q >= 0) {
+      const int q = given_.log_var_q;
+      const bool shares_q = row_axis.strides[q] == 0 && row_axis.size > 1;
+      pointers[operands_.size()] =
+          workspace.prepared.find(operands_[q].data + offsets[q], tile(q), pointers[q], shares_q);
     }
     if (first_lane != kNoLane) {
       (*accumulate_)(workspace.lanes[0].get(), pointers + 1, first_lane, rows * columns);
@@ -240,14 +249,21 @@ class Summation {
     });
   }
 
+  // Of the columns that are summed beside each other: fewer where there are fewer pieces of work than threads.
+  int64_t width_of_tiles(int64_t columns, int64_t pieces) const {
+    const int64_t wanted = ceil_divide(at::get_num_threads(), pieces);
+    const int64_t narrow = ceil_divide(ceil_divide(columns, wanted), kNarrowest) * kNarrowest;
+    return std::min({columns, kColumns, terms_ * columns > kGrain ? narrow : columns});
+  }
+
   // Chunk by chunk, each of which leaves a partial sum for every column.
   void run_chunks(bool by_columns) {
     const Axis& column_axis = by_columns ? kept_.back() : reduced_.back();
     const Axis& row_axis = reduced_[std::max<size_t>(reduced_.size(), 2) - 2];
     const int64_t kept_columns = by_columns ? kept_.back().size : 1;
-    const int64_t width = std::min(kept_columns, kColumns);
-    const int64_t tiles = ceil_divide(kept_columns, width);
     const int64_t chunks = ceil_divide(terms_, kChunk);
+    const int64_t width = width_of_tiles(kept_columns, sums_ / kept_columns * chunks);
+    const int64_t tiles = ceil_divide(kept_columns, width);
     const int64_t items = sums_ / kept_columns * tiles * chunks;
     const int64_t size = size_of(arithmetic_);
     const int64_t block_rows = block_numel(arithmetic_) / width;
@@ -323,6 +339,7 @@ class Summation {
 
   c10::ArrayRef<SumOperand> operands_;
   Arithmetic arithmetic_;
+  GivenQ given_;
   Compute compute_;
   std::optional<AddTerms> accumulate_;
   Axes reduced_;
@@ -351,8 +368,8 @@ SumOperand::SumOperand(const at::Tensor& sums, std::optional<int64_t> sums_divis
       divisor(sums_divisor) {}
 
 void sum_terms(at::IntArrayRef shape, c10::ArrayRef<bool> reduced, c10::ArrayRef<SumOperand> operands, Arithmetic arithmetic,
-               Compute compute, std::optional<AddTerms> accumulate) {
-  Summation(shape, reduced, operands, arithmetic, compute, accumulate).run();
+               const GivenQ& given, Compute compute, std::optional<AddTerms> accumulate) {
+  Summation(shape, reduced, operands, arithmetic, given, compute, accumulate).run();
 }
 
 } // namespace kl_ext::cpu

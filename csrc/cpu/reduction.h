@@ -28,12 +28,12 @@ struct SumOperand {
 
 using AddTerms = c10::function_ref<void(void* lanes, void* const* inputs, int first, int64_t numel)>;
 
-// Calls compute(pointers, numel) for blocks of every term there is, the pointers in the order of the operands; what it writes
-// for a summed output are the terms. `reduced` has a flag for each dimension of the shape.
+// Calls compute(pointers, numel) for blocks of every term there is, the pointers in the order of the operands, and what is
+// prepared of q behind them, or null; what it writes for a summed output are the terms. `reduced` has a flag for each dimension of the shape.
 //
 // accumulate(lanes, inputs, first, numel), where the only output is one sum, adds the terms to lanes as it computes them
 // (kernels.h).
 void sum_terms(at::IntArrayRef shape, c10::ArrayRef<bool> reduced, c10::ArrayRef<SumOperand> operands, Arithmetic arithmetic,
-               Compute compute, std::optional<AddTerms> accumulate = std::nullopt);
+               const GivenQ& given, Compute compute, std::optional<AddTerms> accumulate = std::nullopt);
 
 } // namespace kl_ext::cpu

@@ -90,6 +90,14 @@ class Rows {
     }
   }
 
+  // The next operand, contiguous numbers that are not yet there.
+  void add_contiguous() {
+    data_.push_back(nullptr);
+    strides_.push_back(shape_.columns * static_cast<int64_t>(c10::elementSize(dtype_)));
+  }
+
+  void place(size_t operand, void* data) { data_[operand] = data; }
+
   // The next operand. Rows that overlap or lie in another order are not taken for some.
   void add(const at::Tensor& tensor, const void* data) {
     const auto stride = is_valid_ && tensor.scalar_type() == dtype_ && first_contiguous_dim(tensor) <= shape_.dim
@@ -97,9 +105,8 @@ class Rows {
                             : std::nullopt;
     is_valid_ = stride && (shape_.rows == 1 || *stride >= shape_.columns);
     if (is_valid_) {
-      element_size_ = static_cast<int64_t>(tensor.element_size());
       data_.push_back(const_cast<void*>(data));
-      strides_.push_back(*stride * element_size_);
+      strides_.push_back(*stride * static_cast<int64_t>(tensor.element_size()));
     }
   }
 
@@ -124,6 +131,7 @@ class Rows {
   // Calls run(block, first_row) for the numbers from begin to end: for at most so many whole rows, and for parts of others.
   template <class Run>
   void for_range(int64_t begin, int64_t end, int64_t most_rows, const Run& run) const {
+    const auto element_size = static_cast<int64_t>(c10::elementSize(dtype_));
     while (begin < end) {
       const int64_t row = begin / shape_.columns;
       const int64_t column = begin % shape_.columns;
@@ -132,7 +140,7 @@ class Rows {
       const int64_t columns = std::min(shape_.columns - column, end - begin);
       void* pointers[kMaxOperands];
       for (size_t i = 0; i < data_.size(); ++i) {
-        pointers[i] = static_cast<char*>(data_[i]) + row * strides_[i] + column * element_size_;
+        pointers[i] = static_cast<char*>(data_[i]) + row * strides_[i] + column * element_size;
       }
       run(Block{pointers, strides_.data(), columns, rows}, row);
       begin += columns * rows;
@@ -143,7 +151,6 @@ class Rows {
   at::ScalarType dtype_;
   Shape shape_;
   bool is_valid_ = true;
-  int64_t element_size_ = 0;
   c10::SmallVector<void*, kMaxOperands> data_;
   c10::SmallVector<int64_t, kMaxOperands> strides_;
 };
@@ -163,15 +170,13 @@ void finish(char* partials, int64_t chunks, Arithmetic arithmetic) {
 
 std::optional<at::Tensor> forward_by_rows(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result) {
   Rows rows(inputs);
+  rows.add_contiguous();
+  rows.add(inputs);
   if (!rows || rows.dtype() != result) {
     return std::nullopt;
   }
-  const at::Tensor out = room(rows.shape().sizes, at::dtype(result));
-  rows.add(out, out.mutable_data_ptr());
-  rows.add(inputs);
-  if (!rows) {
-    return std::nullopt;
-  }
+  const at::Tensor out = allocate(rows.shape().sizes, at::dtype(result));
+  rows.place(0, out.mutable_data_ptr());
   const Forward kernel = kernels().forward[loss][is_wide(bounds, arithmetic_of(inputs))][storage_of(result)];
   at::parallel_for(0, rows.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
     rows.for_range(begin, end, rows.shape().rows, [&](const Block& block, int64_t) { kernel(block, bounds); });

@@ -83,17 +83,29 @@ struct Shift {
   T half_square;
 };
 
+// kTimes w = kTimes e^-log_var_q, in the narrow range.
+template <int kTimes = 1, class T>
+KL_EXT_INLINE T inverse_variance(T log_var_q) {
+  const Reduced<T> x = reduce_to_nearest(-log_var_q);
+  const T scale = power_of_two<kTimes - 1>(x.k);
+  return fma(scale, x.r + phi_of_remainder(x.r), scale);
+}
+
+// inverse_var: kTimes w.
+template <int kTimes, class T>
+KL_EXT_INLINE Shift<T> shift_over(T mu_p, T mu_q, T inverse_var) {
+  const T difference = mu_p - mu_q;
+  const T scaled = difference * inverse_var;
+  const T without_overflow = (T(0.5) * mu_p - T(0.5) * mu_q) * (T(2) * inverse_var);
+  return {is_infinite(difference) ? without_overflow : scaled, (T(0.5) / T(kTimes) * difference) * scaled};
+}
+
 template <Range range, int kTimes = 1, class T>
 KL_EXT_INLINE Shift<T> shift(T mu_p, T mu_q, T log_var_q) {
-  const T difference = mu_p - mu_q;
   if constexpr (range == Range::kNarrow) {
-    const Reduced<T> x = reduce_to_nearest(-log_var_q);
-    const T scale = power_of_two<kTimes - 1>(x.k);
-    const T inverse_var = fma(scale, x.r + phi_of_remainder(x.r), scale);
-    const T scaled = difference * inverse_var;
-    const T without_overflow = (T(0.5) * mu_p - T(0.5) * mu_q) * (T(2) * inverse_var);
-    return {is_infinite(difference) ? without_overflow : scaled, (T(0.5) / T(kTimes) * difference) * scaled};
+    return shift_over<kTimes>(mu_p, mu_q, inverse_variance<kTimes>(log_var_q));
   } else {
+    const T difference = mu_p - mu_q;
     // Significands and exponents apart. Beyond kFar no difference of means brings the product back into range.
     constexpr T kFar = T(2.5) * T(Format<T>::kBias + Format<T>::kMantissaBits);
     const Reduced<T> x = reduce_to_nearest(clamp(-log_var_q, -kFar, kFar));
@@ -134,9 +146,14 @@ KL_EXT_INLINE Difference<T> subtract(T log_var_p, T log_var_q) {
 
 // KL(p||q).
 template <Range range, class T>
-KL_EXT_INLINE T divergence(T mu_p, T log_var_p, T mu_q, T log_var_q) {
+KL_EXT_INLINE T divergence(T log_var_p, T log_var_q, Shift<T> means) {
   const Difference<T> difference = subtract<range>(log_var_p, log_var_q);
-  return half_phi(difference.half, difference.reduced) + shift<range>(mu_p, mu_q, log_var_q).half_square;
+  return half_phi(difference.half, difference.reduced) + means.half_square;
+}
+
+template <Range range, class T>
+KL_EXT_INLINE T divergence(T mu_p, T log_var_p, T mu_q, T log_var_q) {
+  return divergence<range>(log_var_p, log_var_q, shift<range>(mu_p, mu_q, log_var_q));
 }
 
 // KL(p||N(0, 1)).
@@ -149,6 +166,7 @@ KL_EXT_INLINE T divergence(T mu, T log_var) {
 
 struct SingleLoss {
   static constexpr int kInputs = 2;
+  static constexpr int kGradients = 2;
 
   template <Range range, class T>
   KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T> bounds) {
@@ -168,27 +186,58 @@ struct SingleLoss {
 template <bool documented>
 struct PairOf {
   static constexpr int kInputs = 4;
+  static constexpr int kGradients = 4;
+  static constexpr int kTimes = documented ? 2 : 1;
 
   template <Range range, class T>
   KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T> bounds) {
-    const T log_var_p = clamp(input[1], bounds.low, bounds.high);
     const T log_var_q = clamp(input[3], bounds.low, bounds.high);
-    const T value = divergence<range>(input[0], log_var_p, input[2], log_var_q);
+    return value<range>(input[1], log_var_q, bounds, shift<range>(input[0], input[2], log_var_q));
+  }
+
+  template <Range range, class T>
+  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T> bounds, T (&gradient)[kGradients]) {
+    const Shift<T> means = shift<range, kTimes>(input[0], input[2], clamp(input[3], bounds.low, bounds.high));
+    gradients<range>(grad_output, input, bounds, means, gradient);
+  }
+
+  template <Range range, class T>
+  KL_EXT_INLINE static T value(T log_var_p, T log_var_q, Clamp<T> bounds, Shift<T> means) {
+    const T value = divergence<range>(clamp(log_var_p, bounds.low, bounds.high), log_var_q, means);
     return documented ? fma(T(2), value, T(0.5)) : value;
   }
 
   template <Range range, class T>
-  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T> bounds, T (&gradient)[kInputs]) {
-    constexpr T kScale = documented ? T(2) : T(1);
+  KL_EXT_INLINE static void gradients(T grad_output, const T* input, Clamp<T> bounds, Shift<T> means, T (&gradient)[kGradients]) {
     const T log_var_p = clamp(input[1], bounds.low, bounds.high);
     const T log_var_q = clamp(input[3], bounds.low, bounds.high);
     const T half_ratio = half_expm1(subtract<range>(log_var_p, log_var_q).reduced);
-    const Shift<T> means = shift<range, documented ? 2 : 1>(input[0], input[2], log_var_q);
     gradient[0] = grad_output * means.scaled;
-    gradient[1] = clamp_gradient(grad_output * (kScale * half_ratio), input[1], bounds.low, bounds.high);
+    gradient[1] = clamp_gradient(grad_output * (T(kTimes) * half_ratio), input[1], bounds.low, bounds.high);
     gradient[2] = -gradient[0];
-    gradient[3] = grad_output * (-kScale * (half_ratio + means.half_square));
+    gradient[3] = grad_output * (T(-kTimes) * (half_ratio + means.half_square));
     gradient[3] = clamp_gradient(gradient[3], input[3], bounds.low, bounds.high);
+  }
+};
+
+// The same where q is shared by many p: the last input is what only q decides, inverse_variance of its clamped log-variance,
+// kTimes for gradients. In the narrow range.
+template <bool documented>
+struct PairGivenQ {
+  static constexpr int kInputs = 5;
+  static constexpr int kGradients = 4;
+  using Pair = PairOf<documented>;
+
+  template <Range range, class T>
+  KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T> bounds) {
+    const T log_var_q = clamp(input[3], bounds.low, bounds.high);
+    return Pair::template value<range>(input[1], log_var_q, bounds, shift_over<1>(input[0], input[2], input[4]));
+  }
+
+  template <Range range, class T>
+  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T> bounds, T (&gradient)[kGradients]) {
+    const Shift<T> means = shift_over<Pair::kTimes>(input[0], input[2], input[4]);
+    Pair::template gradients<range>(grad_output, input, bounds, means, gradient);
   }
 };
 
