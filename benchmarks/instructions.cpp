@@ -78,7 +78,7 @@ int main(int, char** arguments) {
     const Tensor x = numbers({rows, columns}), y = numbers({rows, columns}), grad = numbers({rows, columns});
     const auto halves = numbers({rows, 2 * columns}).chunk(2, 1);
     const Tensor prior_mu = numbers({columns}), prior_log_var = numbers({columns});
-    const Tensor one = at::ones({}, dtype);
+    const Tensor one = at::ones({}, dtype), rows_grad = numbers({rows});
     measure("single" + suffix, 1, [&] { single.call(x, y, kLow, kHigh, {}); });
     measure("single, wide clamp" + suffix, 1, [&] { single.call(x, y, -1e3, 1e3, {}); });
     measure("single of halves" + suffix, 1, [&] { single.call(halves[0], halves[1], kLow, kHigh, {}); });
@@ -99,6 +99,11 @@ int main(int, char** arguments) {
     measure("divergence, batchmean" + suffix, 1, [&] { divergence.call(x, y, y, x, kLow, kHigh, "batchmean", {}, {}); });
     measure("batchmean backward" + suffix, 1,
             [&] { divergence_backward.call(one, x, y, {}, {}, kLow, kHigh, "batchmean", {}, kOfP); });
+    measure("batchmean backward of halves" + suffix, 1,
+            [&] { divergence_backward.call(one, halves[0], halves[1], {}, {}, kLow, kHigh, "batchmean", {}, kOfP); });
+    measure("backward of the sums of rows" + suffix, 1, [&] {
+      divergence_backward.call(rows_grad, halves[0], halves[1], {}, {}, kLow, kHigh, "sum", at::IntArrayRef({1}), kOfP);
+    });
     measure("batchmean backward with a prior" + suffix, 1,
             [&] { divergence_backward.call(one, x, y, prior_mu, prior_log_var, kLow, kHigh, "batchmean", {}, kAll); });
   }

@@ -110,8 +110,8 @@ struct Operators {
       const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
       const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max, std::string_view reduction,
       at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask) {
-    return std::tuple_cat(divergence_backward(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim,
-                                              wanted(output_mask)));
+    return std::tuple_cat(divergence_backward(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction,
+                                              dim, wanted(output_mask)));
   }
 
   static void gaussian_kl_div_backward_out(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,

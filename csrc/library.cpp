@@ -75,7 +75,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_div_pair_loss_back
 void kl_div_pair_loss_backward_out(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,
                                    const at::Tensor& mu_q, const at::Tensor& log_var_q, double clamp_min, double clamp_max,
                                    const std::optional<at::Tensor>& grad_mu_p, const std::optional<at::Tensor>& grad_log_var_p,
-                                   const std::optional<at::Tensor>& grad_mu_q, const std::optional<at::Tensor>& grad_log_var_q) {
+                                   const std::optional<at::Tensor>& grad_mu_q,
+                                   const std::optional<at::Tensor>& grad_log_var_q) {
   static const auto handle = find<decltype(kl_div_pair_loss_backward_out)>("kl_ext::kl_div_pair_loss_backward", "out");
   handle.call(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, grad_mu_p, grad_log_var_p, grad_mu_q,
               grad_log_var_q);
@@ -102,8 +103,8 @@ void gaussian_kl_div_backward_out(const at::Tensor& grad_output, const at::Tenso
                                   const std::optional<at::Tensor>& grad_mu_p, const std::optional<at::Tensor>& grad_log_var_p,
                                   const std::optional<at::Tensor>& grad_mu_q, const std::optional<at::Tensor>& grad_log_var_q) {
   static const auto handle = find<decltype(gaussian_kl_div_backward_out)>("kl_ext::gaussian_kl_div_backward", "out");
-  handle.call(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, grad_mu_p,
-              grad_log_var_p, grad_mu_q, grad_log_var_q);
+  handle.call(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, grad_mu_p, grad_log_var_p,
+              grad_mu_q, grad_log_var_q);
 }
 
 } // namespace ops

@@ -134,10 +134,9 @@ struct Allocator final : c10::Allocator {
 
 Allocator allocator;
 
-// Whether it is ours to allocate: large, on the CPU, and with torch's own allocator in charge.
-bool is_ours(int64_t numel, const at::TensorOptions& options) {
-  return options.device().is_cpu() && static_cast<size_t>(numel) * options.dtype().itemsize() >= kPage &&
-         c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator();
+// Whether so many bytes on the CPU are ours to allocate: many, and with torch's own allocator in charge.
+bool is_ours(int64_t nbytes) {
+  return nbytes >= static_cast<int64_t>(kPage) && c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator();
 }
 
 constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
@@ -145,15 +144,18 @@ constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
 } // namespace
 
 at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format) {
-  if (!is_ours(c10::multiply_integers(sizes), options)) {
+  if (!options.device().is_cpu()) {
     return at::empty(sizes, options.memory_format(format));
   }
-  return at::Tensor(
-      at::detail::empty_generic(sizes, &allocator, kCpu, c10::typeMetaToScalarType(options.dtype()), format));
+  const at::ScalarType dtype = c10::typeMetaToScalarType(options.dtype());
+  if (is_ours(c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(dtype)))) {
+    return at::Tensor(at::detail::empty_generic(sizes, &allocator, kCpu, dtype, format));
+  }
+  return at::Tensor(at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, format));
 }
 
 at::Tensor allocate_like(const at::Tensor& tensor) {
-  if (!is_ours(tensor.numel(), tensor.options())) {
+  if (!tensor.is_cpu() || !is_ours(static_cast<int64_t>(tensor.nbytes()))) {
     return at::empty_like(tensor);
   }
   const at::DimVector strides = tensor.is_non_overlapping_and_dense()

@@ -15,7 +15,7 @@ namespace kl_ext {
 
 // As at::empty.
 at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options,
-                 at::MemoryFormat format = at::MemoryFormat::Contiguous);
+                    at::MemoryFormat format = at::MemoryFormat::Contiguous);
 
 // As at::empty_like.
 at::Tensor allocate_like(const at::Tensor& tensor);

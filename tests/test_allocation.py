@@ -114,7 +114,7 @@ def test_no_two_living_tensors_share_memory() -> None:
         generator = torch.Generator().manual_seed(seed)
         held: list[tuple[float, Tensor]] = []
         for _ in range(60):
-            numel, value, place = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((1, 12), (1, 100), (0, 4)))
+            numel, value, place = (int(torch.randint(*span, (), generator=generator)) for span in ((1, 12), (1, 100), (0, 4)))
             held.insert(place, (float(value), loss_of(numel * MIB // 4, float(value))))
             for expected, result in held[3:]:
                 if not (result == 0.5 * expected**2).all():
@@ -144,7 +144,8 @@ KEEPING = """
 import os, sys, torch, kl_ext
 from pathlib import Path
 def resident():
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")) // 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) // 1024
 x, y = torch.zeros(4, 2**22), torch.zeros(4, 2**22)
 kl_ext.kl_div_single_loss(x[0], y[0])
 before = resident()

@@ -81,9 +81,7 @@ def joins(backward: Callable[[], Any]) -> bool:
 
 @each_loss
 @pytest.mark.parametrize("halve", (HALVES | OTHERS).values(), ids=HALVES | OTHERS)
-def test_gradients_of_halves_are_those_of_the_formula(
-    loss: Callable[..., Tensor], halve: Halve, device: torch.device
-) -> None:
+def test_gradients_of_halves_are_those_of_the_formula(loss: Callable[..., Tensor], halve: Halve, device: torch.device) -> None:
     h = encoded(device)
     expected = torch.autograd.grad(loss(reference, *halve(h)), h)[0]
     torch.testing.assert_close(gradient(loss, h, halve(h)), expected, **CLOSE)
@@ -337,8 +335,13 @@ def test_only_the_wanted_gradient_of_halves_is_computed(device: torch.device) ->
 
 def into(name: str, arguments: Sequence[Any], gradients: Sequence[Tensor | None]) -> None:
     operator = getattr(torch.ops.kl_ext, f"{name}_backward").out
-    names = [f"grad_{a}" for a in (("mu", "log_var") if name == "kl_div_single_loss" else ("mu_p", "log_var_p", "mu_q", "log_var_q"))]
-    assert operator(*arguments, **dict(zip(names, gradients, strict=True))) is None
+    assert operator(*arguments, **dict(zip(given_names(name), gradients, strict=True))) is None
+
+
+def given_names(name: str) -> list[str]:
+    """The arguments that take gradients."""
+    schema = getattr(torch.ops.kl_ext, f"{name}_backward").out._schema
+    return [argument.name for argument in schema.arguments if argument.kwarg_only]
 
 
 OPERATORS = {"kl_div_single_loss": 2, "kl_div_pair_loss": 4, "gaussian_kl_div": 4}
@@ -401,6 +404,5 @@ def test_gradients_that_do_not_fit_are_refused(name: str, count: int, device: to
 @each_operator
 def test_the_operators_with_given_gradients_pass_opcheck(name: str, count: int, device: torch.device) -> None:
     operator = getattr(torch.ops.kl_ext, f"{name}_backward").out
-    names = [a.name for a in operator._schema.arguments if a.name.startswith("grad_") and a.name != "grad_output"]
-    gradients = {n: torch.empty(5, 24, device=device) for n in names}
+    gradients = {argument: torch.empty(5, 24, device=device) for argument in given_names(name)}
     torch.library.opcheck(operator, arguments_of(name, count, device), gradients, test_utils=("test_schema", "test_faketensor"))

@@ -61,8 +61,7 @@ struct GaussianKlDiv : Formula {
 
   void backward_out(const at::Tensor& grad_output, const Tensors<N>& x, const Tensors<N>& gradients) const {
     ops::gaussian_kl_div_backward_out(grad_output, x[0], x[1], q(x, 2), q(x, 3), this->clamp_min, this->clamp_max, reduction,
-                                      dims(), optional(gradients[0]), optional(gradients[1]), q(gradients, 2),
-                                      q(gradients, 3));
+                                      dims(), optional(gradients[0]), optional(gradients[1]), q(gradients, 2), q(gradients, 3));
   }
 
   Tensors<N> terms_backward(const at::Tensor& grad_terms, const Tensors<N>& x, std::array<bool, N> mask) const {

@@ -50,7 +50,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_div_pair_loss_back
 void kl_div_pair_loss_backward_out(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,
                                    const at::Tensor& mu_q, const at::Tensor& log_var_q, double clamp_min, double clamp_max,
                                    const std::optional<at::Tensor>& grad_mu_p, const std::optional<at::Tensor>& grad_log_var_p,
-                                   const std::optional<at::Tensor>& grad_mu_q, const std::optional<at::Tensor>& grad_log_var_q) {
+                                   const std::optional<at::Tensor>& grad_mu_q,
+                                   const std::optional<at::Tensor>& grad_log_var_q) {
   backward_out(with(clamp_min, clamp_max), grad_output, {mu_p, log_var_p, mu_q, log_var_q},
                {grad_mu_p.value_or(at::Tensor()), grad_log_var_p.value_or(at::Tensor()), grad_mu_q.value_or(at::Tensor()),
                 grad_log_var_q.value_or(at::Tensor())});

@@ -171,7 +171,8 @@ struct Backward : SavingNode<Op, Op::kInputs> {
   bool apply_to_halves(const at::Tensor& grad_output, const Tensors<N>& inputs, const std::array<bool, N>& wanted,
                        variable_list& result) {
     if (this->num_outputs() == N || at::GradMode::is_enabled() || at::areAnyTensorSubclassLike({grad_output}) ||
-        at::areAnyTensorSubclassLike(inputs) || grad_output._fw_grad(/*level=*/0).defined() || any(defined(tangents_of(inputs)))) {
+        at::areAnyTensorSubclassLike(inputs) || grad_output._fw_grad(/*level=*/0).defined() ||
+        any(defined(tangents_of(inputs)))) {
       return false;
     }
     Tensors<N> gradients;

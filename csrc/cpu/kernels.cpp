@@ -296,9 +296,9 @@ void divide(void* numbers, std::int64_t numel, std::int64_t divisor) {
       {TYPES(function, math::PairLoss, Range::kNarrow), TYPES(function, math::PairLoss, Range::kWide)},     \
       {TYPES(function, math::Divergence, Range::kNarrow), TYPES(function, math::Divergence, Range::kWide)}, \
   }
-#define KL_EXT_GIVEN_Q(function)                                                 \
-  {{},                                                                           \
-   KL_EXT_ARITHMETICS(function, math::PairGivenQ<true>, Range::kNarrow),         \
+#define KL_EXT_GIVEN_Q(function)                                         \
+  {{},                                                                   \
+   KL_EXT_ARITHMETICS(function, math::PairGivenQ<true>, Range::kNarrow), \
    KL_EXT_ARITHMETICS(function, math::PairGivenQ<false>, Range::kNarrow)}
 #define KL_EXT_BY_STORAGE(function)                                        \
   {                                                                        \

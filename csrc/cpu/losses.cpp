@@ -146,10 +146,10 @@ void backward_sums(const BlockBackward& kernel, Arguments arguments, const Gradi
     for (const auto& argument : arguments) {
       operands.emplace_back(argument.tensor, SumOperand::kInput, shape);
     }
-    sum_terms(shape, reduced, operands, kernel.arithmetic, kernel.given(first_input), [&](void* const* pointers, int64_t numel) {
-      kernel(
-          pointers, first_input, [&](size_t i) { return output[i] >= 0 ? pointers[output[i]] : nullptr; }, numel);
-    });
+    sum_terms(shape, reduced, operands, kernel.arithmetic, kernel.given(first_input),
+              [&](void* const* pointers, int64_t numel) {
+                kernel(pointers, first_input, [&](size_t i) { return output[i] >= 0 ? pointers[output[i]] : nullptr; }, numel);
+              });
     for (size_t i = 0; i < inputs; ++i) {
       if (sums[i].defined() && !sums[i].is_same(gradients[i])) {
         gradients[i].copy_(sums[i]);
@@ -192,8 +192,7 @@ void backward_divided(Loss loss, Arguments arguments, Bounds bounds, const Gradi
   const bool whole_rows = all_wanted && !divisor;
   for_each_block(iterator, arithmetic, whole_rows, kernel.given(wanted), [&](void* const* pointers, int64_t numel) {
     void* const* next = pointers;
-    kernel(
-        pointers, wanted, [&](size_t i) { return gradients[i].defined() ? *next++ : nullptr; }, numel);
+    kernel(pointers, wanted, [&](size_t i) { return gradients[i].defined() ? *next++ : nullptr; }, numel);
   });
 }
 

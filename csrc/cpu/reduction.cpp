@@ -206,8 +206,7 @@ class Summation {
     if (given_.log_var_q >= 0) {
       const int q = given_.log_var_q;
       const bool shares_q = row_axis.strides[q] == 0 && row_axis.size > 1;
-      pointers[operands_.size()] =
-          workspace.prepared.find(operands_[q].data + offsets[q], tile(q), pointers[q], shares_q);
+      pointers[operands_.size()] = workspace.prepared.find(operands_[q].data + offsets[q], tile(q), pointers[q], shares_q);
     }
     if (first_lane != kNoLane) {
       (*accumulate_)(workspace.lanes[0].get(), pointers + 1, first_lane, rows * columns);

@@ -21,16 +21,19 @@ constexpr int64_t kShortestRowOfOne = 64;
 
 // The rows of a shape: its last dimensions, from the given one on, make up a row.
 struct Shape {
-  Shape(at::IntArrayRef shape, size_t first) : sizes(shape), dim(first) {
+  // One row.
+  explicit Shape(const at::Tensor& tensor) : sizes(tensor.sizes()), columns(tensor.numel()) {}
+
+  Shape(at::IntArrayRef shape, size_t first) : sizes(shape), dim(first), columns(1) {
     for (size_t d = 0; d < sizes.size(); ++d) {
       (d < dim ? rows : columns) *= sizes[d];
     }
   }
 
   at::IntArrayRef sizes;
-  size_t dim;
+  size_t dim = 0;
   int64_t rows = 1;
-  int64_t columns = 1;
+  int64_t columns;
 };
 
 // From where on the dimensions of a tensor are contiguous.
@@ -79,40 +82,44 @@ class Rows {
  public:
   // Made of the dimensions from `first` on, or of fewer.
   explicit Rows(Arguments arguments, size_t first = 0)
-      : dtype_(arguments[0].tensor.scalar_type()), shape_(arguments[0].tensor.sizes(), 0) {
+      : arguments_(arguments), dtype_(arguments[0].tensor.scalar_type()), shape_(arguments[0].tensor) {
     for (const auto& argument : arguments) {
-      is_valid_ &= argument.tensor.scalar_type() == dtype_ && argument.tensor.sizes() == shape_.sizes;
+      is_valid_ = is_valid_ && argument.tensor.scalar_type() == dtype_ && argument.tensor.sizes() == shape_.sizes;
+      if (!is_valid_) {
+        return;
+      }
       first = std::max(first, first_contiguous_dim(argument.tensor));
     }
-    if (first > 0 && is_valid_) {
+    if (first > 0) {
       shape_ = Shape(shape_.sizes, first);
       is_valid_ = shape_.rows == 1 || shape_.columns >= kShortestRow;
     }
   }
 
-  // The next operand, contiguous numbers that are not yet there.
-  void add_contiguous() {
-    data_.push_back(nullptr);
-    strides_.push_back(shape_.columns * static_cast<int64_t>(c10::elementSize(dtype_)));
+  // The next operand: contiguous numbers, which may have their place later.
+  void add_contiguous(const void* data = nullptr) {
+    pointers_[count_] = const_cast<void*>(data);
+    strides_[count_++] = shape_.columns * element_size();
   }
 
-  void place(size_t operand, void* data) { data_[operand] = data; }
+  void place(int operand, void* data) { pointers_[operand] = data; }
 
   // The next operand. Rows that overlap or lie in another order are not taken for some.
   void add(const at::Tensor& tensor, const void* data) {
-    const auto stride = is_valid_ && tensor.scalar_type() == dtype_ && first_contiguous_dim(tensor) <= shape_.dim
-                            ? row_stride_of(tensor, shape_)
-                            : std::nullopt;
-    is_valid_ = stride && (shape_.rows == 1 || *stride >= shape_.columns);
-    if (is_valid_) {
-      data_.push_back(const_cast<void*>(data));
-      strides_.push_back(*stride * static_cast<int64_t>(tensor.element_size()));
+    if (tensor.is_contiguous()) {
+      return add_contiguous(data);
     }
+    const auto stride = first_contiguous_dim(tensor) <= shape_.dim ? row_stride_of(tensor, shape_) : std::nullopt;
+    is_valid_ &= stride && (shape_.rows == 1 || *stride >= shape_.columns);
+    pointers_[count_] = const_cast<void*>(data);
+    strides_[count_++] = stride.value_or(0) * element_size();
   }
 
-  void add(Arguments inputs) {
-    for (const auto& input : inputs) {
-      add(input.tensor, input.tensor.const_data_ptr());
+  // The arguments that the rows were found in.
+  void add_arguments() {
+    for (const auto& argument : arguments_) {
+      const void* const data = argument.tensor.const_data_ptr();
+      shape_.dim == 0 ? add_contiguous(data) : add(argument.tensor, data);
     }
   }
 
@@ -126,21 +133,20 @@ class Rows {
   int64_t numel() const { return shape_.rows * shape_.columns; }
 
   // All of the operands.
-  Block block() const { return {data_.data(), strides_.data(), shape_.columns, shape_.rows}; }
+  Block block() const { return {pointers_.data(), strides_.data(), shape_.columns, shape_.rows}; }
 
   // Calls run(block, first_row) for the numbers from begin to end: for at most so many whole rows, and for parts of others.
   template <class Run>
   void for_range(int64_t begin, int64_t end, int64_t most_rows, const Run& run) const {
-    const auto element_size = static_cast<int64_t>(c10::elementSize(dtype_));
     while (begin < end) {
-      const int64_t row = begin / shape_.columns;
-      const int64_t column = begin % shape_.columns;
-      const int64_t whole = column == 0 ? (end - begin) / shape_.columns : 0;
+      const int64_t row = shape_.rows == 1 ? 0 : begin / shape_.columns;
+      const int64_t column = begin - row * shape_.columns;
+      const int64_t whole = shape_.rows == 1 || column > 0 ? 1 : (end - begin) / shape_.columns;
       const int64_t rows = std::clamp<int64_t>(whole, 1, most_rows);
       const int64_t columns = std::min(shape_.columns - column, end - begin);
       void* pointers[kMaxOperands];
-      for (size_t i = 0; i < data_.size(); ++i) {
-        pointers[i] = static_cast<char*>(data_[i]) + row * strides_[i] + column * element_size;
+      for (int i = 0; i < count_; ++i) {
+        pointers[i] = static_cast<char*>(pointers_[i]) + row * strides_[i] + column * element_size();
       }
       run(Block{pointers, strides_.data(), columns, rows}, row);
       begin += columns * rows;
@@ -148,11 +154,15 @@ class Rows {
   }
 
  private:
+  int64_t element_size() const { return static_cast<int64_t>(c10::elementSize(dtype_)); }
+
+  Arguments arguments_;
   at::ScalarType dtype_;
   Shape shape_;
   bool is_valid_ = true;
-  c10::SmallVector<void*, kMaxOperands> data_;
-  c10::SmallVector<int64_t, kMaxOperands> strides_;
+  int count_ = 0;
+  std::array<void*, kMaxOperands> pointers_;
+  std::array<int64_t, kMaxOperands> strides_;
 };
 
 // Sums partials[chunks] level after level; the sum is left in the first.
@@ -170,9 +180,12 @@ void finish(char* partials, int64_t chunks, Arithmetic arithmetic) {
 
 std::optional<at::Tensor> forward_by_rows(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result) {
   Rows rows(inputs);
-  rows.add_contiguous();
-  rows.add(inputs);
   if (!rows || rows.dtype() != result) {
+    return std::nullopt;
+  }
+  rows.add_contiguous();
+  rows.add_arguments();
+  if (!rows) {
     return std::nullopt;
   }
   const at::Tensor out = allocate(rows.shape().sizes, at::dtype(result));
@@ -187,9 +200,12 @@ std::optional<at::Tensor> forward_by_rows(Loss loss, Arguments inputs, Bounds bo
 std::optional<at::Tensor> sum_by_rows(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result,
                                       std::optional<int64_t> divisor) {
   Rows rows(inputs);
-  rows.add(inputs);
   const Arithmetic arithmetic = arithmetic_of(inputs, result);
   if (!rows || arithmetic != arithmetic_of(inputs)) {
+    return std::nullopt;
+  }
+  rows.add_arguments();
+  if (!rows) {
     return std::nullopt;
   }
   const SumChunks kernel = kernels().sum_chunks[loss][is_wide(bounds, arithmetic)][storage_of(rows.dtype())];
@@ -224,13 +240,18 @@ bool backward_by_rows(Loss loss, Arguments arguments, Bounds bounds, const Gradi
   const size_t expanded = first_expanded_dim(grad_output);
   const bool is_expanded = expanded < static_cast<size_t>(grad_output.dim()) || grad_output.dim() == 0;
   Rows rows(inputs, is_expanded ? expanded : 0);
+  if (!rows || grad_output.sizes() != rows.shape().sizes || !(is_expanded || grad_output.scalar_type() == rows.dtype())) {
+    return false;
+  }
   for (size_t i = 0; i < inputs.size(); ++i) {
     rows.add(gradients[i], gradients[i].mutable_data_ptr());
   }
-  rows.add(is_expanded ? inputs : arguments);
+  if (!is_expanded) {
+    rows.add(grad_output, grad_output.const_data_ptr());
+  }
+  rows.add_arguments();
   const auto grad_stride = rows && is_expanded ? row_stride_of(grad_output, rows.shape()) : 0;
-  if (!rows || grad_output.sizes() != rows.shape().sizes || !grad_stride ||
-      (*grad_stride != 0 && rows.shape().columns < kShortestRowOfOne)) {
+  if (!rows || !grad_stride || (*grad_stride != 0 && rows.shape().columns < kShortestRowOfOne)) {
     return false;
   }
   const bool wide = is_wide(bounds, arithmetic);

@@ -208,7 +208,8 @@ struct PairOf {
   }
 
   template <Range range, class T>
-  KL_EXT_INLINE static void gradients(T grad_output, const T* input, Clamp<T> bounds, Shift<T> means, T (&gradient)[kGradients]) {
+  KL_EXT_INLINE static void gradients(T grad_output, const T* input, Clamp<T> bounds, Shift<T> means,
+                                      T (&gradient)[kGradients]) {
     const T log_var_p = clamp(input[1], bounds.low, bounds.high);
     const T log_var_q = clamp(input[3], bounds.low, bounds.high);
     const T half_ratio = half_expm1(subtract<range>(log_var_p, log_var_q).reduced);
