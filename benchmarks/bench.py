@@ -90,7 +90,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         }
         plan = Plan(effort, options.threads, **small, batches=[128], latents=[32])
     else:
-        plan = Plan(Effort(options.seconds or 0.8, 5, 41, options.device), options.threads)
+        plan = Plan(Effort(options.seconds or 0.7, 5, 41, options.device), options.threads)
     return plan if options.sizes is None else Plan(**{**vars(plan), "sizes": options.sizes})
 
 

@@ -67,7 +67,7 @@ def describe(row: Row) -> str:
 
 
 def _joined(row: Row) -> bool:
-    """The rows that end in autograd's concatenation of large halves, which no operator can avoid."""
+    """The rows with gradients of large halves, which autograd would concatenate."""
     return row["case"] in CHUNKED and row["pass"] == BOTH and row["elements"] >= MI
 
 

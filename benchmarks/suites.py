@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,7 +21,10 @@ from timing import Effort, Row, Timed
 from workloads import DIFFUSERS, DISTRIBUTIONS, EAGER, KL_EXT, PEERS, WORKLOADS
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
-CHUNK = "concatenation"  # beside the peers, for chunk views: what the backward of chunk takes
+CHUNK = "concatenation"  # beside the peers, for chunk views: what the backward of chunk would take
+NATIVE = "torch.mul"  # beside the peers, for the elementwise loss: what any elementwise operator takes with its mean
+NOTHING_KEPT = "nothing kept"  # kl_ext where it keeps no memory for its next results
+NO_DIVERGENCE = "no divergence"  # a step of training that lacks the loss which is measured
 KI, MI = 1 << 10, 1 << 20
 
 
@@ -61,6 +65,8 @@ def ratios(plan: Plan) -> Iterator[Case]:
             contenders = {peer: wrap(workload.run(peer)) for peer in PEERS}
             if workload.chunked and direction == BOTH:
                 contenders[CHUNK] = concatenate
+            if name == "single, mean":
+                contenders[NATIVE] = wrap(lambda leaves: torch.mul(*leaves).mean())
             measured = timing.time_in_turn(contenders, sets, plan.effort, KL_EXT, brief=(DISTRIBUTIONS, DIFFUSERS))
             rows.append(row("ratios", name, direction, elements, measured, threads=torch.get_num_threads()))
         return rows
@@ -70,7 +76,7 @@ def ratios(plan: Plan) -> Iterator[Case]:
 
 
 def concatenate(leaves: list[Tensor]) -> Tensor:
-    """What autograd does last for `chunk`: one tensor of two gradients."""
+    """What autograd does last for `chunk`, unless the gradients come joined: one tensor of two."""
     with torch.no_grad():
         return torch.cat(leaves[0].chunk(2, 1), 1)
 
@@ -125,12 +131,29 @@ def floor(plan: Plan) -> Iterator[Case]:
             elements,
         )
         contenders = {KL_EXT: timing.forward_of(ours), other: timing.forward_of(theirs)}
-        measured = timing.time_in_turn(contenders, sets, plan.effort, other)
+        prepare: dict[str, Callable[[], None]] = {}
+        if name != "sum" and plan.effort.device == "cpu":
+            contenders[NOTHING_KEPT] = contenders[KL_EXT]
+            prepare = {KL_EXT: keep_memory, NOTHING_KEPT: keep_nothing}
+        try:
+            measured = timing.time_in_turn(contenders, sets, plan.effort, other, prepare)
+        finally:
+            keep_memory()
         work = {"bytes": 4 * moved * elements, "operations": operations * elements}
         return [row("floor", name, direction, elements, measured, threads=torch.get_num_threads(), **work)]
 
     for elements, name in itertools.product(plan.large, cases):
         yield Case(f"floor of {name}, {elements}", lambda name=name, elements=elements: measure(name, elements))
+
+
+def keep_memory() -> None:
+    """As it is where nobody has set it."""
+    os.environ.pop("KL_EXT_KEEP_MEMORY", None)
+
+
+def keep_nothing() -> None:
+    """From the next large result on that is freed."""
+    os.environ["KL_EXT_KEEP_MEMORY"] = "0"
 
 
 def peak(plan: Plan) -> Iterator[Case]:
@@ -186,11 +209,11 @@ def overhead(plan: Plan) -> Iterator[Case]:
 
 
 def compiled_step(plan: Plan) -> Iterator[Case]:
-    """A training step of a small VAE, compiled whole: with kl_ext inside, and with the plain formula."""
+    """A training step of a small VAE, compiled whole: with kl_ext inside, with the plain formula, and without a divergence."""
     pixels, hidden = 784, 256
 
     def step(peer: str, dynamic: bool, parameters: list[Tensor]) -> Timed:
-        function = PEERS[peer].gaussian_kl_div
+        function = PEERS[peer].gaussian_kl_div if peer in PEERS else lambda mu, log_var, reduction: 0.0
 
         def loss(images: Tensor, encode: Tensor, to_latent: Tensor, from_latent: Tensor, decode: Tensor) -> Tensor:
             mu, log_var = (torch.relu(images @ encode) @ to_latent).chunk(2, 1)
@@ -205,7 +228,7 @@ def compiled_step(plan: Plan) -> Iterator[Case]:
         shapes = [(pixels, hidden), (hidden, 2 * latent), (latent, hidden), (hidden, pixels)]
         parameters = [(timing.leaf(shape, plan.effort.device) / math.sqrt(shape[0])).detach() for shape in shapes]
         parameters = [parameter.requires_grad_() for parameter in parameters]
-        contenders = {peer: step(peer, dynamic, parameters) for peer in (KL_EXT, EAGER)}
+        contenders = {peer: step(peer, dynamic, parameters) for peer in (KL_EXT, EAGER, NO_DIVERGENCE)}
         rows = []
         for batch in plan.batches:
             images = torch.rand(batch, pixels, device=plan.effort.device)

@@ -27,7 +27,8 @@ PAGES = [HERE.parent / "README.md", HERE / "README.md"]
 MARKER = re.compile(r"(<!-- table: (\w+)(?: (\S+))? -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 Result = dict[str, Any]
 Row = dict[str, Any]
-KL_EXT, EAGER, COMPILED, CHUNK = "kl_ext", "plain torch", "torch.compile", "concatenation"
+KL_EXT, EAGER, COMPILED = "kl_ext", "plain torch", "torch.compile"
+CHUNK, NATIVE = "concatenation", "torch.mul"
 BOTH = "forward + backward"
 
 
@@ -72,7 +73,7 @@ def peers(result: Result) -> str:
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows_of(result, "ratios"):
         for name, (_, middle, _) in row["ratio"].items():
-            if name != CHUNK:
+            if name not in (CHUNK, NATIVE):
                 found.setdefault((row["case"], row["pass"]), {}).setdefault(name, []).append(middle)
     names = list(dict.fromkeys(name for by_peer in found.values() for name in by_peer))
     rows = [
@@ -83,13 +84,24 @@ def peers(result: Result) -> str:
 
 
 def chunk_share(result: Result) -> str:
-    """The time that autograd's concatenation takes, as a share of all of kl_ext's forward and backward."""
+    """The time that autograd's concatenation would take, as a share of kl_ext's forward and backward, which do without."""
     rows = [
         [row["case"], elements(row["elements"]), str(row["threads"]), f"{row['us'][CHUNK][1] / row['us'][KL_EXT][1]:.0%}"]
         for row in rows_of(result, "ratios")
         if CHUNK in row["us"]
     ]
-    return table(["workload", "terms", "threads", "share of the concatenation"], rows)
+    return table(["workload", "terms", "threads", "concatenation / kl_ext"], rows)
+
+
+def native(result: Result) -> str:
+    """What torch's own product takes with its mean in the place of the elementwise loss, and how far the peers are behind it."""
+    rows = []
+    for row in rows_of(result, "ratios"):
+        if NATIVE in row["us"]:
+            product = row["us"][NATIVE][1]
+            quotients = [f"{row['us'][name][1] / product:.2f}" for name in (KL_EXT, EAGER, COMPILED)]
+            rows.append([row["pass"], elements(row["elements"]), str(row["threads"]), f"{product:,.1f}", *quotients])
+    return table(["pass", "terms", "threads", "torch.mul, µs", *(f"{name} / torch.mul" for name in (KL_EXT, EAGER, COMPILED))], rows)
 
 
 def accuracy(result: Result) -> str:
@@ -232,6 +244,7 @@ KINDS: dict[str, Callable[[Result], str]] = {
     "forward_ratios": forward_ratios,
     "peers": peers,
     "chunk_share": chunk_share,
+    "native": native,
     "accuracy": accuracy,
     "gradient_accuracy": gradient_accuracy,
     "lost": lost,
@@ -249,7 +262,8 @@ PRINTED = {
     "Time of plain torch / torch.compile in times of kl_ext (above 1: kl_ext is faster), forward:": forward_ratios,
     "The same, forward + backward:": ratios,
     "Time of each peer in times of kl_ext, geometric means:": peers,
-    "What the backward of chunk takes of it:": chunk_share,
+    "What the backward of chunk would add to it:": chunk_share,
+    "The elementwise loss beside torch's own product:": native,
     "Worst error in ulp and share of negative values:": accuracy,
     **{f"{suite.capitalize()}:": suite_table(suite) for suite in SUITES[1:]},
     "Goals:": goals,

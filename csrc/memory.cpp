@@ -22,8 +22,8 @@ namespace {
 constexpr size_t kMiB = size_t{1} << 20;
 // Of a huge page, of which blocks are made. Smaller results are the C library's, which keeps what is freed of them.
 constexpr size_t kPage = 2 * kMiB;
-// A block serves a result that leaves at most this share of it unused.
-constexpr size_t kSlack = 4;
+// A block serves results that leave at most one part in so many of it unused.
+constexpr size_t kPartsUnused = 4;
 
 size_t environment(const char* name, size_t value) {
   if (const char* const text = std::getenv(name)) {
@@ -63,13 +63,17 @@ void unmap(const Block& block) { munmap(block.data, block.size); }
 // The blocks that no tensor holds. Nobody waits for another thread here: who comes at the same moment does without.
 class Kept {
  public:
-  // The smallest block that is large enough and not too large, if there is one.
+  // The smallest block that is large enough and not too large, if there is one; of equal ones that given last, which may still
+  // be in a cache.
   std::optional<Block> take(size_t size) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) {
+      return std::nullopt;
+    }
     auto best = blocks_.end();
-    for (auto block = blocks_.begin(); lock && block != blocks_.end(); ++block) {
-      const bool fits = block->size >= size && block->size - size <= block->size / kSlack;
-      best = fits && (best == blocks_.end() || block->size < best->size) ? block : best;
+    for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
+      const bool fits = block->size >= size && block->size - size <= block->size / kPartsUnused;
+      best = fits && (best == blocks_.end() || block->size <= best->size) ? block : best;
     }
     if (best == blocks_.end()) {
       return std::nullopt;

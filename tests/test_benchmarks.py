@@ -23,7 +23,7 @@ import suites  # noqa: E402
 import table  # noqa: E402
 import timing  # noqa: E402
 import workloads  # noqa: E402
-from suites import BOTH, CHUNK, FORWARD, KI, MI  # noqa: E402
+from suites import BOTH, CHUNK, FORWARD, KI, MI, NATIVE, NO_DIVERGENCE, NOTHING_KEPT  # noqa: E402
 from workloads import COMPILED, EAGER, KL_EXT, PEERS, WORKLOADS  # noqa: E402
 
 
@@ -60,9 +60,24 @@ def test_every_workload_size_and_pass_has_all_peers(run):
         (name, direction, size) for size in (4 * KI, MI) for name in WORKLOADS for direction in (FORWARD, BOTH)
     ]
     for row in rows:
-        joined = {CHUNK} if "chunk" in row["case"] and row["pass"] == BOTH else set()
-        assert set(row["us"]) == {*PEERS, *joined}
-        assert set(row["ratio"]) == {*PEERS, *joined} - {KL_EXT}
+        more = {CHUNK} if "chunk" in row["case"] and row["pass"] == BOTH else {NATIVE} if row["case"] == "single, mean" else set()
+        assert set(row["us"]) == {*PEERS, *more}
+        assert set(row["ratio"]) == {*PEERS, *more} - {KL_EXT}
+
+
+def test_what_bounds_the_goals_is_measured_beside_them(run):
+    for row in chosen(run[0], "floor"):
+        assert (NOTHING_KEPT in row["us"]) == (row["case"] != "sum")
+    for row in chosen(run[0], "compiled step"):
+        assert set(row["us"]) == {KL_EXT, EAGER, NO_DIVERGENCE}
+
+
+def test_a_row_may_do_without_kept_memory_and_leaves_the_setting_as_it_was(monkeypatch):
+    monkeypatch.delenv("KL_EXT_KEEP_MEMORY", raising=False)
+    suites.keep_nothing()
+    assert os.environ["KL_EXT_KEEP_MEMORY"] == "0"
+    suites.keep_memory()
+    assert "KL_EXT_KEEP_MEMORY" not in os.environ
 
 
 def test_a_result_says_where_it_comes_from(run):

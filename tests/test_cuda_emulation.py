@@ -119,6 +119,22 @@ def test_rows_that_no_vector_divides(emulated, rng):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_of_halves_are_written_into_the_whole_in_vectors(emulated, rng, loss):
+    for input_dtype, dtype, items in VECTORS:
+        pairs = [values(rng, "kl_div_single_loss", [6, 16], input_dtype) for _ in range(inputs_of(loss) // 2)]
+        inputs = [half for pair in pairs for half in torch.cat(pair, 1).chunk(2, 1)]
+        grad_output = torch.randn(6, 16).to(dtype)
+        reduction = ("none", None) if loss == "gaussian_kl_div" else ()
+        backward = getattr(torch.ops.kl_ext, f"{loss}_backward")
+        expected = backward(grad_output, *inputs, *NARROW, *reduction, [True] * len(inputs))
+        wholes = [torch.full((6, 32), float("nan"), dtype=input_dtype) for _ in pairs]
+        halves = [half for whole in wholes for half in whole.chunk(2, 1)]
+        assert launch(emulated, f"{loss}_backward", [*halves, grad_output, *inputs], NARROW) == vector_grid(6 * 16, items)
+        for i, half in enumerate(halves):
+            assert_same_bits(half, expected[i], f"gradient {i}")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_gradients_not_wanted_are_not_written(emulated, rng, loss):
     for input_dtype, dtype, items in VECTORS:
         inputs = values(rng, loss, [999], input_dtype)

@@ -144,16 +144,16 @@ KL_EXT_INLINE Difference<T> subtract(T log_var_p, T log_var_q) {
   }
 }
 
-// KL(p||q).
-template <Range range, class T>
-KL_EXT_INLINE T divergence(T log_var_p, T log_var_q, Shift<T> means) {
+// KL(p||q); means(): the Shift.
+template <Range range, class T, class Means>
+KL_EXT_INLINE T divergence(T log_var_p, T log_var_q, const Means& means) {
   const Difference<T> difference = subtract<range>(log_var_p, log_var_q);
-  return half_phi(difference.half, difference.reduced) + means.half_square;
+  return half_phi(difference.half, difference.reduced) + means().half_square;
 }
 
 template <Range range, class T>
 KL_EXT_INLINE T divergence(T mu_p, T log_var_p, T mu_q, T log_var_q) {
-  return divergence<range>(log_var_p, log_var_q, shift<range>(mu_p, mu_q, log_var_q));
+  return divergence<range>(log_var_p, log_var_q, [&] { return shift<range>(mu_p, mu_q, log_var_q); });
 }
 
 // KL(p||N(0, 1)).
@@ -192,31 +192,33 @@ struct PairOf {
   template <Range range, class T>
   KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T> bounds) {
     const T log_var_q = clamp(input[3], bounds.low, bounds.high);
-    return value<range>(input[1], log_var_q, bounds, shift<range>(input[0], input[2], log_var_q));
+    return value<range>(input, bounds, [&] { return shift<range>(input[0], input[2], log_var_q); });
   }
 
   template <Range range, class T>
   KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T> bounds, T (&gradient)[kGradients]) {
-    const Shift<T> means = shift<range, kTimes>(input[0], input[2], clamp(input[3], bounds.low, bounds.high));
-    gradients<range>(grad_output, input, bounds, means, gradient);
+    const T log_var_q = clamp(input[3], bounds.low, bounds.high);
+    gradients<range>(grad_output, input, bounds, [&] { return shift<range, kTimes>(input[0], input[2], log_var_q); }, gradient);
   }
 
-  template <Range range, class T>
-  KL_EXT_INLINE static T value(T log_var_p, T log_var_q, Clamp<T> bounds, Shift<T> means) {
-    const T value = divergence<range>(clamp(log_var_p, bounds.low, bounds.high), log_var_q, means);
+  template <Range range, class T, class Means>
+  KL_EXT_INLINE static T value(const T* input, Clamp<T> bounds, const Means& means) {
+    const T log_var_p = clamp(input[1], bounds.low, bounds.high);
+    const T value = divergence<range>(log_var_p, clamp(input[3], bounds.low, bounds.high), means);
     return documented ? fma(T(2), value, T(0.5)) : value;
   }
 
-  template <Range range, class T>
-  KL_EXT_INLINE static void gradients(T grad_output, const T* input, Clamp<T> bounds, Shift<T> means,
+  template <Range range, class T, class Means>
+  KL_EXT_INLINE static void gradients(T grad_output, const T* input, Clamp<T> bounds, const Means& means,
                                       T (&gradient)[kGradients]) {
     const T log_var_p = clamp(input[1], bounds.low, bounds.high);
     const T log_var_q = clamp(input[3], bounds.low, bounds.high);
     const T half_ratio = half_expm1(subtract<range>(log_var_p, log_var_q).reduced);
-    gradient[0] = grad_output * means.scaled;
+    const Shift<T> shift = means();
+    gradient[0] = grad_output * shift.scaled;
     gradient[1] = clamp_gradient(grad_output * (T(kTimes) * half_ratio), input[1], bounds.low, bounds.high);
     gradient[2] = -gradient[0];
-    gradient[3] = grad_output * (T(-kTimes) * (half_ratio + means.half_square));
+    gradient[3] = grad_output * (T(-kTimes) * (half_ratio + shift.half_square));
     gradient[3] = clamp_gradient(gradient[3], input[3], bounds.low, bounds.high);
   }
 };
@@ -231,13 +233,12 @@ struct PairGivenQ {
 
   template <Range range, class T>
   KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T> bounds) {
-    const T log_var_q = clamp(input[3], bounds.low, bounds.high);
-    return Pair::template value<range>(input[1], log_var_q, bounds, shift_over<1>(input[0], input[2], input[4]));
+    return Pair::template value<range>(input, bounds, [&] { return shift_over<1>(input[0], input[2], input[4]); });
   }
 
   template <Range range, class T>
   KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T> bounds, T (&gradient)[kGradients]) {
-    const Shift<T> means = shift_over<Pair::kTimes>(input[0], input[2], input[4]);
+    const auto means = [&] { return shift_over<Pair::kTimes>(input[0], input[2], input[4]); };
     Pair::template gradients<range>(grad_output, input, bounds, means, gradient);
   }
 };
