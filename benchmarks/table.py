@@ -94,14 +94,16 @@ def chunk_share(result: Result) -> str:
 
 
 def native(result: Result) -> str:
-    """What torch's own product takes with its mean in the place of the elementwise loss, and how far the peers are behind it."""
+    """What torch's own product and its mean take in the place of the elementwise loss, and what the peers take beside it."""
     rows = []
     for row in rows_of(result, "ratios"):
         if NATIVE in row["us"]:
             product = row["us"][NATIVE][1]
             quotients = [f"{row['us'][name][1] / product:.2f}" for name in (KL_EXT, EAGER, COMPILED)]
             rows.append([row["pass"], elements(row["elements"]), str(row["threads"]), f"{product:,.1f}", *quotients])
-    return table(["pass", "terms", "threads", "torch.mul, µs", *(f"{name} / torch.mul" for name in (KL_EXT, EAGER, COMPILED))], rows)
+    return table(
+        ["pass", "terms", "threads", "torch.mul, µs", *(f"{name} / torch.mul" for name in (KL_EXT, EAGER, COMPILED))], rows
+    )
 
 
 def accuracy(result: Result) -> str:

@@ -60,7 +60,9 @@ def test_every_workload_size_and_pass_has_all_peers(run):
         (name, direction, size) for size in (4 * KI, MI) for name in WORKLOADS for direction in (FORWARD, BOTH)
     ]
     for row in rows:
-        more = {CHUNK} if "chunk" in row["case"] and row["pass"] == BOTH else {NATIVE} if row["case"] == "single, mean" else set()
+        more = (
+            {CHUNK} if "chunk" in row["case"] and row["pass"] == BOTH else {NATIVE} if row["case"] == "single, mean" else set()
+        )
         assert set(row["us"]) == {*PEERS, *more}
         assert set(row["ratio"]) == {*PEERS, *more} - {KL_EXT}
 
