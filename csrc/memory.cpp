@@ -25,6 +25,9 @@ constexpr size_t kPage = 2 * kMiB;
 // A block serves results that leave at most one part in so many of it unused.
 constexpr size_t kPartsUnused = 4;
 
+// Kept by the process, where there is so much; what is kept beyond it, the system may take.
+constexpr size_t kNotOffered = 64 * kMiB;
+
 size_t environment(const char* name, size_t value) {
   if (const char* const text = std::getenv(name)) {
     std::from_chars(text, text + std::strlen(text), value);
@@ -35,6 +38,7 @@ size_t environment(const char* name, size_t value) {
 struct Block {
   char* data;
   size_t size;
+  bool is_offered = false; // to the system, which may take it, and does only where it must
 };
 
 // Aligned to huge pages; none where the system has no memory.
@@ -78,7 +82,7 @@ class Kept {
     if (best == blocks_.end()) {
       return std::nullopt;
     }
-    const Block block = *best;
+    const Block block{best->data, best->size};
     blocks_.erase(best);
     size_ -= block.size;
     return block;
@@ -90,7 +94,6 @@ class Kept {
     if (!lock) {
       return unmap(block);
     }
-    madvise(block.data, block.size, MADV_FREE); // the system may take it, and does only where it must
     blocks_.push_back(block);
     size_ += block.size;
     while (size_ > most) {
@@ -98,9 +101,21 @@ class Kept {
       size_ -= blocks_.front().size;
       blocks_.erase(blocks_.begin());
     }
+    offer();
   }
 
  private:
+  // Offers all but those given last to the system: offering a block and writing to it again costs what a small result does.
+  void offer() {
+    size_t newer = 0;
+    for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {
+      newer += block->size;
+      if (newer > kNotOffered && !block->is_offered) {
+        block->is_offered = madvise(block->data, block->size, MADV_FREE) == 0;
+      }
+    }
+  }
+
   std::mutex mutex_;
   std::vector<Block> blocks_; // the first was given first
   size_t size_ = 0;

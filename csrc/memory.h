@@ -2,7 +2,8 @@
 //
 // Large fresh memory costs more than what is computed: the first touch of each page is a fault, and the C library gives what
 // a training step frees back to the system before the next step asks for it. So large results on the CPU get memory that an
-// earlier one has left, or huge pages, as NumPy's arrays do. What is kept is the system's to take back where it runs short.
+// earlier one has left, or huge pages, as NumPy's arrays do. What is kept for that, but for the last 64 MiB, is the system's to
+// take back where it runs short.
 //
 //   KL_EXT_KEEP_MEMORY   the most MiB that are kept (512)
 //   KL_EXT_HUGE_PAGES    0: ordinary pages
