@@ -63,8 +63,9 @@ def time_in_turn(
 ) -> Row:
     """Times in microseconds and ratios to the contender `of`, each as lower quartile, median and upper quartile.
 
-    What `prepare` has for a contender runs before each of its blocks, and before a call that is not timed. Where a row gets no more than its fewest
-    rounds, the contenders in `brief` take part in the first BRIEF_ROUNDS of them; they have no calls that are not timed.
+    What `prepare` has for a contender runs before each of its blocks, and before a call that is not timed. Where a row gets no
+    more than its fewest rounds, the contenders in `brief` take part in the first BRIEF_ROUNDS of them; they have no calls that
+    are not timed.
     """
 
     def seconds_of(name: str, calls: int, first: int = 0, follow: bool = False) -> float:
