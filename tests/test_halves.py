@@ -303,7 +303,7 @@ def test_halves_have_derivatives_of_every_kind(loss: Callable[..., Tensor], name
         lambda f: torch.func.vmap(torch.func.grad(f))(torch.stack([h, 2 * h])),
         lambda f: torch.autograd.grad(torch.utils.checkpoint.checkpoint(f, h, use_reentrant=False), h)[0],
     ):
-        torch.testing.assert_close(of_both(function), of_both(formula), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(of_both(function), of_both(formula), **CLOSE)
 
 
 def test_compiled_halves_have_the_bits_of_eager_ones(device: torch.device) -> None:

@@ -51,11 +51,11 @@ size_t first_contiguous_dim(const at::Tensor& tensor) {
   return 0;
 }
 
-// From where on a tensor is expanded from single numbers.
+// From where on a tensor is expanded from single numbers: one that is not, from behind its last dimension on.
 size_t first_expanded_dim(const at::Tensor& tensor) {
   size_t first = tensor.dim();
-  while (first > 0 && (tensor.stride(first - 1) == 0 || tensor.size(first - 1) == 1)) {
-    --first;
+  for (size_t d = tensor.dim(); d-- > 0 && (tensor.stride(d) == 0 || tensor.size(d) == 1);) {
+    first = tensor.size(d) == 1 ? first : d;
   }
   return first;
 }
