@@ -160,6 +160,30 @@ def test_gradients_of_broadcast_priors_are_ordered_sums(prior, dtype, rng):
                 assert same_bits(got, want), how
 
 
+SHARED = [(1, 16), (2, 17), (30, 5000), (63, 16), (65, 1024), (1000, 70), (1025, 33), (1100, 600), (2100, 64)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_prior_that_all_rows_share_gets_ordered_sums(dtype, threads, rng):
+    """From one gradient for all terms: fewer rows than lanes, parts of chunks for each thread, chunks, columns in parts."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for rows, columns in SHARED:
+            encoded, *q = wide_range(rng, (rows, 2 * columns), (columns,), (1, columns), dtype=dtype)
+            grad = torch.full((), 0.7, dtype=dtype)
+            for p in (encoded.chunk(2, 1), [x.contiguous() for x in encoded.chunk(2, 1)]):
+                for reduction in ("sum", "batchmean"):
+                    inputs = [*p, *q]
+                    assert_ordered(inputs, reduction)
+                    wanted = ordered_gradients(grad, inputs, reduction)
+                    for got, want in zip(backward_operator(grad, *inputs, reduction=reduction), wanted, strict=True):
+                        assert same_bits(got, want), (rows, columns, reduction)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_gradients_of_a_table_of_priors_reach_the_table_by_torch(rng):
     """[K, D][labels] is an input as large as the terms: its own gradient is elementwise, and indexing adds it up."""
     mu, log_var, *table = wide_range(rng, (33, 70), (33, 70), (5, 70), (5, 70), dtype=torch.float64)
@@ -178,15 +202,17 @@ def test_broadcast_gradients_of_the_documented_losses_are_ordered_sums(loss: Los
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for shapes in (
         [(70, 65), (65,)],
+        [(65,), (65,)],
         [(33, 6, 70), (33, 6, 70), (70,), (70,)],
         [(1100, 3)] * 3 + [()],
         [(2, 1, 65), (1500, 1)],
     ):
         shapes = (shapes * 2)[: loss.count] if len(shapes) < loss.count else shapes[-loss.count :]
         inputs = wide_range(rng, *shapes, dtype=dtype)
-        shape = torch.broadcast_shapes(*shapes)
-        (grad_output,) = wide_range(rng, shape, dtype=dtype)
-        arguments = -30.0, 20.0, [True] * loss.count
-        terms = loss.backward_operator(grad_output.to(wide), *(x.to(wide).expand(shape) for x in inputs), *arguments)
-        for x, got, t in zip(inputs, loss.backward_operator(grad_output, *inputs, *arguments), terms, strict=True):
-            assert same_bits(got, sum_to_shape(t, x.shape).to(dtype)), (shapes, tuple(x.shape))
+        for shape in (torch.broadcast_shapes(*shapes), torch.broadcast_shapes(*shapes, (5, 1, 1, 1))):
+            (grad_output,) = wide_range(rng, shape, dtype=dtype)
+            for grad in (grad_output, torch.full((), 0.7, dtype=dtype).expand(shape)):
+                arguments = -30.0, 20.0, [True] * loss.count
+                terms = loss.backward_operator(grad.to(wide), *(x.to(wide).expand(shape) for x in inputs), *arguments)
+                for x, got, t in zip(inputs, loss.backward_operator(grad, *inputs, *arguments), terms, strict=True):
+                    assert same_bits(got, sum_to_shape(t, x.shape).to(dtype)), (shapes, shape, tuple(x.shape))

@@ -15,11 +15,19 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import instructions
 
 VECTORS = {"AVX2": "%ymm", "AVX512": "%zmm"}
+LOSSES = {
+    "SingleLoss": (0, 1),
+    "PairOf<true>": (0, 1),
+    "PairOf<false>": (0, 1),
+    "PairGivenQ<true>": (0,),
+    "PairGivenQ<false>": (0,),
+}
 KERNELS = [
     f"{function}<kl_ext::math::{loss}, (kl_ext::math::Range){wide}, {arithmetic}>"
-    for function in ("forward", "backward", "accumulate")
-    for loss in ("SingleLoss", "PairOf<true>", "PairOf<false>")
-    for wide in (0, 1)
+    for loss, ranges in LOSSES.items()
+    for function in ("forward", "backward", "accumulate", "sum_chunks")
+    + (("backward_to_lanes",) if "GivenQ" in loss else ("backward_of_one",))
+    for wide in ranges
     for arithmetic in ("float", "double")
 ]
 

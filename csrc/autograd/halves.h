@@ -32,8 +32,10 @@ struct Halves {
     at::DimVector sizes(mu.sizes());
     sizes[dim] *= 2;
     const at::Tensor whole = kl_ext::allocate(sizes, mu.options(), mu.suggest_memory_format());
+    const at::AutoDispatchBelowADInplaceOrView guard; // only written through, these are no views for autograd to know of
+    const auto part = [&](int64_t start) { return whole.as_strided(mu.sizes(), whole.strides(), start * whole.stride(dim)); };
     const int64_t half = mu.size(dim);
-    return {whole, whole.narrow(dim, mu_is_first ? 0 : half, half), whole.narrow(dim, mu_is_first ? half : 0, half)};
+    return {whole, part(mu_is_first ? 0 : half), part(mu_is_first ? half : 0)};
   }
 
   int64_t dim;

@@ -41,6 +41,8 @@ inline Arithmetic arithmetic_of(Arguments arguments, at::ScalarType dtype = at::
 
 inline int64_t size_of(Arithmetic arithmetic) { return arithmetic == kDouble ? sizeof(double) : sizeof(float); }
 
+inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline int64_t block_numel(Arithmetic arithmetic) { return kBlockBytes / size_of(arithmetic); }
 
 // Whether the kernels for any clamp are needed.

@@ -118,6 +118,34 @@ void backward_of_one(const Block& block, double grad_output, Bounds bounds) {
   backward_of<Loss, range, S>(block, grad, Loss::kGradients, bounds);
 }
 
+// Loss: given q, which has the last two of its gradients.
+template <class Loss, Range range, class T>
+void backward_to_lanes(const Block& block, void* lanes_of_mu, void* lanes_of_log_var, int lanes, double grad_output,
+                       Bounds bounds) {
+  constexpr int kOfP = 2;
+  const math::Clamp<T> clamp = to_clamp<T>(bounds);
+  const T grad = static_cast<T>(grad_output);
+  for (std::int64_t row = 0; row < block.rows; ++row) {
+    const Inputs<Loss, T> inputs(block, kOfP, row);
+    const std::int64_t first_of_lane = row % lanes * block.columns;
+    T* const grad_mu_p = row_of<T>(block, 0, row);
+    T* const grad_log_var_p = row_of<T>(block, 1, row);
+    T* const grad_mu_q = static_cast<T*>(lanes_of_mu) + first_of_lane;
+    T* const grad_log_var_q = static_cast<T*>(lanes_of_log_var) + first_of_lane;
+    KL_EXT_LOOP
+    for (std::int64_t i = 0; i < block.columns; ++i) {
+      T values[Loss::kInputs];
+      T gradient[Loss::kGradients];
+      inputs.read(values, i);
+      Loss::template backward<range>(grad, values, clamp, gradient);
+      grad_mu_p[i] = gradient[0];
+      grad_log_var_p[i] = gradient[1];
+      grad_mu_q[i] += gradient[2];
+      grad_log_var_q[i] += gradient[3];
+    }
+  }
+}
+
 // Adds the terms of contiguous inputs to the lanes `first` and on.
 template <class Loss, Range range, class S, class T>
 KL_EXT_INLINE void accumulate_row(T* lanes, const Inputs<Loss, S>& inputs, int first, std::int64_t numel,
@@ -316,7 +344,9 @@ const Kernels kernels = {
     KL_EXT_BY_LOSS(sum_chunks, KL_EXT_STORAGES),
     KL_EXT_GIVEN_Q(forward),
     KL_EXT_GIVEN_Q(backward),
+    KL_EXT_GIVEN_Q(backward_to_lanes),
     KL_EXT_GIVEN_Q(accumulate),
+    KL_EXT_GIVEN_Q(sum_chunks),
     {{}, KL_EXT_ARITHMETICS(prepare_q, 1), KL_EXT_ARITHMETICS(prepare_q, 1)},
     {{}, KL_EXT_ARITHMETICS(prepare_q, 2), KL_EXT_ARITHMETICS(prepare_q, 1)},
     KL_EXT_BY_STORAGE(load),

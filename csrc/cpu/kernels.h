@@ -42,6 +42,10 @@ using Forward = void (*)(const Block& block, Bounds bounds);
 using Backward = void (*)(const Block& block, Bounds bounds);
 // The same from one grad_output for all, which is no operand.
 using BackwardOfOne = void (*)(const Block& block, double grad_output, Bounds bounds);
+// The same given a q that the rows share. Operands: the gradients of p; the inputs. Those of q are added to the lanes of each,
+// [lanes, columns], a row to a lane, and after the last to the first again.
+using BackwardToLanes = void (*)(const Block& block, void* lanes_of_mu, void* lanes_of_log_var, int lanes, double grad_output,
+                                 Bounds bounds);
 // Between a tile of any storage and contiguous numbers of the arithmetic type; Store rounds to nearest even.
 using Load = void (*)(void* contiguous, const void* strided, const Tile& tile);
 using Store = void (*)(void* strided, const void* contiguous, const Tile& tile);
@@ -71,7 +75,9 @@ struct Kernels {
   // Narrow ranges only; none for kSingleLoss.
   Forward forward_given_q[kLosses][kArithmetics];
   Backward backward_given_q[kLosses][kArithmetics];
+  BackwardToLanes backward_to_lanes[kLosses][kArithmetics];
   Accumulate accumulate_given_q[kLosses][kArithmetics];
+  SumChunks sum_chunks_given_q[kLosses][kArithmetics];
   PrepareQ prepare_q[kLosses][kArithmetics]; // of the forward pass
   PrepareQ prepare_q_of_backward[kLosses][kArithmetics];
   Load load[kStorages][kArithmetics];

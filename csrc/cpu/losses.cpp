@@ -44,7 +44,7 @@ at::Tensor forward_sum(Loss loss, Arguments inputs, Bounds bounds, at::ScalarTyp
   const auto divisor = reduction.divides ? std::optional(reduction.divisor(shape)) : std::nullopt;
   const auto kept = reduction.kept_shape(shape);
   if (kept.empty()) {
-    if (auto sum = sum_by_rows(loss, inputs, bounds, result, divisor)) {
+    if (auto sum = sum_by_rows(loss, inputs, bounds, result, shape, divisor)) {
       return *std::move(sum);
     }
   }
@@ -158,6 +158,39 @@ void backward_sums(const BlockBackward& kernel, Arguments arguments, const Gradi
   }
 }
 
+// Whether all numbers of a tensor are one.
+bool is_one_number(const at::Tensor& tensor) {
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != 0) {
+      return false;
+    }
+  }
+  return tensor.numel() > 0;
+}
+
+// The first number of grad_output, divided as the kernels do.
+double divided_number(const at::Tensor& grad_output, std::optional<int64_t> divisor, Arithmetic arithmetic) {
+  const Tile one{1, 1, 0, 0};
+  alignas(double) char grad[sizeof(double)];
+  kernels().load[storage_of(grad_output.scalar_type())][arithmetic](grad, grad_output.const_data_ptr(), one);
+  if (divisor) {
+    kernels().divide[arithmetic](grad, 1, *divisor);
+  }
+  double number = 0;
+  kernels().store[kFloat64][arithmetic](&number, grad, one);
+  return number;
+}
+
+// From a grad_output that is one number, to be divided; all gradients.
+bool backward_of_one(Loss loss, const at::Tensor& grad_output, Arguments inputs, Bounds bounds, const Gradients& gradients,
+                     at::IntArrayRef shape, std::optional<int64_t> divisor) {
+  const Arithmetic arithmetic = arithmetic_of(inputs, grad_output.scalar_type());
+  if (arithmetic != arithmetic_of(inputs)) {
+    return false;
+  }
+  return backward_of_one_by_rows(loss, divided_number(grad_output, divisor, arithmetic), inputs, bounds, gradients, shape);
+}
+
 // arguments: grad_output in the shape of the terms, to be divided, then the inputs.
 void backward_divided(Loss loss, Arguments arguments, Bounds bounds, const Gradients& gradients,
                       std::optional<int64_t> divisor) {
@@ -172,8 +205,17 @@ void backward_divided(Loss loss, Arguments arguments, Bounds bounds, const Gradi
     }
   }
   const bool all_wanted = wanted == inputs;
-  if (wanted == 0 || (all_wanted && !divisor && backward_by_rows(loss, arguments, bounds, gradients))) {
+  if (wanted == 0) {
     return;
+  }
+  if (all_wanted && !divisor) {
+    const at::Tensor& grad_output = arguments[0].tensor;
+    const bool done = is_one_number(grad_output)
+                          ? backward_of_one(loss, grad_output, arguments.slice(1), bounds, gradients, shape, std::nullopt)
+                          : backward_by_rows(loss, arguments, bounds, gradients);
+    if (done) {
+      return;
+    }
   }
   const Arithmetic arithmetic = arithmetic_of(arguments);
   const bool wide = is_wide(bounds, arithmetic);
@@ -199,8 +241,14 @@ void backward_divided(Loss loss, Arguments arguments, Bounds bounds, const Gradi
 // The gradient of a sum is that of its terms, divided where it is a mean.
 void backward_sum(Loss loss, const at::Tensor& grad_output, Arguments inputs, Bounds bounds, const Gradients& gradients,
                   at::IntArrayRef shape, const Reduction& reduction) {
-  at::Tensor grad = grad_output;
   auto divisor = reduction.divides ? std::optional(reduction.divisor(shape)) : std::nullopt;
+  const bool all_wanted = std::all_of(gradients.begin(), gradients.begin() + inputs.size(),
+                                      [](const at::Tensor& gradient) { return gradient.defined(); });
+  if (all_wanted && is_one_number(grad_output) &&
+      backward_of_one(loss, grad_output, inputs, bounds, gradients, shape, divisor)) {
+    return;
+  }
+  at::Tensor grad = grad_output;
   const bool is_small = kLeastShare * grad.numel() <= c10::multiply_integers(shape);
   if (divisor && (is_small || grad.numel() == 1)) { // once for all blocks
     const Arithmetic arithmetic = arithmetic_of(inputs, grad.scalar_type());

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../math/summation.h"
+#include "partials.h"
 
 namespace kl_ext::cpu {
 namespace {
@@ -15,8 +16,6 @@ namespace {
 using math::kChunk;
 using math::kLanes;
 
-// The sums that are accumulated beside each other where the kept coordinates are the fast ones in memory.
-constexpr int64_t kColumns = 512;
 // Tiles of fewer columns would waste vectors.
 constexpr int64_t kNarrowest = 32;
 // Terms a thread should have at least.
@@ -57,33 +56,6 @@ Axes merged_axes(at::IntArrayRef shape, c10::ArrayRef<bool> reduced, c10::ArrayR
 
 int64_t numel_of(const Axes& axes) {
   return std::accumulate(axes.begin(), axes.end(), int64_t{1}, [](int64_t n, const Axis& axis) { return n * axis.size; });
-}
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The sums over the chunks of each column of partials [chunks, columns], level after level, left in its first row.
-void finish(char* partials, int64_t chunks, int64_t columns, Arithmetic arithmetic) {
-  const int64_t size = size_of(arithmetic);
-  const auto lanes = std::make_unique_for_overwrite<char[]>(kLanes * std::min(kColumns, columns) * size);
-  while (chunks > 1) {
-    const int64_t groups = ceil_divide(chunks, kChunk);
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t first = group * kChunk;
-      const int64_t rows = std::min<int64_t>(kChunk, chunks - first);
-      for (int64_t column = 0; column < columns; column += kColumns) {
-        const int64_t width = std::min(kColumns, columns - column);
-        const int in_use = math::lanes_in_use(rows);
-        std::fill_n(lanes.get(), in_use * width * size, char{0});
-        for (int64_t row = 0; row < rows; ++row) {
-          kernels().add_to_lanes[arithmetic](lanes.get(), partials + ((first + row) * columns + column) * size,
-                                             static_cast<int>(row % kLanes), 1, width);
-        }
-        kernels().fold_lanes[arithmetic](lanes.get(), in_use, width);
-        std::copy_n(lanes.get(), width * size, partials + (group * columns + column) * size);
-      }
-    }
-    chunks = groups;
-  }
 }
 
 class Summation {
@@ -330,7 +302,7 @@ class Summation {
     });
     for (size_t i = 0; i < operands_.size(); ++i) {
       if (partials[i]) {
-        finish(partials[i].get(), chunks, sums_, arithmetic_);
+        finish_sums(partials[i].get(), chunks, sums_, arithmetic_);
         write_sums(operands_[i], partials[i].get(), 0, sums_);
       }
     }

@@ -7,172 +7,124 @@
 
 #include "../math/summation.h"
 #include "../memory.h"
-#include "block.h"
+#include "partials.h"
+#include "row_operands.h"
 
 namespace kl_ext::cpu {
 namespace {
 
 using math::kChunk;
+using math::kLanes;
 
-// Rows that are shorter, with gaps between, are better gathered in buffers.
-constexpr int64_t kShortestRow = 16;
-// Likewise where every row has a gradient of its own, which is a call of a kernel for each.
+// Where every row has a gradient of its own, which is a call of a kernel for each, shorter ones are better gathered in buffers.
 constexpr int64_t kShortestRowOfOne = 64;
 
-// The rows of a shape: its last dimensions, from the given one on, make up a row.
-struct Shape {
-  // One row.
-  explicit Shape(const at::Tensor& tensor) : sizes(tensor.sizes()), columns(tensor.numel()) {}
-
-  Shape(at::IntArrayRef shape, size_t first) : sizes(shape), dim(first), columns(1) {
-    for (size_t d = 0; d < sizes.size(); ++d) {
-      (d < dim ? rows : columns) *= sizes[d];
-    }
+// The dimension where the rows begin that share a q of [D], or [1, D], if they do and the kernels can be given it.
+std::optional<size_t> first_dim_sharing_q(Loss loss, Arguments inputs, Bounds bounds, at::IntArrayRef shape) {
+  const Arithmetic arithmetic = arithmetic_of(inputs);
+  if (kernels().prepare_q[loss][arithmetic] == nullptr || is_wide(bounds, arithmetic)) {
+    return std::nullopt;
   }
-
-  at::IntArrayRef sizes;
-  size_t dim = 0;
-  int64_t rows = 1;
-  int64_t columns;
-};
-
-// From where on the dimensions of a tensor are contiguous.
-size_t first_contiguous_dim(const at::Tensor& tensor) {
-  if (tensor.is_contiguous()) {
-    return 0;
-  }
-  int64_t expected = 1;
-  for (size_t d = tensor.dim(); d-- > 0;) {
-    if (tensor.size(d) != 1 && tensor.stride(d) != expected) {
-      return d + 1;
-    }
-    expected *= tensor.size(d);
-  }
-  return 0;
-}
-
-// From where on a tensor is expanded from single numbers: one that is not, from behind its last dimension on.
-size_t first_expanded_dim(const at::Tensor& tensor) {
-  size_t first = tensor.dim();
-  for (size_t d = tensor.dim(); d-- > 0 && (tensor.stride(d) == 0 || tensor.size(d) == 1);) {
-    first = tensor.size(d) == 1 ? first : d;
-  }
-  return first;
-}
-
-// The numbers between the beginnings of a tensor's rows, if they are the same throughout.
-std::optional<int64_t> row_stride_of(const at::Tensor& tensor, const Shape& shape) {
-  std::optional<int64_t> stride;
-  int64_t next = 0;
-  for (size_t d = shape.dim; d-- > 0;) {
-    if (shape.sizes[d] == 1) {
-      continue;
-    }
-    if (stride && tensor.stride(d) != next) {
+  for (const auto& input : inputs) {
+    if (storage_of(input.tensor.scalar_type()) != storage_of(arithmetic)) {
       return std::nullopt;
     }
-    stride = stride ? stride : tensor.stride(d);
-    next = tensor.stride(d) * shape.sizes[d];
   }
-  return stride.value_or(shape.columns);
+  const auto first = first_shared_dim(inputs[2].tensor, shape);
+  const bool is_shared = first && first == first_shared_dim(inputs[3].tensor, shape) && inputs[0].tensor.sizes() == shape;
+  return is_shared ? first : std::nullopt;
 }
 
-// The rows of several tensors: first what they have in common, then where each has them.
-class Rows {
- public:
-  // Made of the dimensions from `first` on, or of fewer.
-  explicit Rows(Arguments arguments, size_t first = 0)
-      : arguments_(arguments), dtype_(arguments[0].tensor.scalar_type()), shape_(arguments[0].tensor) {
-    for (const auto& argument : arguments) {
-      is_valid_ = is_valid_ && argument.tensor.scalar_type() == dtype_ && argument.tensor.sizes() == shape_.sizes;
-      if (!is_valid_) {
-        return;
-      }
-      first = std::max(first, first_contiguous_dim(argument.tensor));
-    }
-    if (first > 0) {
-      shape_ = Shape(shape_.sizes, first);
-      is_valid_ = shape_.rows == 1 || shape_.columns >= kShortestRow;
-    }
-  }
+// The operands of q for all rows, and what is prepared of it, which comes back to be kept.
+std::unique_ptr<char[]> add_q(Rows& rows, Arguments inputs, PrepareQ prepare, Bounds bounds) {
+  const at::Tensor& mu = inputs[2].tensor;
+  const void* const log_var = inputs[3].tensor.const_data_ptr();
+  auto prepared = std::make_unique_for_overwrite<char[]>(mu.nbytes());
+  prepare(prepared.get(), log_var, mu.numel(), bounds);
+  rows.add_shared(mu.const_data_ptr());
+  rows.add_shared(log_var);
+  rows.add_shared(prepared.get());
+  return prepared;
+}
 
-  // The next operand: contiguous numbers, which may have their place later.
-  void add_contiguous(const void* data = nullptr) {
-    pointers_[count_] = const_cast<void*>(data);
-    strides_[count_++] = shape_.columns * element_size();
-  }
-
-  void place(int operand, void* data) { pointers_[operand] = data; }
-
-  // The next operand. Rows that overlap or lie in another order are not taken for some.
-  void add(const at::Tensor& tensor, const void* data) {
-    if (tensor.is_contiguous()) {
-      return add_contiguous(data);
-    }
-    const auto stride = first_contiguous_dim(tensor) <= shape_.dim ? row_stride_of(tensor, shape_) : std::nullopt;
-    is_valid_ &= stride && (shape_.rows == 1 || *stride >= shape_.columns);
-    pointers_[count_] = const_cast<void*>(data);
-    strides_[count_++] = stride.value_or(0) * element_size();
-  }
-
-  // The arguments that the rows were found in.
-  void add_arguments() {
-    for (const auto& argument : arguments_) {
-      const void* const data = argument.tensor.const_data_ptr();
-      shape_.dim == 0 ? add_contiguous(data) : add(argument.tensor, data);
-    }
-  }
-
-  // Whether the tensors have such rows.
-  explicit operator bool() const { return is_valid_; }
-
-  at::ScalarType dtype() const { return dtype_; }
-
-  const Shape& shape() const { return shape_; }
-
-  int64_t numel() const { return shape_.rows * shape_.columns; }
-
-  // All of the operands.
-  Block block() const { return {pointers_.data(), strides_.data(), shape_.columns, shape_.rows}; }
-
-  // Calls run(block, first_row) for the numbers from begin to end: for at most so many whole rows, and for parts of others.
-  template <class Run>
-  void for_range(int64_t begin, int64_t end, int64_t most_rows, const Run& run) const {
-    while (begin < end) {
-      const int64_t row = shape_.rows == 1 ? 0 : begin / shape_.columns;
-      const int64_t column = begin - row * shape_.columns;
-      const int64_t whole = shape_.rows == 1 || column > 0 ? 1 : (end - begin) / shape_.columns;
-      const int64_t rows = std::clamp<int64_t>(whole, 1, most_rows);
-      const int64_t columns = std::min(shape_.columns - column, end - begin);
-      void* pointers[kMaxOperands];
-      for (int i = 0; i < count_; ++i) {
-        pointers[i] = static_cast<char*>(pointers_[i]) + row * strides_[i] + column * element_size();
-      }
-      run(Block{pointers, strides_.data(), columns, rows}, row);
-      begin += columns * rows;
-    }
-  }
-
- private:
-  int64_t element_size() const { return static_cast<int64_t>(c10::elementSize(dtype_)); }
-
-  Arguments arguments_;
-  at::ScalarType dtype_;
-  Shape shape_;
-  bool is_valid_ = true;
-  int count_ = 0;
-  std::array<void*, kMaxOperands> pointers_;
-  std::array<int64_t, kMaxOperands> strides_;
-};
-
-// Sums partials[chunks] level after level; the sum is left in the first.
-void finish(char* partials, int64_t chunks, Arithmetic arithmetic) {
+at::Tensor sum_chunks(SumChunks kernel, const Rows& rows, Bounds bounds, Arithmetic arithmetic, at::ScalarType result,
+                      std::optional<int64_t> divisor) {
+  const int64_t numel = rows.numel();
   const int64_t size = size_of(arithmetic);
-  for (int64_t left = chunks; left > 1; left = (left + kChunk - 1) / kChunk) {
-    for (int64_t start = 0; start < left; start += kChunk) {
-      const int64_t count = std::min<int64_t>(kChunk, left - start);
-      kernels().sum_rows[arithmetic](partials + start / kChunk * size, partials + start * size, 1, count);
+  const int64_t chunks = ceil_divide(numel, kChunk);
+
+  constexpr int64_t kFew = 16;
+  alignas(64) char few[kFew * sizeof(double)] = {};
+  const auto many = chunks > kFew ? std::make_unique_for_overwrite<char[]>(chunks * size) : nullptr;
+  char* const partials = many ? many.get() : few;
+  at::parallel_for(0, chunks, at::internal::GRAIN_SIZE / kChunk, [&](int64_t begin, int64_t end) {
+    kernel(partials + begin * size, rows.block(), begin * kChunk, std::min(end * kChunk, numel), bounds);
+  });
+  finish_sum(partials, chunks, arithmetic);
+  if (divisor) {
+    kernels().divide[arithmetic](partials, 1, *divisor);
+  }
+  at::Tensor sum(at::detail::empty_cpu({}, result));
+  kernels().store[storage_of(result)][arithmetic](sum.mutable_data_ptr(), partials, Tile{1, 1, 0, 0});
+  return sum;
+}
+
+// The gradients of p into their rows, and the sums of those of q. A piece of work is a chunk of rows, or where those are too few
+// for all threads, of each of its turns through the lanes a part; and of these rows some columns.
+void backward_to_sums(BackwardToLanes kernel, const Rows& rows, double grad_output, Bounds bounds, Arithmetic arithmetic,
+                      const std::array<void*, 2>& sums) {
+  const Shape& shape = rows.shape();
+  const int64_t chunks = ceil_divide(shape.rows, kChunk);
+  const int64_t tiles = ceil_divide(shape.columns, kColumns);
+  const int in_use = math::lanes_in_use(shape.rows);
+  int parts = 1;
+  while (parts < in_use && chunks * tiles * parts < at::get_num_threads() &&
+         rows.numel() / (chunks * tiles * parts) >= 2 * at::internal::GRAIN_SIZE) {
+    parts *= 2;
+  }
+  const int lanes = in_use / parts;
+  const int64_t turn = parts == 1 ? kChunk : kLanes;
+  const int64_t rows_of_turn = parts == 1 ? kChunk : lanes;
+  const int64_t kept_lanes = parts == 1 ? 1 : in_use; // of each chunk, behind its piece
+  const int64_t size = size_of(arithmetic);
+  const int64_t row_bytes = shape.columns * size;
+  std::array<std::unique_ptr<char[]>, 2> partials; // [chunks, kept_lanes, columns]
+  for (auto& of_sum : partials) {
+    of_sum = std::make_unique_for_overwrite<char[]>(chunks * kept_lanes * row_bytes);
+  }
+  at::parallel_for(0, chunks * tiles * parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t bytes = lanes * std::min(kColumns, shape.columns) * size;
+    const auto buffer = std::make_unique_for_overwrite<char[]>(2 * bytes);
+    char* const lanes_of[] = {buffer.get(), buffer.get() + bytes};
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t first_lane = piece % parts * lanes;
+      const int64_t column = piece / parts % tiles * kColumns;
+      const int64_t chunk = piece / parts / tiles;
+      const int64_t width = std::min(kColumns, shape.columns - column);
+      const int64_t end_of_chunk = std::min((chunk + 1) * kChunk, shape.rows);
+      std::fill_n(buffer.get(), 2 * bytes, char{0});
+      for (int64_t row = chunk * kChunk + first_lane; row < end_of_chunk; row += turn) {
+        rows.for_part(row, std::min(end_of_chunk - row, rows_of_turn), column, width,
+                      [&](const Block& block) { kernel(block, lanes_of[0], lanes_of[1], lanes, grad_output, bounds); });
+      }
+      for (size_t i = 0; i < partials.size(); ++i) {
+        if (parts == 1) {
+          kernels().fold_lanes[arithmetic](lanes_of[i], lanes, width);
+        }
+        const Tile kept{width, parts == 1 ? 1 : lanes, size, row_bytes};
+        char* const place = partials[i].get() + (chunk * kept_lanes + first_lane) * row_bytes + column * size;
+        kernels().store[storage_of(arithmetic)][arithmetic](place, lanes_of[i], kept);
+      }
     }
+  });
+  for (size_t i = 0; i < partials.size(); ++i) {
+    char* const partial = partials[i].get();
+    for (int64_t chunk = 0; chunk < chunks && parts > 1; ++chunk) {
+      kernels().fold_lanes[arithmetic](partial + chunk * in_use * row_bytes, in_use, shape.columns);
+      std::copy_n(partial + chunk * in_use * row_bytes, row_bytes, partial + chunk * row_bytes);
+    }
+    finish_sums(partial, chunks, shape.columns, arithmetic);
+    std::copy_n(partial, row_bytes, static_cast<char*>(sums[i]));
   }
 }
 
@@ -197,36 +149,28 @@ std::optional<at::Tensor> forward_by_rows(Loss loss, Arguments inputs, Bounds bo
   return out;
 }
 
-std::optional<at::Tensor> sum_by_rows(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result,
+std::optional<at::Tensor> sum_by_rows(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result, at::IntArrayRef shape,
                                       std::optional<int64_t> divisor) {
-  Rows rows(inputs);
   const Arithmetic arithmetic = arithmetic_of(inputs, result);
-  if (!rows || arithmetic != arithmetic_of(inputs)) {
+  if (arithmetic != arithmetic_of(inputs)) {
     return std::nullopt;
   }
+  if (Rows rows(inputs); rows) {
+    rows.add_arguments();
+    const SumChunks kernel = kernels().sum_chunks[loss][is_wide(bounds, arithmetic)][storage_of(rows.dtype())];
+    return rows ? std::optional(sum_chunks(kernel, rows, bounds, arithmetic, result, divisor)) : std::nullopt;
+  }
+  const auto first = first_dim_sharing_q(loss, inputs, bounds, shape);
+  if (!first) {
+    return std::nullopt;
+  }
+  Rows rows(inputs.slice(0, 2), *first);
   rows.add_arguments();
-  if (!rows) {
+  if (!rows || rows.shape().dim != *first) {
     return std::nullopt;
   }
-  const SumChunks kernel = kernels().sum_chunks[loss][is_wide(bounds, arithmetic)][storage_of(rows.dtype())];
-  const int64_t numel = rows.numel();
-  const int64_t size = size_of(arithmetic);
-  const int64_t chunks = (numel + kChunk - 1) / kChunk;
-
-  constexpr int64_t kFew = 16;
-  alignas(64) char few[kFew * sizeof(double)] = {};
-  const auto many = chunks > kFew ? std::make_unique_for_overwrite<char[]>(chunks * size) : nullptr;
-  char* const partials = many ? many.get() : few;
-  at::parallel_for(0, chunks, at::internal::GRAIN_SIZE / kChunk, [&](int64_t begin, int64_t end) {
-    kernel(partials + begin * size, rows.block(), begin * kChunk, std::min(end * kChunk, numel), bounds);
-  });
-  finish(partials, chunks, arithmetic);
-  if (divisor) {
-    kernels().divide[arithmetic](partials, 1, *divisor);
-  }
-  at::Tensor sum(at::detail::empty_cpu({}, result));
-  kernels().store[storage_of(result)][arithmetic](sum.mutable_data_ptr(), partials, Tile{1, 1, 0, 0});
-  return sum;
+  const auto prepared = add_q(rows, inputs, kernels().prepare_q[loss][arithmetic], bounds);
+  return sum_chunks(kernels().sum_chunks_given_q[loss][arithmetic], rows, bounds, arithmetic, result, divisor);
 }
 
 bool backward_by_rows(Loss loss, Arguments arguments, Bounds bounds, const Gradients& gradients) {
@@ -238,7 +182,7 @@ bool backward_by_rows(Loss loss, Arguments arguments, Bounds bounds, const Gradi
   }
   // Expanded from single numbers, grad_output is no operand of the kernels.
   const size_t expanded = first_expanded_dim(grad_output);
-  const bool is_expanded = expanded < static_cast<size_t>(grad_output.dim()) || grad_output.dim() == 0;
+  const bool is_expanded = expanded < static_cast<size_t>(grad_output.dim());
   Rows rows(inputs, is_expanded ? expanded : 0);
   if (!rows || grad_output.sizes() != rows.shape().sizes || !(is_expanded || grad_output.scalar_type() == rows.dtype())) {
     return false;
@@ -251,7 +195,7 @@ bool backward_by_rows(Loss loss, Arguments arguments, Bounds bounds, const Gradi
   }
   rows.add_arguments();
   const auto grad_stride = rows && is_expanded ? row_stride_of(grad_output, rows.shape()) : 0;
-  if (!rows || !grad_stride || (*grad_stride != 0 && rows.shape().columns < kShortestRowOfOne)) {
+  if (!rows || !grad_stride || (is_expanded && rows.shape().columns < kShortestRowOfOne)) {
     return false;
   }
   const bool wide = is_wide(bounds, arithmetic);
@@ -261,7 +205,7 @@ bool backward_by_rows(Loss loss, Arguments arguments, Bounds bounds, const Gradi
   const Load read = kernels().load[storage_of(grad_output.scalar_type())][kDouble];
   const auto* const grad = static_cast<const char*>(grad_output.const_data_ptr());
   const int64_t grad_bytes = *grad_stride * static_cast<int64_t>(grad_output.element_size());
-  const int64_t most_rows = *grad_stride == 0 ? rows.shape().rows : 1;
+  const int64_t most_rows = is_expanded ? 1 : rows.shape().rows;
   at::parallel_for(0, rows.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
     rows.for_range(begin, end, most_rows, [&](const Block& block, int64_t row) {
       if (is_expanded) {
@@ -273,6 +217,41 @@ bool backward_by_rows(Loss loss, Arguments arguments, Bounds bounds, const Gradi
       }
     });
   });
+  return true;
+}
+
+bool backward_of_one_by_rows(Loss loss, double grad_output, Arguments inputs, Bounds bounds, const Gradients& gradients,
+                             at::IntArrayRef shape) {
+  const Arithmetic arithmetic = arithmetic_of(inputs);
+  if (Rows rows(inputs); rows && rows.shape().sizes == shape) {
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      rows.add(gradients[i], gradients[i].mutable_data_ptr());
+    }
+    rows.add_arguments();
+    if (!rows) {
+      return false;
+    }
+    const BackwardOfOne kernel = kernels().backward_of_one[loss][is_wide(bounds, arithmetic)][storage_of(rows.dtype())];
+    at::parallel_for(0, rows.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
+      rows.for_range(begin, end, rows.shape().rows, [&](const Block& block, int64_t) { kernel(block, grad_output, bounds); });
+    });
+    return true;
+  }
+  const auto first = first_dim_sharing_q(loss, inputs, bounds, shape);
+  if (!first || !gradients[2].is_contiguous() || !gradients[3].is_contiguous()) {
+    return false;
+  }
+  Rows rows(inputs.slice(0, 2), *first);
+  for (size_t i = 0; i < 2; ++i) {
+    rows.add(gradients[i], gradients[i].mutable_data_ptr());
+  }
+  rows.add_arguments();
+  if (!rows || rows.shape().dim != *first || rows.numel() == 0) {
+    return false;
+  }
+  const auto prepared = add_q(rows, inputs, kernels().prepare_q_of_backward[loss][arithmetic], bounds);
+  backward_to_sums(kernels().backward_to_lanes[loss][arithmetic], rows, grad_output, bounds, arithmetic,
+                   {gradients[2].mutable_data_ptr(), gradients[3].mutable_data_ptr()});
   return true;
 }
 

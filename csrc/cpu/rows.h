@@ -1,6 +1,7 @@
-// The operators where all tensors have one shape, one dtype and the same rows of contiguous numbers: most are one row whole, and
-// halves of a tensor, as encoders return them, have rows with gaps between. No iteration to plan, which takes longer than a few
-// thousand elements do, and no buffers. Each function says nothing, or false, where that is not so, and has done nothing then.
+// The operators where tensors of one dtype have rows of contiguous numbers in common: most are one row whole, halves of a tensor,
+// as encoders return them, have rows with gaps between, and a prior is one row that all share. No iteration to plan, which takes
+// longer than a few thousand elements do, and no buffers. Each function says nothing, or false, where that is not so, and has
+// done nothing then.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,14 +13,18 @@
 
 namespace kl_ext::cpu {
 
-// Elementwise.
+// Elementwise, of one shape.
 std::optional<at::Tensor> forward_by_rows(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result);
 
-// The sum of everything, divided by the divisor, if there is one.
-std::optional<at::Tensor> sum_by_rows(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result,
+// The sum of everything, divided by the divisor, if there is one. shape: of the terms.
+std::optional<at::Tensor> sum_by_rows(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result, at::IntArrayRef shape,
                                       std::optional<int64_t> divisor);
 
-// All gradients, from a grad_output that has the same rows, or one number for each, or one for all. arguments: grad_output first.
+// All gradients of one shape, from a grad_output that has the same rows, or one number for each. arguments: grad_output first.
 bool backward_by_rows(Loss loss, Arguments arguments, Bounds bounds, const Gradients& gradients);
+
+// All gradients, from one grad_output for all terms.
+bool backward_of_one_by_rows(Loss loss, double grad_output, Arguments inputs, Bounds bounds, const Gradients& gradients,
+                             at::IntArrayRef shape);
 
 } // namespace kl_ext::cpu
