@@ -58,6 +58,14 @@ struct Inputs {
     }
   }
 
+  KL_EXT_INLINE Inputs from(std::int64_t i) const {
+    Inputs result = *this;
+    for (const S*& input : result.data) {
+      input += i;
+    }
+    return result;
+  }
+
   const S* data[Loss::kInputs];
 };
 
@@ -146,6 +154,17 @@ void backward_to_lanes(const Block& block, void* lanes_of_mu, void* lanes_of_log
   }
 }
 
+// Adds a term to each lane.
+template <class Loss, Range range, class S, class T>
+KL_EXT_INLINE void add_turn(T* lanes, const Inputs<Loss, S>& inputs, const math::Clamp<T>& clamp) {
+  KL_EXT_LOOP
+  for (int lane = 0; lane < math::kLanes; ++lane) {
+    T values[Loss::kInputs];
+    inputs.read(values, lane);
+    lanes[lane] += Loss::template forward<range>(values, clamp);
+  }
+}
+
 // Adds the terms of contiguous inputs to the lanes `first` and on.
 template <class Loss, Range range, class S, class T>
 KL_EXT_INLINE void accumulate_row(T* lanes, const Inputs<Loss, S>& inputs, int first, std::int64_t numel,
@@ -165,10 +184,7 @@ KL_EXT_INLINE void accumulate_row(T* lanes, const Inputs<Loss, S>& inputs, int f
     i = run;
   }
   for (; i + math::kLanes <= numel; i += math::kLanes) {
-    KL_EXT_LOOP
-    for (int lane = 0; lane < math::kLanes; ++lane) {
-      add_term(lane, i + lane);
-    }
+    add_turn<Loss, range>(lanes, inputs.from(i), clamp);
   }
   KL_EXT_LOOP
   for (int lane = 0; lane < static_cast<int>(numel - i); ++lane) {
@@ -186,12 +202,19 @@ void sum_chunks(void* partials, const Block& block, std::int64_t begin, std::int
   using T = typename ArithmeticOf<S>::Type;
   const math::Clamp<T> clamp = to_clamp<T>(bounds);
   T* out = static_cast<T*>(partials);
+  const bool whole_turns = block.columns % math::kLanes == 0;
   std::int64_t row = begin / block.columns;
   std::int64_t column = begin % block.columns;
   for (std::int64_t start = begin; start < end; start += math::kChunk) {
     alignas(64) T lanes[math::kLanes] = {};
     const std::int64_t count = end - start < math::kChunk ? end - start : math::kChunk;
-    for (std::int64_t done = 0; done < count;) {
+    for (std::int64_t done = 0; whole_turns && done < count; done += math::kLanes) { // the lanes stay in registers
+      add_turn<Loss, range>(lanes, Inputs<Loss, S>(block, 0, row, column), clamp);
+      column += math::kLanes;
+      row += column == block.columns ? 1 : 0;
+      column = column == block.columns ? 0 : column;
+    }
+    for (std::int64_t done = 0; !whole_turns && done < count;) {
       const std::int64_t left = block.columns - column;
       const std::int64_t run = count - done < left ? count - done : left;
       accumulate_row<Loss, range>(lanes, Inputs<Loss, S>(block, 0, row, column), done % math::kLanes, run, clamp);

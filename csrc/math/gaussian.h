@@ -29,12 +29,12 @@ KL_EXT_INLINE T clamp(T x, T low, T high) {
 // What torch.clamp does to the gradient of its input: the bounds themselves pass, NaN does not.
 template <class T>
 KL_EXT_INLINE T clamp_gradient(T gradient, T x, T low, T high) {
-  return (x >= low) & (x <= high) ? gradient : T(0);
+  return clamp(x, low, high) == x ? gradient : T(0);
 }
 
 template <class T>
 KL_EXT_INLINE bool is_infinite(T x) {
-  return (x == Format<T>::kInfinity) | (x == -Format<T>::kInfinity);
+  return from_bits<T>(to_bits(x) & ~to_bits(T(-0.0))) == Format<T>::kInfinity;
 }
 
 template <class T>
@@ -87,8 +87,7 @@ struct Shift {
 template <int kTimes = 1, class T>
 KL_EXT_INLINE T inverse_variance(T log_var_q) {
   const Reduced<T> x = reduce_to_nearest(-log_var_q);
-  const T scale = power_of_two<kTimes - 1>(x.k);
-  return fma(scale, x.r + phi_of_remainder(x.r), scale);
+  return fma(power_of_two<kTimes - 2>(x.k), twice_expm1(x.r), power_of_two<kTimes - 1>(x.k));
 }
 
 // inverse_var: kTimes w.
@@ -109,7 +108,7 @@ KL_EXT_INLINE Shift<T> shift(T mu_p, T mu_q, T log_var_q) {
     // Significands and exponents apart. Beyond kFar no difference of means brings the product back into range.
     constexpr T kFar = T(2.5) * T(Format<T>::kBias + Format<T>::kMantissaBits);
     const Reduced<T> x = reduce_to_nearest(clamp(-log_var_q, -kFar, kFar));
-    T inverse_var = T(1) + (x.r + phi_of_remainder(x.r));
+    T inverse_var = T(1) + T(0.5) * twice_expm1(x.r);
     inverse_var = log_var_q == Format<T>::kInfinity ? T(0) : inverse_var;
     inverse_var = log_var_q == -Format<T>::kInfinity ? Format<T>::kInfinity : inverse_var;
     const bool overflow = is_infinite(difference);
