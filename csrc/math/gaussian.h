@@ -29,12 +29,12 @@ KL_EXT_INLINE T clamp(T x, T low, T high) {
 // What torch.clamp does to the gradient of its input: the bounds themselves pass, NaN does not.
 template <class T>
 KL_EXT_INLINE T clamp_gradient(T gradient, T x, T low, T high) {
-  return clamp(x, low, high) == x ? gradient : T(0);
+  return is_within(x, low, high) ? gradient : T(0);
 }
 
 template <class T>
 KL_EXT_INLINE bool is_infinite(T x) {
-  return from_bits<T>(to_bits(x) & ~to_bits(T(-0.0))) == Format<T>::kInfinity;
+  return abs(x) == Format<T>::kInfinity;
 }
 
 template <class T>
@@ -108,16 +108,15 @@ KL_EXT_INLINE Shift<T> shift(T mu_p, T mu_q, T log_var_q) {
     // Significands and exponents apart. Beyond kFar no difference of means brings the product back into range.
     constexpr T kFar = T(2.5) * T(Format<T>::kBias + Format<T>::kMantissaBits);
     const Reduced<T> x = reduce_to_nearest(clamp(-log_var_q, -kFar, kFar));
-    T inverse_var = T(1) + T(0.5) * twice_expm1(x.r);
-    inverse_var = log_var_q == Format<T>::kInfinity ? T(0) : inverse_var;
-    inverse_var = log_var_q == -Format<T>::kInfinity ? Format<T>::kInfinity : inverse_var;
+    T twice_inverse_var = T(2) + twice_expm1(x.r);
+    twice_inverse_var = log_var_q == Format<T>::kInfinity ? T(0) : twice_inverse_var;
+    twice_inverse_var = log_var_q == -Format<T>::kInfinity ? Format<T>::kInfinity : twice_inverse_var;
     const bool overflow = is_infinite(difference);
     const Scientific<T> mean = to_scientific(overflow ? T(0.5) * mu_p - T(0.5) * mu_q : difference);
     const T exponent = mean.exponent + (overflow ? T(1) : T(0));
-    const T scaled = mean.significand * inverse_var;
-    const T exponent_of_scaled = mean.exponent + (overflow ? T(kTimes) : T(kTimes - 1));
-    return {scale_by_power_of_two(scaled, x.k + exponent_of_scaled),
-            scale_by_power_of_two((T(0.5) * mean.significand) * scaled, x.k + T(2) * exponent)};
+    const T scaled = (T(0.5) * T(kTimes) * mean.significand) * twice_inverse_var;
+    return {scale_by_power_of_two(scaled, x.k + exponent),
+            scale_by_power_of_two((T(0.5) / T(kTimes) * mean.significand) * scaled, x.k + T(2) * exponent)};
   }
 }
 

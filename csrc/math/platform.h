@@ -53,11 +53,27 @@ KL_EXT_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 KL_EXT_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
 KL_EXT_INLINE float trunc(float x) { return ::truncf(x); }
 KL_EXT_INLINE double trunc(double x) { return ::trunc(x); }
+KL_EXT_INLINE float abs(float x) { return ::fabsf(x); }
+KL_EXT_INLINE double abs(double x) { return ::fabs(x); }
 #else
 KL_EXT_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 KL_EXT_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 KL_EXT_INLINE float trunc(float x) { return __builtin_truncf(x); }
 KL_EXT_INLINE double trunc(double x) { return __builtin_trunc(x); }
+KL_EXT_INLINE float abs(float x) { return __builtin_fabsf(x); }
+KL_EXT_INLINE double abs(double x) { return __builtin_fabs(x); }
 #endif
+
+// Whether low <= x <= high. What is clamped to them has been computed on the CPU, where a comparison costs as much as a
+// multiplication; on a GPU, keeping it would take registers.
+template <class T>
+KL_EXT_INLINE bool is_within(T x, T low, T high) {
+#if defined(__CUDA_ARCH__)
+  return (x >= low) & (x <= high);
+#else
+  const T at_least = x < low ? low : x;
+  return (at_least > high ? high : at_least) == x;
+#endif
+}
 
 } // namespace kl_ext::math
