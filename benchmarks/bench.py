@@ -60,13 +60,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, nargs="+", metavar="N", help="threads of the CPU (1 2; with --quick, 1)")
     parser.add_argument("--seconds", type=float, help="that a row may take, unless its fewest rounds take longer")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (%(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file to write (results/cpu.json; with --quick, none)")
+    parser.add_argument("--out", type=Path, help="JSON file to write (of everything results/cpu.json, of less none)")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device; use --device cpu")
+    is_everything = not options.quick and options.only == names and options.sizes is None and options.threads is None
     if options.threads is None or options.device == "cuda":
         options.threads = [1] if options.quick or options.device == "cuda" else [1, 2]
-    if options.out is None and not options.quick:
+    if options.out is None and is_everything:
         options.out = RESULTS / f"{options.device}.json"
     return options
 

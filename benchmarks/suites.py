@@ -170,22 +170,24 @@ def peak(plan: Plan) -> Iterator[Case]:
 
 def overhead(plan: Plan) -> Iterator[Case]:
     """Four elements: what a call costs before it computes anything."""
-    calls: dict[str, tuple[int, Callable[..., Tensor]]] = {
-        "kl_div_single_loss": (2, kl_ext.kl_div_single_loss),
-        "gaussian_kl_div": (2, kl_ext.gaussian_kl_div),
-        "gaussian_kl_div, sum": (2, lambda *t: kl_ext.gaussian_kl_div(*t, reduction="sum")),
-        "kl_div_pair_loss": (4, kl_ext.kl_div_pair_loss),
+    calls: dict[str, tuple[int, Timed]] = {
+        "kl_div_single_loss": (2, lambda t: kl_ext.kl_div_single_loss(t[0], t[1])),
+        "gaussian_kl_div": (2, lambda t: kl_ext.gaussian_kl_div(t[0], t[1])),
+        "gaussian_kl_div, sum": (2, lambda t: kl_ext.gaussian_kl_div(t[0], t[1], reduction="sum")),
+        "kl_div_pair_loss": (4, lambda t: kl_ext.kl_div_pair_loss(t[0], t[1], t[2], t[3])),
     }
 
-    def gradients(function: Callable[..., Tensor], count: int) -> Timed:
+    def add(tensors: list[Tensor]) -> Tensor:
+        return torch.add(tensors[0], tensors[1])
+
+    def gradients(function: Timed, count: int) -> Timed:
         weights: list[Tensor] = []
 
         def forward_and_backward(leaves: list[Tensor]) -> Any:
-            leaves = leaves[:count]
-            result = function(*leaves)
+            result = function(leaves)
             if not weights:
                 weights.append(torch.ones_like(result))
-            return torch.autograd.grad(result, leaves, weights[0])
+            return torch.autograd.grad(result, leaves[:count], weights[0])
 
         return forward_and_backward
 
@@ -194,9 +196,9 @@ def overhead(plan: Plan) -> Iterator[Case]:
         leaves = [timing.leaf([4], plan.effort.device) for _ in range(count)]
         plain = [leaf.detach() for leaf in leaves]
         passes: dict[str, tuple[list[Tensor], str, Timed, Timed]] = {
-            "no grad": (plain, "torch.add", lambda t: function(*t), lambda t: torch.add(t[0], t[1])),
-            FORWARD: (leaves, "torch.add", lambda t: function(*t), lambda t: torch.add(t[0], t[1])),
-            BOTH: (leaves, "torch.mul", gradients(function, count), gradients(torch.mul, 2)),
+            "no grad": (plain, "torch.add", function, add),
+            FORWARD: (leaves, "torch.add", function, add),
+            BOTH: (leaves, "torch.mul", gradients(function, count), gradients(lambda t: torch.mul(t[0], t[1]), 2)),
         }
         rows = []
         for direction, (tensors, other, ours, theirs) in passes.items():

@@ -46,6 +46,16 @@ struct Reduction {
     }
     return reduced_tensor;
   }
+
+  // The same, expanded to the shape of the terms: one view instead of one for each dimension.
+  at::Tensor expand(const at::Tensor& reduced_tensor, at::IntArrayRef shape) const {
+    at::DimVector strides;
+    int64_t kept = 0;
+    for (const bool is_reduced : reduced) {
+      strides.push_back(is_reduced ? 0 : reduced_tensor.stride(kept++));
+    }
+    return reduced_tensor.as_strided(shape, strides);
+  }
 };
 
 inline Reduction parse_reduction(const char* function, std::string_view reduction, at::OptionalIntArrayRef dim, int64_t rank) {

@@ -255,7 +255,7 @@ void backward_sum(Loss loss, const at::Tensor& grad_output, Arguments inputs, Bo
     grad = grad.to(dtype_of(arithmetic), /*non_blocking=*/false, /*copy=*/true, at::MemoryFormat::Contiguous);
     kernels().divide[arithmetic](grad.data_ptr(), grad.numel(), *std::exchange(divisor, std::nullopt));
   }
-  grad = reduction.unsqueeze(grad).expand(shape);
+  grad = reduction.expand(grad, shape);
   c10::SmallVector<Argument, kMaxInputs + 1> arguments{{"grad_output", grad}};
   arguments.append(inputs.begin(), inputs.end());
   backward_divided(loss, arguments, bounds, gradients, divisor);

@@ -158,7 +158,7 @@ void backward_sum(const Loss& loss, const at::Tensor& grad_output, Arguments inp
   if (reduction.divides) {
     grad = divided(grad, reduction.divisor(shape), arithmetic_type(given));
   }
-  grad = reduction.unsqueeze(grad).expand(shape);
+  grad = reduction.expand(grad, shape);
   c10::SmallVector<Argument, kMaxInputs + 1> arguments{{"grad_output", grad}};
   arguments.append(inputs.begin(), inputs.end());
   backward(loss, arguments, bounds, gradients);
