@@ -317,7 +317,7 @@ def test_bad_options_are_refused(options, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_full_run_has_every_size_and_a_quick_one_writes_nothing(monkeypatch):
+def test_a_full_run_has_every_size_and_anything_less_writes_nothing(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py"])
     options = bench.parse_options()
     plan = bench.plan_of(options)
@@ -325,8 +325,11 @@ def test_a_full_run_has_every_size_and_a_quick_one_writes_nothing(monkeypatch):
     assert (plan.threads, plan.sizes) == ([1, 2], [4 * KI, 64 * KI, MI, 16 * MI])
     assert (plan.linear[0], plan.linear[-1]) == (MI, 256 * MI)
     assert (plan.batches, plan.latents) == ([128, 4096], [32, 512])
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--quick"])
-    assert bench.parse_options().out is None
+    for less in (["--quick"], ["--only", "overhead"], ["--sizes", "4096"], ["--threads", "2"]):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *less])
+        assert bench.parse_options().out is None, less
+        monkeypatch.setattr(sys, "argv", ["bench.py", *less, "--out", "some.json"])
+        assert bench.parse_options().out == Path("some.json"), less
 
 
 def test_the_threads_of_a_row_are_those_it_says(monkeypatch):
