@@ -2,12 +2,14 @@
 
     python benchmarks/gpu_bandwidth.py --result rows.json --seconds 120
 
-A size is what a call moves at the least, each argument read once and each result written once; the copy moves as much. Calls
-are captured in a CUDA graph, so that launches cost the contenders alike, over several sets of random numbers in turn (L2: over
-one set), and the graph's replays are timed by device events, a replay of each contender in turn. A time is the median; a share
-or a ratio is the median of each round's own. `called_us` is a call from Python, launches and all. torch.compile is measured
-with its own graphs off (max-autotune-no-cudagraphs): it is in a graph already. Its backward is a function of the same tensors
-as kl_ext's; that of plain torch is what autograd does after the forward. What there is no time to compile has no number.
+A size is what a call moves at the least, each argument read once and each result written once; the copy moves as much, as
+float32. It is the faster of two: the driver's memcpy, which is torch's copy_, and torch's elementwise kernel that reads and
+writes once. Calls are captured in a CUDA graph, so that launches cost the contenders alike, over several sets of random numbers
+in turn (L2: over one set), and the graph's replays are timed by device events, a replay of each contender in turn. A time is a
+median; a share or a ratio is the median of each round's own. `called_us` is a call from Python, launches and all. torch.compile
+is measured with its own graphs off (max-autotune-no-cudagraphs): it is in a graph already. Its backward is a function of the
+same tensors as kl_ext's; that of plain torch is what autograd does after the forward. What there is no time to compile has no
+number.
 """
 
 from __future__ import annotations
@@ -34,6 +36,10 @@ from gpu_cases import Case
 MIB = 2**20
 SIZES = {"1 GiB": 1024 * MIB, "L2": 16 * MIB, "256 MiB": 256 * MIB}  # in the order of their weight
 DRY_SIZES = {"1 GiB": MIB, "L2": MIB // 16, "256 MiB": MIB // 4}
+COPIES: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "memcpy": lambda to, of: to.copy_(of),
+    "copy kernel": lambda to, of: torch.neg(of, out=to),
+}
 MODES = {"torch.compile": None, "max-autotune": "max-autotune-no-cudagraphs"}
 Row = tuple[str, str, Case]  # dtype, size, case
 
@@ -129,20 +135,20 @@ class Bench:
             samples.append(1e6 * (time.perf_counter() - start) / calls)
         return statistics.median(samples)
 
-    def measure(self, row: Row, others: list[str]) -> dict[str, Any]:
-        """kl_ext, a copy and the other contenders."""
+    def measure(self, row: Row, others: list[str], copies: bool = True) -> dict[str, Any]:
+        """kl_ext, the other contenders and, of a row that has none yet, the copies."""
         dtype, size, case = row
         kind = gpu_cases.DTYPES[dtype]
         batch = case.batch(self.sizes[size], kind.itemsize)
         moved = case.bytes(batch, kind.itemsize)
         count, repeats = self.sets_and_repeats(size)
         sets = [case.fresh(batch, kind, self.device) for _ in range(count)]
-        pairs = [[torch.randn(moved // 8, device=self.device) for _ in range(2)] for _ in range(count)]
         own = case.own()
-        calls: dict[str, list[Callable[[], Any]]] = {
-            "copy": [lambda to=to, of=of: to.copy_(of) for to, of in pairs],
-            "kl_ext": [lambda x=x: own(*x) for x in sets],
-        }
+        calls: dict[str, list[Callable[[], Any]]] = {"kl_ext": [lambda x=x: own(*x) for x in sets]}
+        if copies:
+            pairs = [[torch.randn(moved // 8, device=self.device) for _ in range(2)] for _ in range(count)]
+            for name, copy in COPIES.items():
+                calls[name] = [lambda to=to, of=of, copy=copy: copy(to, of) for to, of in pairs]
         for name in others:
             calls[name] = self.contender(name, case, sets)
         graphs = {name: self.graph(of_name, repeats) for name, of_name in calls.items()}
@@ -155,11 +161,14 @@ class Bench:
             ratio = statistics.median(a / b for a, b in zip(samples, times["kl_ext"], strict=True))
             each = {"us": middle, "quartiles_us": [low, high], "ratio": ratio}
             each = {part: value if part == "ratio" else scaled(value, count * repeats) for part, value in each.items()}
-            if size == "L2" and name != "copy":
+            if size == "L2" and name not in COPIES:
                 each["called_us"] = self.called(calls[name][0])
             result[name] = each
-        copied = 2 * (moved // 8) * 4
-        result["share_of_copy"] = result["copy"]["ratio"] * moved / copied
+        if copies:
+            faster = min(COPIES, key=lambda name: result[name]["us"])
+            result["copy"] = {**result[faster], "by": faster}
+            copied = 2 * (moved // 8) * 4
+            result["share_of_copy"] = result["copy"]["ratio"] * moved / copied
         result["gb_per_s"] = moved / result["kl_ext"]["us"] / 1e3
         return result
 
@@ -224,7 +233,7 @@ def work(bench: Bench, seconds: float, limit: int | None, write: Callable[[dict[
         if time.monotonic() - start > share * seconds:
             continue
         try:
-            measured = bench.measure(row, [other])
+            measured = bench.measure(row, [other], copies=key(row) not in found)
         except Exception as problem:  # one contender's trouble is no other's
             if other == "plain torch" and not isinstance(problem, torch.OutOfMemoryError):
                 raise

@@ -24,7 +24,7 @@ import time
 import traceback
 from pathlib import Path
 
-from gpu_context import ROOT, Context, Found, save
+from gpu_context import ROOT, Context, Found, said_by, save
 from gpu_stages import STAGES
 
 STATUSES = {"passed": 0, "partial": 3, "unavailable": 3, "failed": 1, "timed out": 1}
@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
     path = options.out / "gpu_check.json"
     result: Found = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": options.commit,
         "dry_run": options.dry_run,
         "stages": {},
     }
@@ -124,6 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu_check.json and the logs")
     parser.add_argument("--dry-run", action="store_true", help="small, on the CPU, with stand-ins for the tools; no build")
+    commit = said_by("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    parser.add_argument("--commit", default=commit, help="that of a copy without its history, for the record")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), metavar="STAGE", help="only these")
     parser.add_argument("--limit", type=limits, nargs="+", default=[], metavar="STAGE=SECONDS", help="other time limits")
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)

@@ -42,7 +42,6 @@ def environment(context: Context) -> Found:
         "packages": packages,
         "programs": {name: program(name) for name in [*BUILD_TOOLS, "compute-sanitizer", "ncu", "nvidia-smi"]},
         "nvidia_smi": said_by("nvidia-smi", f"--query-gpu={query}", "--format=csv"),
-        "commit": said_by("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "devices": [],
     }
     if nvcc := program("nvcc"):
@@ -203,14 +202,14 @@ def ncu(context: Context) -> Found:
 
 # Seconds, 600 in all; what a stage leaves over goes to those after it.
 STAGES: dict[str, tuple[float, Callable[[Context], Found]]] = {
-    "environment": (20, environment),
-    "build": (110, build),
+    "environment": (15, environment),
+    "build": (90, build),
     "bits": (45, bits),
-    "tests": (130, tests),
-    "bandwidth": (145, bandwidth),
-    "memcheck": (30, sanitizer("memcheck")),
-    "racecheck": (30, sanitizer("racecheck")),
-    "synccheck": (25, sanitizer("synccheck")),
-    "initcheck": (30, sanitizer("initcheck")),
-    "ncu": (35, ncu),
+    "tests": (150, tests),
+    "bandwidth": (150, bandwidth),
+    "memcheck": (25, sanitizer("memcheck")),
+    "racecheck": (60, sanitizer("racecheck")),
+    "synccheck": (20, sanitizer("synccheck")),
+    "initcheck": (20, sanitizer("initcheck")),
+    "ncu": (25, ncu),
 }

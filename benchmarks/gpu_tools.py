@@ -23,6 +23,8 @@ REFUSED = {
 }
 # The first name after the namespaces, of which an anonymous one is written in several ways.
 KERNEL = re.compile(r"kl_ext::cuda::(?:(?:<unnamed>|\(anonymous namespace\)|\{anonymous\}|_GLOBAL__N__\w+)::)?(\w+)\s*[<(]")
+# ncu selects kl_ext's kernels by their whole names, and prints them without the namespaces around all of it.
+PRINTED_BY_NCU = re.compile(r"^(?:void )?(?:[\w<>(){} ]*?::)*?(\w+)\s*[<(]")
 MAIN_KERNELS = {
     "forward",
     "backward",
@@ -85,7 +87,7 @@ def parse_ncu(output: str) -> list[dict[str, Any]]:
         return []
     kernels: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(line for line in lines[start:] if line.startswith('"')):
-        name, metric = KERNEL.search(row.get("Kernel Name") or ""), METRICS.get(row.get("Metric Name") or "")
+        name, metric = PRINTED_BY_NCU.match(row.get("Kernel Name") or ""), METRICS.get(row.get("Metric Name") or "")
         if name and metric:
             value = float(row["Metric Value"].replace(",", "")) * UNITS.get(row["Metric Unit"], 1)
             kernels.setdefault(row["ID"], {"kernel": name[1]})[metric] = value
@@ -122,16 +124,30 @@ RECORDED_SANITIZER = """\
 =========
 ========= ERROR SUMMARY: 1 error
 """
-RECORDED_NCU = """\
-==PROF== Connected to process 1 (python3)
-"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
-"0","1","void kl_ext::cuda::forward<kl_ext::math::SingleLoss, ...>(T4)","","dram__bytes_read.sum","byte","6,710,000"
-"0","1","void kl_ext::cuda::forward<kl_ext::math::SingleLoss, ...>(T4)","","dram__bytes_write.sum","byte","3,300,000"
-"0","1","void kl_ext::cuda::forward<kl_ext::math::SingleLoss, ...>(T4)","","gpu__time_duration.sum","ns","5,120"
-"1","1","void kl_ext::cuda::sum_rows<kl_ext::cuda::Backward<...>>(T4)","","dram__bytes_read.sum","Mbyte","6"
-"1","1","void kl_ext::cuda::sum_rows<kl_ext::cuda::Backward<...>>(T4)","","dram__bytes_write.sum","Mbyte","4"
-"2","1","void kl_ext::cuda::<unnamed>::sum_last<float>(const T1 *)","","dram__bytes_read.sum","byte","1,000"
+# The kernel's name and what was measured of it; the columns around them are as ncu prints them.
+_NCU_COLUMNS = """\
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC",\
+"Section Name","Metric Name","Metric Unit","Metric Value"
 """
+_NCU_LINE = """\
+"{}","1","python3","127.0.0.1","void {}","1","7","(256, 1, 1)","(1184, 1, 1)","0","9.0",\
+"Command line profiler metrics","{}","{}","{}"
+"""
+_NCU_FORWARD = "forward<math::SingleLoss, 0, float, float, float, Vectors<4, 1>>(T6::Plan<kInputs+1>, math::Clamp<T3>)"
+_NCU_SUM = "sum_rows<Forward<math::PairOf<0>>, 0, float, float, float, VectorTerms<4>>(T6::Plan<kOperands>, SumShape<T3>)"
+_NCU_MEASURED = [
+    ("0", _NCU_FORWARD, "dram__bytes_read.sum", "byte", "6,710,000"),
+    ("0", _NCU_FORWARD, "dram__bytes_write.sum", "byte", "3,300,000"),
+    ("0", _NCU_FORWARD, "gpu__time_duration.sum", "ns", "5,120"),
+    ("1", _NCU_SUM, "dram__bytes_read.sum", "Mbyte", "6"),
+    ("1", _NCU_SUM, "dram__bytes_write.sum", "Mbyte", "4"),
+    ("2", "unnamed>::sum_lanes<float>(const T1 *, long, T1 *)", "dram__bytes_read.sum", "byte", "1,000"),
+]
+RECORDED_NCU = (
+    "==PROF== Connected to process 1 (/usr/bin/python3)\n==PROF== Disconnected from process 1\n"
+    + _NCU_COLUMNS
+    + "".join(_NCU_LINE.format(*measured) for measured in _NCU_MEASURED)
+)
 
 
 def stub(folder: Path, name: str) -> Path:

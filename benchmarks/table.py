@@ -205,7 +205,7 @@ def gpu_goals(result: Result) -> str:
 def gpu_machine(result: Result) -> str:
     """One line on the GPU machine."""
     facts = measured_on_gpu(result)["environment"]
-    commit = (facts["commit"] or "unknown")[:12]
+    commit = (result["commit"] or "unknown")[:12]
     return f"{facts['devices'][0]['name']}, torch {facts['torch']}, {result['date'][:10]}, commit {commit}.\n"
 
 

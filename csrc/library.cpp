@@ -111,20 +111,24 @@ void gaussian_kl_div_backward_out(const at::Tensor& grad_output, const at::Tenso
 
 namespace {
 
-// For tensors that no backend of ours takes: says which argument it is.
+// For tensors that no backend of ours takes: says which argument it is. What the tensors are comes before where they are, for a
+// sparse tensor comes here beside dense ones on a device that has kernels.
 void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const std::string function = schema.name().substr(schema.name().find("::") + 2);
-  const char* const devices =
-      op.hasKernelForDispatchKey(c10::DispatchKey::CUDA) ? "cpu or cuda" : "cpu (this build has no CUDA kernels)";
+  const bool has_cuda = op.hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  const char* const devices = has_cuda ? "cpu or cuda" : "cpu (this build has no CUDA kernels)";
   const auto values = torch::jit::last(*stack, schema.arguments().size());
+  std::vector<Argument> tensors;
   for (size_t i = 0; i < values.size(); ++i) {
     if (values[i].isTensor()) {
-      const Argument argument{schema.arguments()[i].name().c_str(), values[i].toTensor()};
-      check_tensors(function.c_str(), argument);
-      TORCH_CHECK(argument.tensor.is_cpu(), function, ": expected ", argument.name, " on ", devices, ", got ",
-                  argument.tensor.device());
+      tensors.push_back({schema.arguments()[i].name().c_str(), values[i].toTensor()});
     }
+  }
+  check_tensors(function.c_str(), tensors);
+  for (const auto& [name, tensor] : tensors) {
+    TORCH_CHECK(tensor.is_cpu() || (has_cuda && tensor.is_cuda()), function, ": expected ", name, " on ", devices, ", got ",
+                tensor.device());
   }
   TORCH_CHECK(false, function, ": expected tensors that hold their numbers, on ", devices);
 }

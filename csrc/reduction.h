@@ -3,6 +3,7 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/full.h>
 #include <c10/core/WrapDimMinimal.h>
 #include <c10/util/Exception.h>
 
@@ -83,6 +84,11 @@ inline Reduction parse_reduction(const char* function, std::string_view reductio
     reduced = true;
   }
   return result;
+}
+
+// Rounded once, as the operators divide: by a number, torch multiplies with its reciprocal on a GPU.
+inline at::Tensor quotient(const at::Tensor& sum, const at::Scalar& count) {
+  return sum.div(at::full({}, count, at::dtype(sum.scalar_type()).device(sum.device())));
 }
 
 } // namespace kl_ext

@@ -80,7 +80,7 @@ at::Tensor unreduce(const at::Tensor& grad_output, at::TensorList inputs, std::s
   }
   const Reduction how = parse_reduction("gaussian_kl_div_backward", reduction, dim, static_cast<int64_t>(shape.size()));
   const at::Tensor grad = grad_output.to(is_double ? at::kDouble : at::kFloat);
-  return how.unsqueeze(how.divides ? grad.div(how.divisor(at::IntArrayRef(shape))) : grad).expand(shape);
+  return how.unsqueeze(how.divides ? quotient(grad, how.divisor(at::IntArrayRef(shape))) : grad).expand(shape);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_div_backward(

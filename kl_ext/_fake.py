@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._prims_common import compute_elementwise_output_strides
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ._reduction import check_together, kept_sizes, reduced_dims
 
@@ -61,8 +62,18 @@ def _elementwise(tensors: Sequence[Tensor], shape: torch.Size, dtype: torch.dtyp
     return torch.empty_strided(shape, strides, dtype=dtype or result_dtype(tensors), device=device)
 
 
-def _gradients(inputs: Sequence[Tensor], output_mask: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    return tuple(torch.empty_like(x) if wanted else None for x, wanted in zip(inputs, output_mask, strict=True))
+def _gradients(
+    function: str, grad_output: Tensor, output_mask: Sequence[bool], **inputs: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    # No shape is looked at, and no device of a fake tensor: compiled autograd captures backward passes with stand-ins for
+    # gradients and for what saved-tensor hooks unpack, of a shape of their own and on the CPU. What it captured is traced again
+    # with tensors that are as they will be, and the operators themselves refuse what does not go together.
+    if not isinstance(grad_output, FakeTensor):  # then some tensor is on the meta device
+        _common_device(function, grad_output=grad_output, **inputs)
+    return tuple(
+        torch.empty_like(x) if wanted and x is not None else None
+        for x, wanted in zip(inputs.values(), output_mask, strict=True)
+    )
 
 
 @torch.library.register_fake("kl_ext::kl_div_single_loss")
@@ -100,8 +111,7 @@ def _(
 def _(
     grad_output: Tensor, mu: Tensor, log_var: Tensor, clamp_min: float, clamp_max: float, output_mask: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    _common_device("kl_div_single_loss_backward", grad_output=grad_output, mu=mu, log_var=log_var)
-    return _gradients((mu, log_var), output_mask)
+    return _gradients("kl_div_single_loss_backward", grad_output, output_mask, mu=mu, log_var=log_var)
 
 
 @torch.library.register_fake("kl_ext::kl_div_pair_loss_backward")
@@ -116,8 +126,7 @@ def _(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     inputs = {"mu_p": mu_p, "log_var_p": log_var_p, "mu_q": mu_q, "log_var_q": log_var_q}
-    _common_device("kl_div_pair_loss_backward", grad_output=grad_output, **inputs)
-    return _gradients((mu_p, log_var_p, mu_q, log_var_q), output_mask)
+    return _gradients("kl_div_pair_loss_backward", grad_output, output_mask, **inputs)
 
 
 @torch.library.register_fake("kl_ext::gaussian_kl_div")
@@ -158,15 +167,8 @@ def _(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     check_together("gaussian_kl_div_backward", mu_q, log_var_q)
-    inputs = (mu_p, log_var_p, mu_q, log_var_q)
-    names = {"mu_p": mu_p, "log_var_p": log_var_p, "mu_q": mu_q, "log_var_q": log_var_q}
-    _common_device("gaussian_kl_div_backward", grad_output=grad_output, **names)
-    # The shape of grad_output is not looked at: compiled autograd captures backward passes with stand-ins of another shape.
-    shape = _common_shape("gaussian_kl_div_backward", **names)
-    reduced_dims("gaussian_kl_div_backward", reduction, dim, len(shape))
-    return tuple(
-        torch.empty_like(x) if wanted and x is not None else None for x, wanted in zip(inputs, output_mask, strict=True)
-    )
+    inputs = {"mu_p": mu_p, "log_var_p": log_var_p, "mu_q": mu_q, "log_var_q": log_var_q}
+    return _gradients("gaussian_kl_div_backward", grad_output, output_mask, **inputs)
 
 
 for _name in ("kl_div_single_loss_backward", "kl_div_pair_loss_backward", "gaussian_kl_div_backward"):

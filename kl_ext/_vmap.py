@@ -42,6 +42,11 @@ def _batch_first(tensors: Sequence[Tensor], in_dims: InDims) -> list[Tensor]:
     return batched
 
 
+def _divide(x: Tensor, count: int) -> Tensor:
+    """Rounded once, as the operators divide: by a number, torch multiplies with its reciprocal on a GPU."""
+    return x / x.new_full((), count)
+
+
 def _forward(operator: Callable[..., Tensor], inputs: int) -> Callable[..., tuple[Tensor, int]]:
     def rule(info: Any, in_dims: InDims, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> tuple[Tensor, int]:
         dtype = _dtype_of_result(_examples(args[:inputs], in_dims[:inputs]), dtype)
@@ -108,7 +113,7 @@ def _(
     if reduction == "batchmean":
         wide = torch.float64 if dtype == torch.float64 else arithmetic_dtype(tensors)
         sums = _ops.gaussian_kl_div(*batched, **clamp, reduction="sum", dim=behind, dtype=wide)
-        return (sums / shape[0]).to(dtype or wide), 0
+        return _divide(sums, shape[0]).to(dtype or wide), 0
     return _ops.gaussian_kl_div(*batched, **clamp, reduction=reduction, dim=behind, dtype=dtype), 0
 
 
@@ -138,7 +143,7 @@ def _(
             grad = grad.movedim(grad_dim, 0)
         if reduction != "sum":
             count = shape[0] if reduction == "batchmean" else math.prod(shape[index] for index in reduced)
-            grad = grad.to(arithmetic_dtype([grad, *tensors])) / count
+            grad = _divide(grad.to(arithmetic_dtype([grad, *tensors])), count)
         for index in reduced:
             grad = grad.unsqueeze(index + (grad_dim is not None))
         grad = grad.expand(*(grad.shape[:1] if grad_dim is not None else ()), *shape)

@@ -205,17 +205,16 @@ _Q = Tensor | float | None
 def _with_tensors_for_numbers(
     mu_p: Tensor, log_var_p: Tensor, mu_q: _Q, log_var_q: _Q, dtype: torch.dtype | None
 ) -> tuple[_Q, _Q, torch.dtype | None]:
-    """Numbers as 0-dim CPU tensors, which go with any device, precise as the arithmetic and without weight in the promotion."""
+    """Numbers as 0-dim tensors, precise as the arithmetic and without weight in the promotion. They are filled on the device of
+    the others: nothing is copied to it, so that a CUDA graph can hold the call."""
     tensors = [x for x in (mu_p, log_var_p, mu_q, log_var_q) if isinstance(x, Tensor)]
     if not tensors:
         return mu_q, log_var_q, dtype
     is_double = dtype == torch.float64 or any(tensor.dtype == torch.float64 for tensor in tensors)
     if dtype is None and not any(tensor.dim() for tensor in tensors) and not torch.is_autocast_enabled(tensors[0].device.type):
         dtype = result_dtype(tensors)  # of 0-dim tensors all have weight
-    mu_q, log_var_q = (
-        torch.tensor(float(x), dtype=torch.float64 if is_double else torch.float32) if isinstance(x, Real) else x
-        for x in (mu_q, log_var_q)
-    )
+    kind = {"dtype": torch.float64 if is_double else torch.float32, "device": tensors[0].device}
+    mu_q, log_var_q = (torch.full((), float(x), **kind) if isinstance(x, Real) else x for x in (mu_q, log_var_q))
     return mu_q, log_var_q, dtype
 
 

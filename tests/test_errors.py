@@ -113,6 +113,16 @@ def test_sparse_tensors(name, arguments, call, layout, device):
 
 
 @EVERY
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_sparse_tensor_is_named_before_the_device_of_those_before_it(name, arguments, call, layout):
+    bad = LAYOUTS[layout](torch.ones(2, 3))
+    for argument, given in list(each_position(arguments, "meta", bad))[1:]:
+        with raises(TypeError, f"{name}: expected {argument} to be a strided tensor, got {layout}"):
+            call(*given)
+
+
+@EVERY
 def test_mkldnn_tensors(name, arguments, call, mode):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no mkldnn")

@@ -223,6 +223,17 @@ def test_fake_zero_dim_cpu_tensors_go_beside_cuda_tensors(loss: Loss) -> None:
 
 
 @each_loss
+def test_fake_gradients_ask_nothing_of_stand_ins(loss: Loss) -> None:
+    """Compiled autograd captures with CPU tensors of no size for gradients and for saved tensors that were packed."""
+    with FakeTensorMode():
+        stand_in = torch.randn(0, 123456789)
+        for packed in (subset for subset in [(), *subsets(loss.arguments)] if subset != tuple(loss.arguments)):
+            inputs = [stand_in if a in packed else torch.randn(2, 3, device="cuda") for a in loss.arguments]
+            gradients = loss.backward_operator(stand_in, *inputs, -30.0, 20.0, [True] * loss.count)
+            assert [meta_of(gradient) for gradient in gradients] == [meta_of(x) for x in inputs]
+
+
+@each_loss
 @pytest.mark.parametrize(
     "spoil",
     [

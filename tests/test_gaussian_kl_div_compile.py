@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import grad
 from torch.export import Dim, export
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
@@ -161,6 +163,29 @@ def test_a_compiled_backward_of_an_eager_forward_has_the_bits_of_eager(how: dict
     assert graphs and all(BACKWARD in [n.target for n in g.graph.nodes] for g in graphs)
 
 
+@each_reduction
+def test_packed_tensors_work_in_a_compiled_backward(how: dict[str, Any], device: torch.device) -> None:
+    """Whichever gradients are wanted: an input that none depends on is not saved, and made up on the device of the others."""
+    for name in ("standard", "prior [D]"):
+        inputs = random_inputs(*SHAPES[name], device=device)
+        for wanted in (range(len(inputs)), [0], [1]):
+            leaves = [inputs[i].detach().requires_grad_() for i in wanted]
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: x * 2, lambda x: x / 2):
+                given = dict(enumerate(inputs)) | dict(zip(wanted, leaves, strict=True))
+                value = gaussian_kl_div(*given.values(), **how).sum()
+            expected = grad(value, leaves, retain_graph=True)
+            graphs: list[GraphModule] = []
+
+            def compile_backward(graph: GraphModule, graphs: list[GraphModule] = graphs) -> Callable[..., Any]:
+                graphs.append(graph)
+                return torch.compile(graph, backend="aot_eager", fullgraph=True)
+
+            with compiled_autograd._enable(compile_backward, dynamic=True):
+                assert_same(grad(value, leaves), expected)
+            assert not [n for graph in graphs for n in graph.graph.nodes if n.target == torch.ops.aten.zeros.default]
+            compiled_autograd.reset()
+
+
 def test_a_captured_backward_is_never_used_for_another_reduction(device: torch.device) -> None:
     leaves = random_inputs((3, 3, 3), (3, 3, 3), device=device, requires_grad=True)
     hows = [*REDUCTIONS.values(), {"reduction": "sum", "clamp_max": 0.5}, {"reduction": "mean", "dim": 1}]
@@ -282,3 +307,28 @@ def test_fake_cuda_tensors_give_cuda_results_without_a_gpu(how: dict[str, Any]) 
         assert gaussian_kl_div(*inputs[:2], 0.5, -1, **how).device == value.device
         for x, g in zip(inputs, backward_operator(value, *inputs, **how), strict=True):
             assert meta_of(g) == meta_of(x)
+
+
+@each_reduction
+def test_fake_gradients_ask_nothing_of_stand_ins(how: dict[str, Any]) -> None:
+    """Compiled autograd captures with CPU tensors of no size for gradients and for saved tensors that were packed."""
+    with FakeTensorMode():
+        stand_in = torch.randn(0, 123456789)
+        inputs = [torch.randn(shape, device="cuda") for shape in SHAPES["prior [D]"]]
+        for i in range(-1, len(inputs)):
+            saved = [stand_in if i == j else x for j, x in enumerate(inputs)]
+            gradients = backward_operator(stand_in, *saved, **how)
+            assert [meta_of(gradient) for gradient in gradients] == [meta_of(x) for x in saved]
+
+
+def test_numbers_for_q_are_filled_on_the_device_of_the_tensors() -> None:
+    """CUDA graphs hold no tensor of the CPU, and nothing is copied from it."""
+    for dtype in DTYPES:
+        with FakeTensorMode():
+            mu, log_var = (torch.randn(2, 3, device="cuda", dtype=dtype) for _ in range(2))
+            graph = make_fx(lambda *x: gaussian_kl_div(*x, 0.5, Fraction(-1, 4), reduction="sum"))(mu, log_var)
+        made = [node for node in graph.graph.nodes if node.op == "call_function" and node.target != OPERATOR]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert [node.target for node in made] == [torch.ops.aten.full.default] * 2
+        assert [node.args[1] for node in made] == [0.5, -0.25]
+        assert [(node.meta["val"].device.type, node.meta["val"].dtype) for node in made] == [("cuda", wide)] * 2

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._vmap_internals import _vmap as legacy_vmap
 from torch.autograd import functional, grad
 from torch.func import grad as func_grad
 from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from gaussian_cases import SHAPES, backward_operator, each_reduction, formula_with, random_inputs, reduced_with
@@ -171,6 +174,47 @@ def test_vmap_over_empty_examples_gives_what_torch_gives(device: torch.device) -
             actual = vmap(lambda a, r=reduction, d=dim: gaussian_kl_div(a, a, reduction=r, dim=d))(x)
             expected = vmap(lambda a, r=reduction, d=dim: getattr(torch, r)(a, d) if d is not None else getattr(torch, r)(a))(x)
             assert same_bits(actual, expected)
+
+
+class Divisors(TorchDispatchMode):
+    """Whatever anything is divided by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket == torch.ops.aten.div:
+            self.seen.append(args[1])
+        return function(*args, **kwargs or {})
+
+
+@each_reduction
+@pytest.mark.parametrize("mapped", [vmap, legacy_vmap], ids=["torch.func", "is_grads_batched"])
+def test_batches_are_divided_by_tensors_of_their_device(how: dict[str, Any], mapped: Callable[..., Any]) -> None:
+    """By a number, or a tensor of the CPU, torch on a GPU multiplies with the reciprocal: other bits than a quotient's."""
+    with FakeTensorMode(), Divisors() as divisors:
+        inputs = [torch.randn((5, *shape), device="cuda") for shape in SHAPES["prior [D]"]]
+        grad_output = torch.randn_like(vmap(reduced_with(how))(*inputs))
+        mapped(lambda *a: tuple(backward_operator(*a, **how)))(grad_output, *inputs)
+    divides = how.get("reduction") in ("mean", "batchmean")
+    assert len(divisors.seen) == divides + (how.get("reduction") == "batchmean")
+    for divisor in divisors.seen:
+        assert isinstance(divisor, Tensor) and (divisor.device.type, divisor.shape) == ("cuda", ())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+def test_derivatives_are_divided_by_tensors_too(reduction: str, device: torch.device) -> None:
+    leaves = random_inputs((3, 2), (3, 2), device=device, requires_grad=True)
+    f = reduced_with({"reduction": reduction})
+    with Divisors() as divisors:
+        gradients = grad(f(*leaves), leaves, create_graph=True)
+        assert not divisors.seen
+        grad(sum(x.sum() for x in gradients), leaves)
+        jvp(f, tuple(x.detach() for x in leaves), tangents([x.detach() for x in leaves]))
+    assert len(divisors.seen) == 2
+    for divisor in divisors.seen:
+        assert isinstance(divisor, Tensor) and (divisor.device.type, divisor.shape) == (device.type, ())
 
 
 # The batched modes of torch.autograd, which are older than torch.func

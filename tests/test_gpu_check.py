@@ -67,8 +67,11 @@ def test_the_bandwidth_has_its_contenders_and_goals(dry_run):
     assert len(found["rows"]) == found["of"] == 4
     for row in found["rows"]:
         assert row["share_of_copy"] > 0 and row["gb_per_s"] > 0 and row["bytes"] > 0
-        for name in ("kl_ext", "copy", "plain torch"):
+        for name in ("kl_ext", "memcpy", "copy kernel", "plain torch"):
             assert row[name]["us"] > 0
+        faster = row["copy"]["by"]
+        assert row["copy"] == {**row[faster], "by": faster}
+        assert row["copy"]["us"] == min(row["memcpy"]["us"], row["copy kernel"]["us"])
     assert {"torch.compile", "max-autotune"} <= found["rows"][0].keys()
     assert [goal["least"] for goal in found["goals"]] == [0.95, 0.9, 1.0, 1.0]
 
@@ -211,10 +214,28 @@ def test_a_kernel_is_known_by_its_name(load, anonymous):
     assert not kernel.search("void at::native::vectorized_elementwise_kernel<4>(int)")
 
 
+@pytest.mark.parametrize(
+    "printed, name",
+    [
+        ("void backward<math::PairOf<0>, 0, float, math::BFloat16, float, Vectors<8, 0>>(T6::Plan<2*kInputs+1>)", "backward"),
+        ("void sum_rows<Forward<math::PairOf<0>>, 0, float>(T6::Plan<kOperands>, SumShape<T3>)", "sum_rows"),
+        ("void unnamed>::divide_each<float>(T1 *, long, T1)", "divide_each"),
+        ("unnamed>::sum_lanes(const float *, long)", "sum_lanes"),
+        ("void kl_ext::cuda::<unnamed>::sum_lanes<float>(const T1 *, long)", "sum_lanes"),
+        ("void kl_ext::cuda::(anonymous namespace)::sum_lanes<float>(const T1 *, long)", "sum_lanes"),
+    ],
+)
+def test_a_kernel_is_known_by_what_ncu_prints(load, printed, name):
+    tools = load("gpu_tools")
+    line = tools._NCU_LINE.format("7", printed.removeprefix("void "), "gpu__time_duration.sum", "ns", "1,500")
+    assert tools.PRINTED_BY_NCU.match(printed)[1] == name
+    assert tools.parse_ncu(tools._NCU_COLUMNS + line) == [{"kernel": name, "nanoseconds": 1500}]
+
+
 def test_kernels_that_are_not_the_cases_are_not_taken_for_them(load):
     tools = load("gpu_tools")
     kernels = tools.parse_ncu(tools.RECORDED_NCU)
-    assert [kernel["kernel"] for kernel in kernels] == ["forward", "sum_rows", "sum_last"]
+    assert [kernel["kernel"] for kernel in kernels] == ["forward", "sum_rows", "sum_lanes"]
     assert kernels[0] == {"kernel": "forward", "read": 6.71e6, "written": 3.3e6, "nanoseconds": 5120}
     assert kernels[1]["read"] == 6e6
     assert tools.match(kernels, [{"least_bytes": 1e7}]) is None

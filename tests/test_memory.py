@@ -25,10 +25,11 @@ SMALL = 64 * 1024  # what bookkeeping may take; an input has 12 times as much
 def allocated(call, device):
     """All that a call allocates, in bytes, whether or not it is freed within the call; and what the call returns."""
     if device.type == "cuda":
+        requested = "requested_bytes.all.allocated"  # "allocated_bytes" counts what blocks are rounded up to
         torch.cuda.synchronize()
-        before = torch.cuda.memory_stats()["allocated_bytes.all.allocated"]
+        before = torch.cuda.memory_stats()[requested]
         result = call()
-        return torch.cuda.memory_stats()["allocated_bytes.all.allocated"] - before, result
+        return torch.cuda.memory_stats()[requested] - before, result
     with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
         result = call()
     events = [event.nbytes() for event in profile.kineto_results.events() if event.name() == "[memory]"]

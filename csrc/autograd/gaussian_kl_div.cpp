@@ -82,12 +82,12 @@ struct GaussianKlDiv : Formula {
       }
     }
     const at::Tensor sum = terms.dim() == 0 ? terms : at::sum(terms, reduced);
-    return how.divides ? sum.div(how.divisor(terms.sym_sizes())) : sum;
+    return how.divides ? quotient(sum, how.divisor(terms.sym_sizes())) : sum;
   }
 
   at::Tensor unreduce(const at::Tensor& grad_output, c10::SymIntArrayRef shape) const {
     const Reduction how = parsed(static_cast<int64_t>(shape.size()));
-    return how.unsqueeze(how.divides ? grad_output.div(how.divisor(shape)) : grad_output);
+    return how.unsqueeze(how.divides ? quotient(grad_output, how.divisor(shape)) : grad_output);
   }
 
   void collect(CompiledNodeArgs& args) const {

@@ -18,8 +18,8 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/new_zeros.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/zeros.h>
 
 #include "../checks.h"
 #include "../memory.h"
@@ -143,7 +143,8 @@ struct Backward : SavingNode<Op, Op::kInputs> {
     Tensors<N> inputs = this->unpack();
     for (size_t i = 0; i < N; ++i) {
       if (!inputs[i].defined()) { // no wanted gradient depends on it, but for the shape of the terms: any number does
-        inputs[i] = at::zeros({}, grad_output.options().dtype(this->dtypes[i])).expand_symint(this->shape);
+        // Of grad_output, not of its device, which compiled autograd does not know yet.
+        inputs[i] = grad_output.new_zeros({}, this->dtypes[i]).expand_symint(this->shape);
       }
     }
     if (!apply_to_halves(grad_output, inputs, wanted, result)) {
