@@ -78,8 +78,11 @@ def device(request) -> torch.device:
 
 @pytest.fixture(params=["forward", "reverse", "random"])
 def emulated(request):
-    """The emulated CUDA kernels, with threads and blocks that take turns in this order."""
+    """The emulated CUDA kernels, with threads and blocks that take turns in this order; sums as they are for few threads, as for
+    many, or as either."""
     from emulated_kernels import library
 
-    library().set_order(request.param, seed_of(request.node))
+    seed = seed_of(request.node)
+    library().set_order(request.param, seed)
+    library().set_few_threads({"forward": 2**17, "reverse": 0}.get(request.param, seed % 2 * 2**17))
     return library()

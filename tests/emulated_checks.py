@@ -240,14 +240,15 @@ def check_gradients(
     return grids
 
 
-def finish_sums(emulated: Emulated, partials: Tensor, sums: Tensor, divisor: int = 1) -> int:
-    """Sums up the chunks of every column, and returns the number of launches."""
-    chunks, columns = partials.shape
+def finish_sums(emulated: Emulated, partials: Tensor, are_lanes: bool, sums: Tensor, divisor: int = 1) -> int:
+    """Sums up what is left of every column, and returns the number of launches."""
+    count, columns = partials.shape
     return emulated.call(
         "finish_sums",
         partials.dtype == torch.float64,
         ctypes.c_void_p(partials.data_ptr()),
-        ctypes.c_int64(chunks),
+        ctypes.c_int64(count),
+        are_lanes,
         ctypes.c_int64(columns),
         ctypes.c_int64(divisor),
         ctypes.c_void_p(sums.data_ptr()),

@@ -94,6 +94,10 @@ class Emulated:
         """In which threads and blocks take turns."""
         self.functions.set_order(ORDERS.index(order), ctypes.c_uint32(seed))
 
+    def set_few_threads(self, few: int) -> None:
+        """Launches that sum have small blocks up to so many threads."""
+        self.functions.set_few_threads(ctypes.c_int64(few))
+
     @contextlib.contextmanager
     def indices(self, count: int) -> Iterator[None]:
         """So many, in place of 2^31, may be counted within a launch."""

@@ -188,6 +188,10 @@ def test_gradients_accumulate_over_compiled_backward_calls(loss: Loss, device: t
 def test_forward_and_backward_of_a_training_step_compile_by_inductor(device: torch.device) -> None:
     leaves = PAIR.inputs([4, 3], device=device, dtype=torch.float32, requires_grad=True)
     with fresh_inductor_cache():
+        try:
+            gradients_in_both_ways(lambda *a: PAIR.formula(*a) * 2, leaves, backend="inductor")
+        except torch._dynamo.exc.Unsupported as error:  # torch 2.11 on CUDA
+            pytest.skip(f"torch itself does not compile the backward of plain formulas here: {str(error).splitlines()[0]}")
         compiled, eager, graphs = gradients_in_both_ways(lambda *a: PAIR.function(*a) * 2, leaves, backend="inductor")
     assert_same(compiled, eager)
     assert len(graphs) == 1

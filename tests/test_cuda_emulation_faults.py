@@ -86,12 +86,13 @@ def test_a_kernel_without_a_fault_runs(programs, rng, order, sanitize):
     assert run.returncode == 0 and run.stdout.split() == [str(sum(range(64)))] * 3 * 64, run.stderr
 
 
-def sum_columns(emulated: Emulated) -> None:
+def sum_terms(emulated: Emulated) -> None:
     check_sum(emulated, [*torch.randn(2, 1030, 16)], [0])
+    check_sum(emulated, [*torch.randn(2, 66 * 1024)], [0])
 
 
-def sum_chunks(emulated: Emulated) -> None:
-    finish_sums(emulated, torch.randn(65536, 1), torch.empty(1))
+def sum_what_is_left(emulated: Emulated) -> None:
+    finish_sums(emulated, torch.randn(64 * 1024, 1), True, torch.empty(1))
 
 
 class Change(NamedTuple):
@@ -104,7 +105,7 @@ class Change(NamedTuple):
     @property
     def compiled(self) -> tuple[str, Callable[[Emulated], None]]:
         """The source with it that is compiled anew, and what runs it."""
-        return ("finish.cu", sum_chunks) if self.file == "finish.cu" else ("kl_div_single_loss_sum.cu", sum_columns)
+        return ("finish.cu", sum_what_is_left) if self.file == "finish.cu" else ("kl_div_single_loss_sum.cu", sum_terms)
 
 
 CHANGES = {
@@ -115,7 +116,8 @@ CHANGES = {
     "lanes that leave early": Change("sum.cuh", "(?=T lanes.*\n.*lane, lane_count)", "if (lane > 9) return;", "has returned"),
     "barrier for some": Change("exchange.cuh", r"__syncthreads\(\);", "if (lane > 9) __syncthreads();", "is at a barrier"),
     "too few groups": Change("finish.cu", "of_groups, kMaxGroups", "of_groups, kMaxGroups / 4", "beyond its"),
-    "all of a team write": Change("finish.cu", "threadIdx.x % kTeam == 0(?= && group)", "true", "no barrier after the write"),
+    "too few places": Change("sum.cuh", "(?<=kPlaces = kThreads)", " / 2", "beyond its"),
+    "all of a team write": Change("finish.cu", "speaks(?= && group)", "true", "no barrier after the write"),
     "half a team shuffles": Change("finish.cu", r"(?=return fold)", "if (threadIdx.x % 2) return 0;", "shuffles at"),
 }
 for source in sorted((ROOT / "csrc/cuda").glob("*.cu*")):
@@ -138,6 +140,7 @@ def test_a_fault_in_a_real_kernel_is_found(tmp_path, change):
     # Of an inline function that several objects have, the first one's is linked.
     others = [path for path in objects() if path.name != changed[0].name]
     emulated = Emulated(link_emulated([*changed, *others], tmp_path / "libchanged.so"))
+    emulated.set_few_threads(0)
     for order in ORDERS:
         emulated.set_order(order, 1)
         with pytest.raises(KernelFault, match=said) as fault:

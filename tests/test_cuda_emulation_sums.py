@@ -51,21 +51,46 @@ def test_columns_of_every_width(emulated, dtype):
         check_sum(emulated, layouts_of_halves(normal([70, 2 * width], dtype, 2), 1), [0], "mean")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_take_turns_in_lanes(emulated, dtype):
+    """Beyond 64 chunks, in one launch of many threads; and what was left is summed up in another."""
+    emulated.set_few_threads(0)
+    for terms in (64 * 1024, 64 * 1024 + 8, 129 * 1024 - 8, 520 * 1024):
+        x = normal([terms], dtype, 2)
+        assert len(check_sum(emulated, x, [0])) == 2
+        assert len(check_sum(emulated, [x[0], layouts.shifted(x[1])], [0], "mean")) == 2
+    check_sum(emulated, normal([3, 66 * 1024], dtype, 2), [1])
+    check_sum(emulated, layouts_of_halves(normal([2, 2 * 66 * 1024], dtype, 2), 1), [1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_of_columns_take_turns_in_lanes(emulated, dtype):
+    for rows, width in ((64 * 1024 + 1, 8), (130 * 1024, 3)):
+        inputs = [*normal([rows, width], dtype, 2), *normal([width], dtype, 2)]
+        check_sum(emulated, inputs[:2], [0])
+        check_gradients(emulated, "gaussian_kl_div", torch.ones([], dtype=dtype).expand(rows, width), inputs)
+
+
 def test_a_sum_of_more_than_a_million_terms(emulated):
-    """Three levels of chunks, of which one block sums up two."""
-    x = torch.rand(1024 * 1024 + 3)
-    assert len(check_sum(emulated, [x, x], [0])) == 2
+    """Of two groups of chunks, the second of which is a single term."""
+    for terms in (1024 * 1024 + 3, 1024 * 1024 + 4):
+        x = torch.rand(terms)
+        assert len(check_sum(emulated, [x, x], [0])) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_chunks_are_summed_up_level_by_level(emulated, dtype):
-    """One block has the chunks of 64 Mi terms; beyond them there is a launch more."""
-    for chunks, columns, launches in ((2, 100, 1), (1024, 3, 1), (5000, 17, 1), (65536, 1, 1), (65537, 2, 2)):
-        partials = torch.randn(chunks, columns).to(dtype)
+@pytest.mark.parametrize("are_lanes", [False, True], ids=["chunks", "lanes"])
+def test_what_is_left_is_summed_up_group_by_group(emulated, dtype, are_lanes):
+    """One block has 1024 groups, 2^30 terms; beyond them there is a launch more."""
+    group = 64 if are_lanes else 1024
+    cases = [(2, 100, 1), (64, 3, 1), (65, 17, 1), (17 * group + 5, 17, 1), (1024 * group, 1, 1)]
+    for count, columns, launches in [*cases, (1024 * group + 1, 2, 2)] if are_lanes else cases:
+        partials = torch.randn(count, columns).to(dtype)
         sums = Result(partials[0])
-        assert finish_sums(emulated, partials, sums.tensor, 7) == launches
-        expected = reduced_sum(partials, [0]) / torch.tensor(7, dtype=dtype)
-        sums.check(expected, f"{columns} columns of {chunks} chunks")
+        assert finish_sums(emulated, partials, are_lanes, sums.tensor, 7) == launches
+        of_groups = torch.stack([reduced_sum(part, [0]) for part in partials.split(group)])
+        expected = reduced_sum(of_groups, [0]) / torch.tensor(7, dtype=dtype)
+        sums.check(expected, f"{columns} columns of {count}")
 
 
 SHAPE = [4, 16, 6, 8]
@@ -154,20 +179,23 @@ def test_more_rows_than_32_bits_count(emulated, rng, tmp_path):
     assert not sums[: 2**20].any()
 
 
-def test_the_gradient_of_a_mean_is_divided_as_ieee_has_it(emulated, rng):
-    for dtype in (torch.float32, torch.float64):
-        numbers = torch.cat(values(rng, "kl_div_single_loss", [300], dtype))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_a_mean_is_divided_as_ieee_has_it(emulated, rng, dtype):
+    numbers = torch.cat(values(rng, "kl_div_single_loss", [300], dtype))
+    for wide in [torch.float64] if dtype == torch.float64 else [torch.float32, torch.float64]:
         for divisor in (1, 3, 49, 10**6 + 3, 2**31 + 1):
-            got = numbers.clone()
+            quotients = Result(numbers.to(wide))
             emulated.call(
                 "divide",
-                dtype == torch.float64,
-                ctypes.c_void_p(got.data_ptr()),
-                ctypes.c_int64(got.numel()),
+                DTYPES.index(dtype),
+                ctypes.c_void_p(numbers.data_ptr()),
+                ctypes.c_int64(numbers.numel()),
                 ctypes.c_int64(divisor),
+                wide == torch.float64,
+                ctypes.c_void_p(quotients.tensor.data_ptr()),
             )
-            expected = torch.from_numpy(numbers.numpy() / numbers.numpy().dtype.type(divisor))
-            assert_same_bits(got, expected, f"divided by {divisor}")
+            widened = numbers.to(wide).numpy()
+            quotients.check(torch.from_numpy(widened / widened.dtype.type(divisor)), f"divided by {divisor}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -38,6 +38,26 @@ void divergences(const T* mu_p, const T* log_var_p, const T* mu_q, const T* log_
   for (long i = 0; i < n; ++i) out[i] = divergence<range>(mu_p[i], log_var_p[i], mu_q[i], log_var_q[i]);
 }
 
+// Of every loss the result and the gradients, interleaved.
+template <class T, Range range, class Loss>
+void loss(const T* const* inputs, Clamp<T> bounds, long i, T*& out) {
+  T values[Loss::kInputs], gradients[Loss::kInputs];
+  for (int input = 0; input < Loss::kInputs; ++input) values[input] = inputs[input][i];
+  *out++ = Loss::template forward<range>(values, bounds);
+  Loss::template backward<range>(T(0.75), values, bounds, gradients);
+  out = std::copy_n(gradients, Loss::kInputs, out);
+}
+
+template <class T, Range range>
+void losses(const T* mu_p, const T* log_var_p, const T* mu_q, const T* log_var_q, T low, T high, T* out, long n) {
+  const T* const inputs[] = {mu_p, log_var_p, mu_q, log_var_q};
+  for (long i = 0; i < n; ++i) {
+    loss<T, range, SingleLoss>(inputs, {low, high}, i, out);
+    loss<T, range, PairLoss>(inputs, {low, high}, i, out);
+    loss<T, range, Divergence>(inputs, {low, high}, i, out);
+  }
+}
+
 long double long_phi(long double x) {
   if (std::fabs(x) >= 0.5L) return std::expm1(x) - x;
   long double sum = 0;
@@ -57,6 +77,10 @@ extern "C" {
   } \\
   void divergences_##type##_##name(const type* a, const type* b, const type* c, const type* d, type* out, long n) { \\
     divergences<type, Range::range>(a, b, c, d, out, n); \\
+  } \\
+  void losses_##type##_##name(const type* a, const type* b, const type* c, const type* d, type low, type high, type* out, \\
+                              long n) { \\
+    losses<type, Range::range>(a, b, c, d, low, high, out, n); \\
   }
 KL_EXT_EXPORT(float, narrow, kNarrow)
 KL_EXT_EXPORT(float, wide, kWide)
@@ -88,16 +112,25 @@ CONFIGURATIONS = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module")
-def header(tmp_path_factory):
+def compiled(folder, *more):
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("header")
     (folder / "header.cpp").write_text(SOURCE)
     options = ["-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{HEADERS}"]
-    subprocess.run([compiler, *options, "header.cpp", "-o", "header.so"], cwd=folder, check=True, timeout=300)
+    subprocess.run([compiler, *options, *more, "header.cpp", "-o", "header.so"], cwd=folder, check=True, timeout=300)
     return ctypes.CDLL(str(folder / "header.so"))
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("header"))
+
+
+@pytest.fixture(scope="module")
+def header_of_gpus(tmp_path_factory):
+    """What stands under __CUDA_ARCH__, but for instructions that only a GPU has."""
+    return compiled(tmp_path_factory.mktemp("header_of_gpus"), "-D__CUDA_ARCH__=750")
 
 
 def call(header, name, dtype, range_, inputs, outputs):
@@ -117,6 +150,59 @@ def assert_exponentials(header, dtype, range_, x):
     for got, want, bound in pairs:
         oracle.assert_within(got, want, oracle.ulp_error(got, want), bound, inputs)
     assert (half_phi >= 0).all()
+
+
+def losses(header, dtype, range_, inputs, bounds):
+    """Of every loss the result and the gradients, as bits, every NaN alike."""
+    number, suffix = (ctypes.c_float, "float") if dtype is numpy.float32 else (ctypes.c_double, "double")
+    inputs = [numpy.ascontiguousarray(x, dtype=dtype) for x in inputs]
+    out = numpy.empty([inputs[0].size, 3 + 5 + 5], dtype)
+    function = getattr(header, f"losses_{suffix}_{range_}")
+    pointers = [ctypes.c_void_p(x.ctypes.data) for x in inputs]
+    function(*pointers, *map(number, bounds), ctypes.c_void_p(out.ctypes.data), ctypes.c_long(inputs[0].size))
+    out[numpy.isnan(out)] = numpy.nan
+    return out.view(f"i{dtype().itemsize}")
+
+
+def numbers_of_every_size(rng, n, dtype, range_):
+    """Means and log-variances of p and q, close to each other in part; infinities and NaN among them."""
+    inputs = []
+    for i in range(4):
+        if i % 2 == 0:
+            parts = rng.normal(0, 2, n), points.decades(rng, n, -44, 38), rng.choice([0.0, -0.0, 1.0, numpy.inf, numpy.nan], n)
+        else:
+            wide = 1000 if range_ == "wide" else 60
+            parts = rng.uniform(-wide, wide, n), points.decades(rng, n, -44, 1), rng.choice([0.0, -0.0, 20, -30, numpy.nan], n)
+        x = points.mixed(rng, n, *parts)
+        if i >= 2:
+            x = numpy.where(rng.random(n) < 0.2, inputs[i - 2], x)
+        inputs.append(x.astype(dtype))
+    return inputs
+
+
+@CONFIGURATIONS
+def test_what_is_written_otherwise_for_gpus_has_the_same_bits(header, header_of_gpus, dtype, range_, rng):
+    inputs = numbers_of_every_size(rng, 200_000, dtype, range_)
+    for bounds in ((-30, 20), (0, 20), (-30, 0)) + (((-numpy.inf, numpy.inf),) if range_ == "wide" else ()):
+        ours, theirs = (losses(h, dtype, range_, inputs, bounds) for h in (header, header_of_gpus))
+        assert (ours == theirs).all()
+
+
+@CONFIGURATIONS
+def test_nothing_depends_on_the_sign_of_a_log_variance_of_zero(header, dtype, range_, rng):
+    """A GPU's instructions for a clamp may leave either zero."""
+    n = 100_000
+    mu_p, log_var_p, mu_q, log_var_q = numbers_of_every_size(rng, n, dtype, range_)
+    log_var_p[: n // 2] = 0
+    log_var_q[n // 4 : 3 * n // 4] = 0
+    results = []
+    for sign_p in (0.0, -0.0):
+        for sign_q in (0.0, -0.0):
+            log_vars = (numpy.where(x == 0, numpy.array(s, dtype), x) for x, s in ((log_var_p, sign_p), (log_var_q, sign_q)))
+            signed_p, signed_q = log_vars
+            results.append(losses(header, dtype, range_, [mu_p, signed_p, mu_q, signed_q], (-30, 20)))
+    for other in results[1:]:
+        assert (other == results[0]).all()
 
 
 @CONFIGURATIONS

@@ -1,4 +1,4 @@
-// The small kernels beside those that sum: what sums up the chunks, the division of the gradient of a mean, and rounding.
+// The small kernels beside those that sum: what sums up partial sums, the division of the gradient of a mean, and rounding.
 #include <algorithm>
 
 #include "exchange.cuh"
@@ -7,80 +7,79 @@
 namespace kl_ext::cuda {
 namespace {
 
-constexpr std::uint32_t kTeam = 16; // threads that work on a chunk together
-constexpr std::uint32_t kTeams = kThreads / kTeam;
-constexpr int kItems = math::kLanes / kTeam;
+// A group of partial sums is for a team of threads beside each other, which loads all of its numbers before it uses any.
+template <int kGroup>
+constexpr std::uint32_t kTeam = kGroup == math::kLanes ? 16 : 32;
 
-// S of at most 1024 numbers `stride` apart, by a team; both teams of a warp come here together.
-template <class T, class Numbers>
-KL_EXT_DEVICE T sum_chunk(Numbers numbers, std::int64_t count, std::int64_t stride) {
-  constexpr int kStepsAtOnce = 4; // their loads go out before any number is used
+// S of a group of at most kGroup numbers `stride` apart; all teams of a warp come here together.
+template <int kGroup, class T, class Numbers>
+KL_EXT_DEVICE T sum_group(Numbers numbers, std::int64_t count, std::int64_t stride) {
+  constexpr int kItems = math::kLanes / kTeam<kGroup>;
+  constexpr int kTurns = kGroup / math::kLanes;
+  T values[kTurns][kItems];
+  for (int turn = 0; turn < kTurns; ++turn) {
+    for (int item = 0; item < kItems; ++item) {
+      const std::int64_t i = turn * math::kLanes + item * kTeam<kGroup> + threadIdx.x % kTeam<kGroup>;
+      values[turn][item] = i < count ? numbers[i * stride] : T(0);
+    }
+  }
   T lanes[kItems] = {};
-  for (std::int64_t first = threadIdx.x % kTeam; first < count; first += kStepsAtOnce * math::kLanes) {
-    T values[kStepsAtOnce][kItems];
-    for (int step = 0; step < kStepsAtOnce; ++step) {
-      for (int item = 0; item < kItems; ++item) {
-        const std::int64_t i = first + step * math::kLanes + item * kTeam;
-        values[step][item] = i < count ? numbers[i * stride] : T(0);
-      }
-    }
-    for (int step = 0; step < kStepsAtOnce; ++step) {
-      for (int item = 0; item < kItems; ++item) {
-        lanes[item] += values[step][item]; // a lane is never -0: adding +0 leaves it as it is
-      }
+  for (int turn = 0; turn < kTurns; ++turn) {
+    for (int item = 0; item < kItems; ++item) {
+      lanes[item] += values[turn][item]; // a lane is never -0: adding +0 leaves it as it is
     }
   }
-  return fold_among_neighbours<false>(lanes, kTeam);
+  return fold_among_neighbours<false>(lanes, kTeam<kGroup>);
 }
 
-KL_EXT_INLINE std::int64_t chunk_size(std::int64_t count, std::int64_t first) {
-  const std::int64_t left = count > first ? count - first : 0;
-  return left < math::kChunk ? left : math::kChunk;
-}
-
-// partials: [chunks, columns]; sums: [groups of 1024 chunks, columns], a team for each.
-template <class T>
-__global__ void __launch_bounds__(kThreads) sum_groups(const T* partials, std::int64_t chunks, std::int64_t columns, T* sums) {
-  const std::int64_t sum = static_cast<std::int64_t>(blockIdx.x) * kTeams + threadIdx.x / kTeam;
-  const std::int64_t first = sum / columns * math::kChunk;
-  const std::int64_t count = chunk_size(chunks, first);
-  const T result = sum_chunk<T>(partials + first * columns + sum % columns, count, columns);
-  if (threadIdx.x % kTeam == 0 && count > 0) {
-    sums[sum] = result;
-  }
-}
-
-// partials: [chunks, columns] of at most 64 groups; sums: [columns]. A column for 2^log_teams teams beside each other.
-template <class T>
+// numbers: [count, columns], of which kGroup are a group: of chunks, or of lanes; sums: [parts of kMaxGroups groups, columns].
+// A column is for 2^log_teams teams beside each other, in a block of its own where there are more groups than teams.
+template <class T, int kGroup>
 __global__ void __launch_bounds__(kThreads)
-    sum_last(const T* partials, std::int64_t chunks, std::int64_t columns, std::int32_t log_teams, T divisor, T* sums) {
+    sum_partials(const T* numbers, std::int64_t count, std::int64_t columns, std::int32_t log_teams, T divisor, T* sums) {
+  constexpr std::int64_t kPart = std::int64_t{kGroup} * kMaxGroups;
   KL_EXT_SHARED(T, of_groups, kMaxGroups);
-  const std::uint32_t team = threadIdx.x / kTeam;
+  const std::uint32_t team = threadIdx.x / kTeam<kGroup>;
   const std::uint32_t teams = 1u << log_teams;
   const std::uint32_t in_column = team & (teams - 1);
-  const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * (kTeams >> log_teams) + (team >> log_teams);
-  const std::int64_t count = column < columns ? chunks : 0;
-  const auto of_column = of_groups + (team >> log_teams) * teams; // where there are more groups than teams, the only column
-  const std::int64_t groups = ceil_divide(chunks, math::kChunk);
-  for (std::int64_t group = 0; group < groups; group += teams) {
-    const std::int64_t first = (group + in_column) * math::kChunk;
-    const T sum = sum_chunk<T>(partials + first * columns + column, chunk_size(count, first), columns);
-    if (threadIdx.x % kTeam == 0 && group + in_column < groups) {
-      of_column[group + in_column] = sum;
+  const std::uint32_t columns_at_once = kThreads / kTeam<kGroup> >> log_teams;
+  const bool speaks = threadIdx.x % kTeam<kGroup> == 0;
+  const std::int64_t tiles = ceil_divide(columns, columns_at_once);
+  const std::int64_t part = blockIdx.x / tiles;
+  const std::int64_t column = (blockIdx.x - part * tiles) * columns_at_once + (team >> log_teams);
+  const std::int64_t left = count - part * kPart < kPart ? count - part * kPart : kPart;
+  const std::int64_t own = column < columns ? left : 0;
+  const std::int64_t groups = ceil_divide(left, kGroup);
+  const T* const of_part = numbers + part * kPart * columns + column;
+  const auto of_column = of_groups + (team >> log_teams) * teams;
+  for (std::int64_t group = in_column; group - in_column < groups; group += teams) {
+    const std::int64_t first = group * kGroup;
+    const T sum = sum_group<kGroup, T>(of_part + first * columns, own - first, columns);
+    if (speaks && group < groups) {
+      of_column[group] = sum;
     }
   }
   __syncthreads();
-  const T sum = sum_chunk<T>(of_column, in_column == 0 ? groups : 0, 1);
-  if (threadIdx.x % kTeam == 0 && in_column == 0 && column < columns) {
-    sums[column] = sum / divisor;
+  // Every team of a column comes to the same, whichever size a team has here.
+  const T sum = groups <= math::kLanes ? sum_group<math::kLanes, T>(of_column, groups, 1)
+                                       : sum_group<kMaxGroups, T>(of_column, groups, 1);
+  if (speaks && in_column == 0 && column < columns) {
+    sums[part * columns + column] = sum / divisor;
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) divide_each(T* numbers, std::int64_t numel, T divisor) {
+__global__ void __launch_bounds__(kThreads)
+    divide_each(const void* numbers, Storage dtype, std::int64_t numel, T divisor, T* quotients) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < numel) {
-    numbers[i] /= divisor;
+    const auto bits = [&](auto size) { return static_cast<const decltype(size)*>(numbers)[i]; };
+    using Bits = typename math::Format<T>::Bits;
+    const auto width = size_of(dtype);
+    quotients[i] = from_storage<T>(dtype, width == 2   ? bits(std::uint16_t{})
+                                          : width == 4 ? bits(std::uint32_t{})
+                                                       : bits(Bits{})) /
+                   divisor;
   }
 }
 
@@ -92,31 +91,37 @@ __global__ void __launch_bounds__(kThreads) round_each(const double* numbers, st
   }
 }
 
-template <class T>
-void finish(const T* partials, std::int64_t chunks, std::int64_t columns, std::int64_t divisor, T* sums, T* scratch,
-            CUstream_st* stream) {
-  std::int64_t groups = ceil_divide(chunks, math::kChunk);
-  while (groups > kMaxGroups) {
-    const auto blocks = static_cast<std::uint32_t>(ceil_divide(groups * columns, kTeams));
-    constexpr auto kernel = sum_groups<T>;
-    KL_EXT_LAUNCH_EXCHANGING(kernel, blocks, kThreads, stream, partials, chunks, columns, scratch);
-    partials = scratch;
-    scratch += groups * columns;
-    chunks = groups;
-    groups = ceil_divide(chunks, math::kChunk);
-  }
-  const std::int64_t teams = std::min<std::int64_t>(kTeams, next_power_of_two(groups));
-  const auto blocks = static_cast<std::uint32_t>(ceil_divide(columns, kTeams / teams));
-  constexpr auto kernel = sum_last<T>;
-  KL_EXT_LAUNCH_EXCHANGING(kernel, blocks, kThreads, stream, partials, chunks, columns, log2_of(teams), static_cast<T>(divisor),
-                           sums);
+template <int kGroup, class T>
+void launch_sum_partials(const T* numbers, std::int64_t count, std::int64_t columns, std::int64_t divisor, T* sums,
+                         CUstream_st* stream) {
+  const std::int64_t groups = ceil_divide(count, kGroup);
+  const std::int64_t teams = std::min<std::int64_t>(kThreads / kTeam<kGroup>, next_power_of_two(groups));
+  const std::int64_t blocks = ceil_divide(columns, kThreads / kTeam<kGroup> / teams) * ceil_divide(groups, kMaxGroups);
+  constexpr auto kernel = sum_partials<T, kGroup>;
+  KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), kThreads, stream, numbers, count, columns,
+                           log2_of(teams), static_cast<T>(divisor), sums);
 }
 
 template <class T>
-void divide_all(T* numbers, std::int64_t numel, std::int64_t divisor, CUstream_st* stream) {
+void finish(const T* numbers, Partials partials, std::int64_t columns, std::int64_t divisor, T* sums, T* scratch,
+            CUstream_st* stream) {
+  const auto launch = partials.are_lanes ? launch_sum_partials<math::kLanes, T> : launch_sum_partials<math::kChunk, T>;
+  const std::int64_t group = partials.are_lanes ? math::kLanes : math::kChunk;
+  const std::int64_t parts = ceil_divide(partials.count, group * kMaxGroups);
+  if (parts == 1) {
+    launch(numbers, partials.count, columns, divisor, sums, stream);
+  } else {
+    launch(numbers, partials.count, columns, /*divisor=*/1, scratch, stream);
+    launch_sum_partials<math::kChunk, T>(scratch, parts, columns, divisor, sums, stream);
+  }
+}
+
+template <class T>
+void divide_all(const void* numbers, Storage dtype, std::int64_t numel, std::int64_t divisor, T* quotients,
+                CUstream_st* stream) {
   constexpr auto kernel = divide_each<T>;
-  KL_EXT_LAUNCH(kernel, static_cast<std::uint32_t>(ceil_divide(numel, kThreads)), kThreads, stream, numbers, numel,
-                static_cast<T>(divisor));
+  KL_EXT_LAUNCH(kernel, static_cast<std::uint32_t>(ceil_divide(numel, kThreads)), kThreads, stream, numbers, dtype, numel,
+                static_cast<T>(divisor), quotients);
 }
 
 template <class S>
@@ -130,22 +135,24 @@ void round_all(const double* numbers, std::int64_t numel, void* rounded, CUstrea
 
 namespace kernels {
 
-void finish_sums(const float* partials, std::int64_t chunks, std::int64_t columns, std::int64_t divisor, float* sums,
+void finish_sums(const float* numbers, Partials partials, std::int64_t columns, std::int64_t divisor, float* sums,
                  float* scratch, CUstream_st* stream) {
-  finish(partials, chunks, columns, divisor, sums, scratch, stream);
+  finish(numbers, partials, columns, divisor, sums, scratch, stream);
 }
 
-void finish_sums(const double* partials, std::int64_t chunks, std::int64_t columns, std::int64_t divisor, double* sums,
+void finish_sums(const double* numbers, Partials partials, std::int64_t columns, std::int64_t divisor, double* sums,
                  double* scratch, CUstream_st* stream) {
-  finish(partials, chunks, columns, divisor, sums, scratch, stream);
+  finish(numbers, partials, columns, divisor, sums, scratch, stream);
 }
 
-void divide(float* numbers, std::int64_t numel, std::int64_t divisor, CUstream_st* stream) {
-  divide_all(numbers, numel, divisor, stream);
+void divide(const void* numbers, Storage dtype, std::int64_t numel, std::int64_t divisor, float* quotients,
+            CUstream_st* stream) {
+  divide_all(numbers, dtype, numel, divisor, quotients, stream);
 }
 
-void divide(double* numbers, std::int64_t numel, std::int64_t divisor, CUstream_st* stream) {
-  divide_all(numbers, numel, divisor, stream);
+void divide(const void* numbers, Storage dtype, std::int64_t numel, std::int64_t divisor, double* quotients,
+            CUstream_st* stream) {
+  divide_all(numbers, dtype, numel, divisor, quotients, stream);
 }
 
 void round_to(Storage dtype, const double* numbers, std::int64_t numel, void* rounded, CUstream_st* stream) {

@@ -42,6 +42,12 @@ struct Summation {
   std::int64_t divisor = 1;      // of the sums
 };
 
+// What is left of a sum of many chunks: the sums of the chunks; or of lanes of chunks, 64 for each 1024 chunks.
+struct Partials {
+  std::int64_t count;
+  bool are_lanes;
+};
+
 struct Bounds {
   double low;
   double high;
@@ -68,15 +74,17 @@ void kl_div_single_loss_backward_sum(const Summation& summation, Bounds bounds, 
 void kl_div_pair_loss_backward_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream);
 void gaussian_kl_div_backward_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream);
 
-// Sums each column of partials [chunks, columns]; the levels between go to scratch, of level_numel(chunks, columns) numbers.
-void finish_sums(const float* partials, std::int64_t chunks, std::int64_t columns, std::int64_t divisor, float* sums,
+// Sums each column of numbers [partials.count, columns]; scratch: for what is between two launches.
+void finish_sums(const float* numbers, Partials partials, std::int64_t columns, std::int64_t divisor, float* sums,
                  float* scratch, CUstream_st* stream);
-void finish_sums(const double* partials, std::int64_t chunks, std::int64_t columns, std::int64_t divisor, double* sums,
+void finish_sums(const double* numbers, Partials partials, std::int64_t columns, std::int64_t divisor, double* sums,
                  double* scratch, CUstream_st* stream);
 
-// numbers[i] /= divisor, in place; with IEEE's rounding, which torch's division by a number does not have on CUDA.
-void divide(float* numbers, std::int64_t numel, std::int64_t divisor, CUstream_st* stream);
-void divide(double* numbers, std::int64_t numel, std::int64_t divisor, CUstream_st* stream);
+// quotients[i] = numbers[i] / divisor with IEEE's rounding, which torch's division by a number does not have on CUDA.
+void divide(const void* numbers, Storage dtype, std::int64_t numel, std::int64_t divisor, float* quotients,
+            CUstream_st* stream);
+void divide(const void* numbers, Storage dtype, std::int64_t numel, std::int64_t divisor, double* quotients,
+            CUstream_st* stream);
 
 // rounded[i] = numbers[i], as float16 or bfloat16 and rounded once, which torch's conversion does by way of float32.
 void round_to(Storage dtype, const double* numbers, std::int64_t numel, void* rounded, CUstream_st* stream);

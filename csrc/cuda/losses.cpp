@@ -135,14 +135,14 @@ void backward(const Loss& loss, Arguments arguments, Bounds bounds, const Gradie
 
 // The gradient of each term's sum, in the arithmetic type.
 at::Tensor divided(const at::Tensor& grad_output, int64_t divisor, at::ScalarType arithmetic) {
-  at::Tensor grad = grad_output.to(arithmetic, /*non_blocking=*/false, /*copy=*/true, at::MemoryFormat::Contiguous);
+  const at::Tensor source = grad_output.contiguous();
+  at::Tensor grad = at::empty(source.sizes(), source.options().dtype(arithmetic));
   if (grad.numel() > 0) {
-    const auto stream = c10::cuda::getCurrentCUDAStream();
-    if (arithmetic == at::kDouble) {
-      kernels::divide(grad.mutable_data_ptr<double>(), grad.numel(), divisor, stream);
-    } else {
-      kernels::divide(grad.mutable_data_ptr<float>(), grad.numel(), divisor, stream);
-    }
+    const auto divide = [&](auto* quotients) {
+      kernels::divide(source.const_data_ptr(), storage_of(source.scalar_type()), grad.numel(), divisor, quotients,
+                      c10::cuda::getCurrentCUDAStream());
+    };
+    arithmetic == at::kDouble ? divide(grad.mutable_data_ptr<double>()) : divide(grad.mutable_data_ptr<float>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return grad;

@@ -1,8 +1,10 @@
-// The kernels that sum terms in the order of math/summation.h, and which of them a summation takes. Each leaves a sum of at
-// most 1024 terms, of a chunk; finish.cu sums up the chunks. Gradients that are not summed are written in the same pass.
+// The kernels that sum terms in the order of math/summation.h, and which of them a summation takes. Each leaves the sum of a
+// chunk of at most 1024 terms, or of a lane of chunks; finish.cu sums up the lanes. Gradients that are not summed are written
+// in the same pass.
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "elementwise.cuh"
 #include "exchange.cuh"
@@ -10,10 +12,13 @@
 
 namespace kl_ext::cuda {
 
-// As blocks_per_processor in elementwise.cuh.
+// As blocks_per_processor in elementwise.cuh. Half types are bound by their arithmetic, which more warps keep busier.
 template <class Direction, class T, class Access>
 constexpr int sum_blocks_per_processor() {
-  return sizeof(T) == sizeof(double) || Direction::kOutputs * Access::kItems > 16 ? 2 : 3;
+  if (sizeof(T) == sizeof(double) || Direction::kOutputs * Access::kItems > 16) {
+    return 2;
+  }
+  return Access::kIsWhole && Access::kItems == 8 ? 4 : 3;
 }
 
 // The steps whose loads are all issued before any of their numbers is used: a chunk takes 16 steps at most, and what a short
@@ -93,12 +98,33 @@ KL_EXT_INLINE void add_terms(std::int32_t first, std::int32_t stride, std::int32
         for (int output = 0; output < Direction::kOutputs; ++output) {
           for (int item = 0; item < Access::kItems; ++item) {
             const T sum = lanes[output][item] + terms[output][item];
-            lanes[output][item] = item < valid(term) ? sum : lanes[output][item];
+            lanes[output][item] = Access::kIsWhole || item < valid(term) ? sum : lanes[output][item];
           }
         }
       }
     }
   }
+}
+
+// Whether the chunks that take turns in a lane fit a block together.
+template <class Access>
+constexpr bool kChunksTakeTurns =
+    Access::kNeighbours && kThreads * Access::kItems / math::kLanes >= math::kChunk / math::kLanes;
+
+// The sum of the chunks in the block's places from this one on, for the first of them.
+template <class T, class Shared>
+KL_EXT_DEVICE T add_turns(T of_chunk, Shared of_chunks, std::uint32_t place, bool speaks, bool adds, std::uint32_t turns) {
+  if (speaks) {
+    of_chunks[place] = of_chunk;
+  }
+  __syncthreads();
+  T sum = T(0);
+  if (speaks && adds) {
+    for (std::uint32_t turn = 0; turn < turns; ++turn) {
+      sum += of_chunks[place + turn]; // a sum is never -0: adding +0 for a chunk that there is not leaves it as it is
+    }
+  }
+  return sum;
 }
 
 // The sums of a backward are not divided.
@@ -113,17 +139,22 @@ KL_EXT_INLINE T divided(T sum, T divisor) {
 
 // Rows: the reduced dimensions are the fast ones. A chunk is for `width` threads beside each other, a power of two; they take
 // as many lanes as there are numbers in all their hands: lane = items * thread + item where those are neighbours, else thread +
-// width * item.
+// width * item. In sums of more than 64 chunks, those that take turns in a lane are beside each other in a block.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access>
 __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, T, Access>())
     sum_rows(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,
              const math::Clamp<T> bounds) {
   constexpr int kItems = Access::kItems;
+  constexpr int kPlaces = kThreads * kItems / math::kLanes;
+  KL_EXT_SHARED(T, of_chunks, Direction::kOutputs * kPlaces);
   const std::uint32_t width = 1u << shape.log_width;
   const std::uint32_t thread = threadIdx.x & (width - 1);
-  const std::uint32_t item_index = (blockIdx.x * kThreads + threadIdx.x) >> shape.log_width;
+  const std::uint32_t item_index = (blockIdx.x * shape.threads + threadIdx.x) >> shape.log_width;
   const std::uint32_t row = shape.divider.quotient(item_index);
-  const std::int64_t first_term = static_cast<std::int64_t>(item_index - row * shape.divider.divisor) * math::kChunk;
+  const std::int32_t log_turns = kChunksTakeTurns<Access> ? shape.log_turns : 0;
+  const std::uint32_t partial = (item_index - row * shape.divider.divisor) >> log_turns;
+  const std::uint32_t turn = item_index & ((1u << log_turns) - 1);
+  const std::int64_t first_term = (chunk_of(partial, log_turns) + turn * math::kLanes) * math::kChunk;
   const bool is_idle = item_index >= shape.items;
   const std::int64_t left = is_idle ? 0 : shape.count - first_term;
   const std::int32_t count = static_cast<std::int32_t>(left < math::kChunk ? left : math::kChunk);
@@ -139,12 +170,19 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   add_terms<Direction, range, T, Input, Output, Access>(thread * (Access::kNeighbours ? kItems : 1), width * kItems, count,
                                                         bounds, at, valid, lanes);
   for (int output = 0; output < Direction::kOutputs; ++output) {
-    if (shape.slots[output] >= 0) {
-      const T sum = fold_among_neighbours<Access::kNeighbours>(lanes[output], width);
-      if (thread == 0 && !is_idle) {
-        shape.sums[first_term / math::kChunk * shape.pitch + shape.slots[output] * shape.columns + shape.first + row] =
-            divided<Direction>(sum, shape.divisor);
+    if (shape.slots[output] < 0) {
+      continue;
+    }
+    T sum = fold_among_neighbours<Access::kNeighbours>(lanes[output], width);
+    if constexpr (kChunksTakeTurns<Access>) {
+      if (log_turns > 0) {
+        const std::uint32_t place = output * kPlaces + (threadIdx.x >> shape.log_width);
+        sum = add_turns(sum, of_chunks, place, thread == 0, turn == 0, 1u << log_turns);
       }
+    }
+    if (thread == 0 && turn == 0 && !is_idle) {
+      shape.sums[partial * shape.pitch + shape.slots[output] * shape.columns + shape.first + row] =
+          divided<Direction>(sum, shape.divisor);
     }
   }
 }
@@ -163,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   const std::uint32_t row_of_tiles = shape.divider.quotient(blockIdx.x);
   const std::uint32_t tile = blockIdx.x - row_of_tiles * shape.divider.divisor;
   const std::uint32_t log_chunk_threads = shape.log_width + shape.log_lanes;
-  const std::uint32_t chunk = row_of_tiles * (kThreads >> log_chunk_threads) + (threadIdx.x >> log_chunk_threads);
+  const std::uint32_t chunk = row_of_tiles * (shape.threads >> log_chunk_threads) + (threadIdx.x >> log_chunk_threads);
   const std::int32_t log_gap = Access::kNeighbours ? 0 : shape.log_width;
   const std::int32_t gap = 1 << log_gap;
   const std::int64_t column =
@@ -196,76 +234,103 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   }
 }
 
-// Launches a kernel on the layout; plan: of its access.
+// Launches a kernel on the layout, and returns what it leaves of a sum; plan: of its access.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class Plan>
-void launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shape, Bounds bounds, CUstream_st* stream) {
+Partials launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shape, Bounds bounds, CUstream_st* stream) {
   static_assert(sizeof(Plan) + sizeof(SumShape<T>) + sizeof(math::Clamp<T>) <= 4096);
   constexpr int kItems = Access::kItems;
   shape.count = layout.count;
   shape.columns = layout.sums;
   const std::int64_t lanes = math::lanes_in_use(layout.count);
-  if (layout.by_columns) {
-    const std::int64_t width = std::min(kThreads / lanes, next_power_of_two(ceil_divide(layout.sums, kItems)));
-    shape.log_width = log2_of(width);
-    shape.log_lanes = log2_of(lanes);
-    const std::int64_t tiles = ceil_divide(layout.sums, width * kItems);
-    shape.divider = Divider(tiles);
-    shape.items = static_cast<std::uint32_t>(layout.chunks);
-    const std::int64_t blocks = tiles * ceil_divide(layout.chunks, kThreads / (width * lanes));
-    constexpr auto kernel = sum_columns<Direction, range, T, Input, Output, Access>;
-    KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), kThreads, stream, plan, shape, to_clamp<T>(bounds));
-    return;
+  if constexpr (!Access::kIsWhole) {
+    if (layout.by_columns) {
+      const std::int64_t across = next_power_of_two(ceil_divide(layout.sums, kItems));
+      const std::int64_t threads = block_of(across * lanes, layout.chunks);
+      const std::int64_t width = std::min(threads / lanes, across);
+      shape.threads = static_cast<std::uint32_t>(threads);
+      shape.log_width = log2_of(width);
+      shape.log_lanes = log2_of(lanes);
+      const std::int64_t tiles = ceil_divide(layout.sums, width * kItems);
+      shape.divider = Divider(tiles);
+      shape.items = static_cast<std::uint32_t>(layout.chunks);
+      const std::int64_t blocks = tiles * ceil_divide(layout.chunks, threads / (width * lanes));
+      constexpr auto kernel = sum_columns<Direction, range, T, Input, Output, Access>;
+      KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), shape.threads, stream, plan, shape,
+                               to_clamp<T>(bounds));
+      return {layout.chunks, /*are_lanes=*/false};
+    }
   }
   const std::int64_t width = std::max<std::int64_t>(1, lanes / kItems);
+  const std::int64_t threads = block_of(width, layout.sums * layout.chunks);
+  const bool take_turns = kChunksTakeTurns<Access> && layout.chunks > math::kLanes && threads == kThreads;
+  const std::int64_t turns = take_turns ? next_power_of_two(turns_of(layout.chunks)) : 1;
+  const Partials partials{take_turns ? lanes_of(layout.chunks) : layout.chunks, take_turns};
+  const std::int64_t items = partials.count * turns;
+  shape.threads = static_cast<std::uint32_t>(threads);
   shape.log_width = log2_of(width);
-  shape.divider = Divider(layout.chunks);
-  const std::int64_t rows = (KL_EXT_INDICES - kThreads) / width / layout.chunks;
+  shape.log_turns = log2_of(turns);
+  shape.divider = Divider(items);
+  const std::int64_t rows = (KL_EXT_INDICES - kThreads) / width / items;
   for (shape.first = 0; shape.first < layout.sums; shape.first += rows) {
-    shape.items = static_cast<std::uint32_t>(std::min(rows, layout.sums - shape.first) * layout.chunks);
-    const std::int64_t blocks = ceil_divide(shape.items * width, kThreads);
+    shape.items = static_cast<std::uint32_t>(std::min(rows, layout.sums - shape.first) * items);
+    const std::int64_t blocks = ceil_divide(shape.items * width, threads);
     constexpr auto kernel = sum_rows<Direction, range, T, Input, Output, Access>;
-    KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), kThreads, stream, plan, shape, to_clamp<T>(bounds));
+    KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), shape.threads, stream, plan, shape,
+                             to_clamp<T>(bounds));
   }
+  return partials;
 }
 
+// Nothing, where the operands' dtypes and layouts do not let it.
 template <class Direction, math::Range range, class T, class Input, class Output>
-bool run_vector_sums(const SumLayout& layout, const SumShape<T>& shape, Bounds bounds, CUstream_st* stream) {
+std::optional<Partials> run_vector_sums(const SumLayout& layout, const SumShape<T>& shape, Bounds bounds, CUstream_st* stream) {
   constexpr int kItems = kVectorBytes / (sizeof(Input) < sizeof(Output) ? sizeof(Input) : sizeof(Output));
   for (int i = 0; i < Direction::kOperands; ++i) {
     const Operand& operand = layout.terms.operand[i];
     const Storage dtype = i == Direction::kOutput ? kStorageOf<Output> : kStorageOf<Input>;
     if (operand.data != nullptr && operand.dtype != dtype) {
-      return false;
+      return std::nullopt;
     }
   }
   if (layout.fast_dims == 0 || !fits_vectors(layout.terms, kItems, Direction::kOutputs) ||
       !fits_vector_indices(layout.terms, kItems)) {
-    return false;
+    return std::nullopt;
+  }
+  if constexpr (!Direction::kIsBackward) { // a gradient is summed only where an operand is broadcast
+    if (is_flat_rows(layout, kItems)) {
+      const auto plan = plan_flat<Direction::kOperands>(layout.terms);
+      return launch_sums<Direction, range, T, Input, Output, FlatTerms<kItems>>(layout, plan, shape, bounds, stream);
+    }
   }
   const auto plan = plan_vectors<Direction::kOperands>(layout.terms, kItems);
-  launch_sums<Direction, range, T, Input, Output, VectorTerms<kItems>>(layout, plan, shape, bounds, stream);
-  return true;
+  return launch_sums<Direction, range, T, Input, Output, VectorTerms<kItems>>(layout, plan, shape, bounds, stream);
 }
 
 template <class Direction, math::Range range, class T>
-void run_sums(const SumLayout& layout, const SumShape<T>& shape, Bounds bounds, CUstream_st* stream) {
-  bool done = false;
+Partials run_sums(const SumLayout& layout, const SumShape<T>& shape, Bounds bounds, CUstream_st* stream) {
+  std::optional<Partials> partials;
+  [[maybe_unused]] const auto run = [&]<class Input, class Output>() {
+    if (!partials) {
+      partials = run_vector_sums<Direction, range, T, Input, Output>(layout, shape, bounds, stream);
+    }
+  };
   // A wide clamp is rare enough to do without vectors.
   if constexpr (range == math::Range::kNarrow) {
-    done = run_vector_sums<Direction, range, T, T, T>(layout, shape, bounds, stream);
+    run.template operator()<T, T>();
     if constexpr (sizeof(T) == sizeof(float)) {
-      done = done || run_vector_sums<Direction, range, T, math::BFloat16, math::BFloat16>(layout, shape, bounds, stream);
-      done = done || run_vector_sums<Direction, range, T, math::Half, math::Half>(layout, shape, bounds, stream);
+      run.template operator()<math::BFloat16, math::BFloat16>();
+      run.template operator()<math::Half, math::Half>();
       if constexpr (Direction::kIsBackward) { // of a mean
-        done = done || run_vector_sums<Direction, range, T, math::BFloat16, float>(layout, shape, bounds, stream);
-        done = done || run_vector_sums<Direction, range, T, math::Half, float>(layout, shape, bounds, stream);
+        run.template operator()<math::BFloat16, float>();
+        run.template operator()<math::Half, float>();
       }
     }
   }
-  if (!done) {
-    const auto plan = plan_terms<Direction::kOperands>(layout.terms);
-    launch_sums<Direction, range, T, void, void, StridedTerms<T>>(layout, plan, shape, bounds, stream);
+  if (partials) {
+    return *partials;
   }
+  const auto plan = plan_terms<Direction::kOperands>(layout.terms);
+  return launch_sums<Direction, range, T, void, void, StridedTerms<T>>(layout, plan, shape, bounds, stream);
 }
 
 template <class Direction, class T>
@@ -280,13 +345,11 @@ void run_sum_arithmetic(const Summation& summation, Bounds bounds, T* sums, T* s
   for (int output = 0; output < kMaxOutputs; ++output) {
     shape.slots[output] = summation.summed[output] ? slot++ : -1;
   }
-  if (bounds.low >= -math::kNarrowBound<T> && bounds.high <= math::kNarrowBound<T>) {
-    run_sums<Direction, math::Range::kNarrow, T>(layout, shape, bounds, stream);
-  } else {
-    run_sums<Direction, math::Range::kWide, T>(layout, shape, bounds, stream);
-  }
+  const bool is_narrow = bounds.low >= -math::kNarrowBound<T> && bounds.high <= math::kNarrowBound<T>;
+  const auto run = is_narrow ? run_sums<Direction, math::Range::kNarrow, T> : run_sums<Direction, math::Range::kWide, T>;
+  const Partials partials = run(layout, shape, bounds, stream);
   if (layout.chunks > 1) {
-    kernels::finish_sums(scratch, layout.chunks, columns, summation.divisor, sums, scratch + layout.chunks * columns, stream);
+    kernels::finish_sums(scratch, partials, columns, summation.divisor, sums, scratch + partials.count * columns, stream);
   }
 }
 

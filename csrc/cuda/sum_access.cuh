@@ -2,6 +2,7 @@
 //
 //   kItems          the numbers of each operand that a thread works on at a time
 //   kNeighbours     whether they are beside each other; else they are as far apart as the threads that work together are many
+//   kIsWhole        whether there are always kItems of them
 //   Thread(plan, first, gap, valid)   rank of the first, ranks from one to the next, how many of them there are
 #pragma once
 
@@ -16,6 +17,7 @@ struct VectorTerms : Vectors<kNumbers, false> {
   using Base = Vectors<kNumbers, false>;
   static constexpr int kItems = kNumbers;
   static constexpr bool kNeighbours = true;
+  static constexpr bool kIsWhole = false;
 
   template <int kOperands>
   class Thread : public Base::template Thread<kOperands> {
@@ -25,11 +27,49 @@ struct VectorTerms : Vectors<kNumbers, false> {
   };
 };
 
+// 16 bytes of each operand, which lie in memory in the order of their ranks: nothing is divided, and nothing is a splat.
+template <int kNumbers>
+struct FlatTerms {
+  static constexpr int kItems = kNumbers;
+  static constexpr bool kNeighbours = true;
+  static constexpr bool kIsWhole = true;
+
+  template <class S>
+  using Loaded = Held<S, kItems>;
+
+  template <int kOperands>
+  using Plan = FlatPlan<kOperands>;
+
+  template <int kOperands>
+  class Thread {
+   public:
+    KL_EXT_INLINE Thread(const Plan<kOperands>& plan, std::int64_t first, std::int32_t, std::int64_t)
+        : plan_(plan), index_(static_cast<std::uint32_t>(static_cast<std::uint64_t>(first) / kItems)) {}
+
+    template <class S, int kCount>
+    KL_EXT_INLINE void load(int first, Held<S, kItems> (&loaded)[kCount]) const {
+      for (int i = 0; i < kCount; ++i) {
+        loaded[i] = reinterpret_cast<const Held<S, kItems>*>(plan_.data[first + i])[index_];
+      }
+    }
+
+    template <class T, class S>
+    KL_EXT_INLINE T get(const Held<S, kItems>& loaded, int, int item) const {
+      return widened(loaded.get(item));
+    }
+
+   private:
+    const Plan<kOperands>& plan_;
+    std::uint32_t index_;
+  };
+};
+
 // Any strides, dtypes at run time: float64 among them only if T is double.
 template <class T>
 struct StridedTerms {
   static constexpr int kItems = 2;
   static constexpr bool kNeighbours = false;
+  static constexpr bool kIsWhole = false;
 
   using Bits = typename math::Format<T>::Bits;
 

@@ -2,16 +2,29 @@
 // Host code.
 #pragma once
 
+#include <algorithm>
+
 #include "../math/summation.h"
 #include "layout.h"
 
+// A launch that sums with no more threads than these has small blocks, so that every multiprocessor has some. An emulation of
+// CUDA on the host makes it less, so that small tensors are summed as large ones.
+#if !defined(KL_EXT_FEW_THREADS)
+#define KL_EXT_FEW_THREADS (std::int64_t{1} << 17)
+#endif
+
 namespace kl_ext::cuda {
+
+// The threads of a block of a launch that has `threads` for each of `count` sums or chunks, or more.
+inline std::int64_t block_of(std::int64_t threads, std::int64_t count) {
+  return count <= KL_EXT_FEW_THREADS / threads ? 64 : 256;
+}
 
 // What merges to more has at least 2^40 terms. Kernel parameters end at 4 KiB.
 constexpr int kMaxSumDims = 40;
 constexpr std::int64_t kMaxTerms = std::int64_t{1} << 35; // of a sum: the chunks of one fit a launch
-// The chunks of chunks that one block sums up in the end.
-constexpr int kMaxGroups = 64;
+// The groups that one block sums up in the end: of 1024 chunks each, with 64 lanes again.
+constexpr int kMaxGroups = math::kChunk;
 
 KL_EXT_INLINE constexpr std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -32,10 +45,21 @@ inline int log2_of(std::int64_t power) {
   return log;
 }
 
-// The numbers that finish_sums keeps between its launches.
-inline std::int64_t level_numel(std::int64_t chunks, std::int64_t columns) {
-  const std::int64_t groups = ceil_divide(chunks, math::kChunk);
-  return groups > kMaxGroups ? columns * (groups + ceil_divide(groups, math::kChunk)) : 0;
+// The lanes that the chunks of a sum reach: lane 64 g + l has chunks l, l + 64, ... of group g.
+inline std::int64_t lanes_of(std::int64_t chunks) {
+  const std::int64_t before = (chunks - 1) / math::kChunk;
+  return before * math::kLanes + std::min<std::int64_t>(math::kLanes, chunks - before * math::kChunk);
+}
+
+// The chunks that take turns in the fullest lane.
+inline std::int64_t turns_of(std::int64_t chunks) {
+  return ceil_divide(std::min<std::int64_t>(chunks, math::kChunk), math::kLanes);
+}
+
+// A partial sum is a chunk, or a lane of chunks where those take turns: its first one.
+KL_EXT_INLINE std::int64_t chunk_of(std::uint32_t partial, std::int32_t log_turns) {
+  constexpr std::uint32_t kBetween = math::kChunk - math::kLanes; // chunks that are no first ones, in a group
+  return static_cast<std::int64_t>(partial) + (log_turns > 0 ? partial / math::kLanes * std::int64_t{kBetween} : 0);
 }
 
 struct SumLayout {
@@ -127,28 +151,61 @@ inline SumLayout lay_out(const Summation& summation) {
   return layout;
 }
 
-// The numbers of the arithmetic type that a sum keeps between its launches.
+// The numbers of the arithmetic type that a sum keeps between its launches, at most: its partial sums, and what finish_sums
+// adds up of them before it is done.
 inline std::int64_t scratch_numel(const Summation& summation) {
   const SumLayout layout = lay_out(summation);
-  const std::int64_t columns = layout.outputs * layout.sums;
-  return layout.chunks > 1 ? layout.chunks * columns + level_numel(layout.chunks, columns) : 0;
+  const std::int64_t parts = ceil_divide(layout.chunks, std::int64_t{kMaxGroups} * math::kChunk);
+  return layout.chunks > 1 ? (layout.chunks + parts) * layout.outputs * layout.sums : 0;
 }
 
-// What a kernel knows of the sums. `width` threads beside each other share a sum (rows), or have a column each (columns).
+// What a kernel knows of the sums. `width` threads beside each other share a chunk (rows), or have a column each (columns).
 template <class T>
 struct SumShape {
-  T* sums;              // [chunks, summed outputs, sums]
-  std::int64_t pitch;   // of the chunks
-  std::int64_t count;   // terms of a sum
-  std::int64_t columns; // sums of an output
-  std::int64_t first;   // the first sum of this launch
-  std::uint32_t items;  // rows: chunks of all sums of this launch; columns: chunks
-  Divider divider;      // rows: the chunks of a sum; columns: the tiles that are beside each other
+  T* sums;               // [partial sums, summed outputs, sums]
+  std::int64_t pitch;    // of the partial sums
+  std::int64_t count;    // terms of a sum
+  std::int64_t columns;  // sums of an output
+  std::int64_t first;    // the first sum of this launch
+  std::uint32_t threads; // of a block
+  std::uint32_t items;   // rows: chunks of all sums of this launch; columns: chunks
+  Divider divider;       // rows: the items of a sum; columns: the tiles that are beside each other
   std::int32_t log_width;
   std::int32_t log_lanes;          // columns: the threads of a column
+  std::int32_t log_turns;          // rows: the items that take turns in a lane
   std::int32_t slots[kMaxOutputs]; // the place of an output among those that are summed, or -1
   T divisor;
 };
+
+// Whether all operands of a forward, which are vectors, lie in memory as the ranks of their terms go, in rows of whole vectors.
+inline bool is_flat_rows(const SumLayout& layout, int items) {
+  const Iteration& terms = layout.terms;
+  bool flat = !layout.by_columns && layout.count % items == 0;
+  for (int i = 0; i < terms.operands; ++i) {
+    const Operand& operand = terms.operand[i];
+    std::int64_t stride = size_of(operand.dtype);
+    for (int dim = 0; dim < terms.ndim; ++dim) {
+      flat &= operand.data == nullptr || operand.strides[dim] == stride;
+      stride *= terms.sizes[dim];
+    }
+  }
+  return flat;
+}
+
+// Operands of a launch on flat rows.
+template <int kOperands>
+struct FlatPlan {
+  char* data[kOperands];
+};
+
+template <int kOperands>
+FlatPlan<kOperands> plan_flat(const Iteration& terms) {
+  FlatPlan<kOperands> plan;
+  for (int i = 0; i < kOperands; ++i) {
+    plan.data[i] = terms.operand[i].data;
+  }
+  return plan;
+}
 
 // Operands of a launch of a strided kernel that sums: byte offsets are 64-bit.
 template <int kOperands>

@@ -143,10 +143,22 @@ KL_EXT_INLINE T half_phi(T half_x, Reduced<T> x) {
   return fma(power_of_two<-2>(x.k), twice_phi(x.r), fma(half_scale, x.r, (half_scale - T(0.5)) - half_x));
 }
 
+// scale expm1(x.r) + more, with scale = 2^(x.k + power). A GPU halves in an fma, for which it needs neither the doubling nor
+// another power of two; the bits are the same, since doubling is exact, and what is too small for that to hold has no phi.
+template <int power, class T>
+KL_EXT_INLINE T add_scaled_expm1(Reduced<T> x, [[maybe_unused]] T scale, T more) {
+#if defined(__CUDA_ARCH__)
+  return fma(scale, fma(T(0.5), twice_phi(x.r), x.r), more);
+#else
+  return fma(power_of_two<power - 1>(x.k), twice_expm1(x.r), more);
+#endif
+}
+
 // Half of expm1(x).
 template <class T>
 KL_EXT_INLINE T half_expm1(Reduced<T> x) {
-  return fma(power_of_two<-2>(x.k), twice_expm1(x.r), power_of_two<-1>(x.k) - T(0.5));
+  const T half_scale = power_of_two<-1>(x.k);
+  return add_scaled_expm1<-1>(x, half_scale, half_scale - T(0.5));
 }
 
 } // namespace kl_ext::math

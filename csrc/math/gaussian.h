@@ -19,11 +19,10 @@
 
 namespace kl_ext::math {
 
-// NaN stays: both comparisons are false.
+// NaN stays. Of two zeros it may be either, on which no divergence and no gradient depends.
 template <class T>
 KL_EXT_INLINE T clamp(T x, T low, T high) {
-  x = x < low ? low : x;
-  return x > high ? high : x;
+  return at_most(at_least(x, low), high);
 }
 
 // What torch.clamp does to the gradient of its input: the bounds themselves pass, NaN does not.
@@ -87,7 +86,8 @@ struct Shift {
 template <int kTimes = 1, class T>
 KL_EXT_INLINE T inverse_variance(T log_var_q) {
   const Reduced<T> x = reduce_to_nearest(-log_var_q);
-  return fma(power_of_two<kTimes - 2>(x.k), twice_expm1(x.r), power_of_two<kTimes - 1>(x.k));
+  const T scale = power_of_two<kTimes - 1>(x.k);
+  return add_scaled_expm1<kTimes - 1>(x, scale, scale);
 }
 
 // inverse_var: kTimes w.

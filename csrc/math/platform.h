@@ -64,6 +64,30 @@ KL_EXT_INLINE float abs(float x) { return __builtin_fabsf(x); }
 KL_EXT_INLINE double abs(double x) { return __builtin_fabs(x); }
 #endif
 
+// The larger and the smaller of two numbers, of which the second is not NaN and the first stays NaN. (From sm_80 on this is an
+// instruction, which the compiler does not find by itself: it takes +0 for larger than -0.)
+template <class T>
+KL_EXT_INLINE T at_least(T x, T low) {
+  return x < low ? low : x;
+}
+
+template <class T>
+KL_EXT_INLINE T at_most(T x, T high) {
+  return x > high ? high : x;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+KL_EXT_INLINE float at_least(float x, float low) {
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(low));
+  return x;
+}
+
+KL_EXT_INLINE float at_most(float x, float high) {
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(high));
+  return x;
+}
+#endif
+
 // Whether low <= x <= high. What is clamped to them has been computed on the CPU, where a comparison costs as much as a
 // multiplication; on a GPU, keeping it would take registers.
 template <class T>
@@ -71,8 +95,7 @@ KL_EXT_INLINE bool is_within(T x, T low, T high) {
 #if defined(__CUDA_ARCH__)
   return (x >= low) & (x <= high);
 #else
-  const T at_least = x < low ? low : x;
-  return (at_least > high ? high : at_least) == x;
+  return at_most(at_least(x, low), high) == x;
 #endif
 }
 

@@ -55,6 +55,8 @@ extern "C" void set_order(int order, std::uint32_t seed) { emulation::set_order(
 
 extern "C" void set_indices(std::int64_t indices) { emulation::indices = indices; }
 
+extern "C" void set_few_threads(std::int64_t threads) { emulation::few_threads = threads; }
+
 extern "C" int run(int kernel, int ndim, const std::int64_t* sizes, int operands, char* const* data, const int* dtypes,
                    const std::int64_t* strides, double low, double high, std::uint32_t last_blocks, std::uint32_t* grids,
                    int most) {
@@ -84,22 +86,24 @@ extern "C" int run_sum(int kernel, int ndim, const std::int64_t* sizes, const bo
 }
 
 template <class T>
-void finish(const void* partials, std::int64_t chunks, std::int64_t columns, std::int64_t divisor, void* sums) {
-  std::vector<T> scratch(static_cast<std::size_t>(cuda::level_numel(chunks, columns)));
-  cuda::kernels::finish_sums(static_cast<const T*>(partials), chunks, columns, divisor, static_cast<T*>(sums), scratch.data(),
+void finish(const void* numbers, cuda::Partials partials, std::int64_t columns, std::int64_t divisor, void* sums) {
+  std::vector<T> scratch(static_cast<std::size_t>(partials.count * columns));
+  cuda::kernels::finish_sums(static_cast<const T*>(numbers), partials, columns, divisor, static_cast<T*>(sums), scratch.data(),
                              nullptr);
 }
 
-extern "C" int finish_sums(bool is_double, const void* partials, std::int64_t chunks, std::int64_t columns,
+extern "C" int finish_sums(bool is_double, const void* numbers, std::int64_t count, bool are_lanes, std::int64_t columns,
                            std::int64_t divisor, void* sums, std::uint32_t* grids, int most) {
   return report(~0u, grids, most,
-                [&] { (is_double ? finish<double> : finish<float>)(partials, chunks, columns, divisor, sums); });
+                [&] { (is_double ? finish<double> : finish<float>)(numbers, {count, are_lanes}, columns, divisor, sums); });
 }
 
-extern "C" int divide(bool is_double, void* numbers, std::int64_t numel, std::int64_t divisor) {
+extern "C" int divide(int dtype, const void* numbers, std::int64_t numel, std::int64_t divisor, bool is_double,
+                      void* quotients) {
+  const auto storage = static_cast<cuda::Storage>(dtype);
   return report(~0u, nullptr, 0, [&] {
-    is_double ? cuda::kernels::divide(static_cast<double*>(numbers), numel, divisor, nullptr)
-              : cuda::kernels::divide(static_cast<float*>(numbers), numel, divisor, nullptr);
+    is_double ? cuda::kernels::divide(numbers, storage, numel, divisor, static_cast<double*>(quotients), nullptr)
+              : cuda::kernels::divide(numbers, storage, numel, divisor, static_cast<float*>(quotients), nullptr);
   });
 }
 

@@ -20,6 +20,7 @@ inline std::uint32_t last_blocks = ~0u;
 
 // What takes the place of 2^31: see csrc/cuda/layout.h.
 inline std::int64_t indices = std::int64_t{1} << 31;
+inline std::int64_t few_threads = std::int64_t{1} << 17;
 
 // In which blocks and threads take turns: forward, reverse, random from this seed.
 void set_order(int order, std::uint32_t seed);
@@ -68,3 +69,4 @@ T __shfl_xor_sync(std::uint32_t mask, T value, std::uint32_t lane_mask,
   const kl_ext::emulation::SharedPointer<type> name( \
       kl_ext::emulation::shared_array(#name, size, kl_ext::emulation::Site::current()))
 #define KL_EXT_INDICES kl_ext::emulation::indices
+#define KL_EXT_FEW_THREADS kl_ext::emulation::few_threads

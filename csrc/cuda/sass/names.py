@@ -9,6 +9,7 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES = {"double": "float64", "float": "float32", "BFloat16": "bfloat16", "Half": "float16"}
 LOSSES = {"SingleLoss": "SingleLoss", "PairOf<true>": "PairLoss", "PairOf<false>": "Divergence"}
 INPUTS = {"SingleLoss": 2, "PairLoss": 4, "Divergence": 4}
+GROUPS = {"64": "lanes", "1024": "chunks"}
 RANGES = {"(Range)0": "narrow", "(Range)1": "wide"}
 
 
@@ -18,7 +19,7 @@ class Name(NamedTuple):
     kernel: str  # forward, backward; with _rows or _columns those that sum; or a function of finish.cu
     loss: str = "-"
     dtype: str = "-"  # of the inputs, and after -> of the result where it has another; of the arithmetic where strided
-    access: str = "-"  # flat, vectors, strided
+    access: str = "-"  # flat, vectors, strided; of what a sum leaves, chunks or lanes
     range: str = "-"
 
     @property
@@ -47,8 +48,8 @@ def name_of(demangled: str) -> Name:
     function, _, rest = text.rstrip().partition("<")
     arguments = arguments_of(rest.removesuffix(">"))
     try:
-        if len(arguments) == 1:
-            return Name(function, dtype=DTYPES[arguments[0]])
+        if len(arguments) <= 2:
+            return Name(function, "-", DTYPES[arguments[0]], *(GROUPS[group] for group in arguments[1:]))
         loss, reach, arithmetic, inputs, result, access = arguments
         if function.startswith("sum_"):
             direction, _, loss = loss.removesuffix(">").partition("<")
@@ -56,8 +57,8 @@ def name_of(demangled: str) -> Name:
         dtype = DTYPES[arithmetic if inputs == "void" else inputs] + ("" if inputs == result else f"->{DTYPES[result]}")
         if access.startswith("Strided"):
             access = "strided"
-        elif access.startswith("Vector"):
-            access = "flat" if "true" in access else "vectors"
+        elif access.startswith(("Flat", "Vector")):
+            access = "flat" if access.startswith("Flat") or "true" in access else "vectors"
         return Name(function, LOSSES[loss], dtype, access, RANGES[reach])
     except (KeyError, ValueError):
         return Name(text.replace(" ", ""))
