@@ -18,6 +18,7 @@ pytest.importorskip("tqdm")
 
 import bench  # noqa: E402
 import goals  # noqa: E402
+import gpu_tables  # noqa: E402
 import plots  # noqa: E402
 import suites  # noqa: E402
 import table  # noqa: E402
@@ -297,6 +298,37 @@ def test_every_table_of_the_pages_has_rows():
     for page in table.PAGES:
         for match in table.MARKER.finditer(page.read_text()):
             assert match[4], f"{page.name}: {match[2]}"
+
+
+def test_every_table_of_the_gpu_result_is_shown_as_it_is():
+    result = json.loads((table.RESULTS / "gpu.json").read_text())
+    assert result["dry_run"] is False
+    assert re.fullmatch("[0-9a-f]{40}", result["commit"])
+    shown = [match for page in table.PAGES for match in table.MARKER.finditer(page.read_text()) if match[3] == "gpu.json"]
+    assert {match[2] for match in shown} == set(gpu_tables.KINDS)
+    for match in shown:
+        assert match[4] == gpu_tables.KINDS[match[2]](result), match[2]
+
+
+def test_a_gpu_result_is_committed_without_the_folders_of_its_machine(tmp_path, monkeypatch):
+    committed = json.loads((table.RESULTS / "gpu.json").read_text())
+    assert not gpu_tables.FOLDERS.search(json.dumps(committed)), "python benchmarks/table.py --take DIR/gpu_check.json"
+    found = {"platform": "a name", "programs": {"c++": "/usr/bin/c++"}, "seconds": 0.123456789, "problems": []}
+    build = {"command": "TORCH_CUDA_ARCH_LIST=9.0 /home/a/.venv/bin/python setup.py", "report": ["see https://a.b/c/d"]}
+    result = {**committed, "stages": {"environment": found, "build": build, "ncu": {"rows": [{"a": 1, "b": [2]}, {}]}}}
+    (tmp_path / "gpu_check.json").write_text(json.dumps(result))
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["table.py", "--take", str(tmp_path / "gpu_check.json")])
+    assert table.main() == 0
+    taken = json.loads((tmp_path / "gpu.json").read_text())
+    assert taken["stages"] == {
+        "environment": {"programs": {"c++": "c++"}, "seconds": 0.123457, "problems": []},
+        "build": {"command": "TORCH_CUDA_ARCH_LIST=9.0 python setup.py", "report": ["see https://a.b/c/d"]},
+        "ncu": {"rows": [{"a": 1, "b": [2]}, {}]},
+    }
+    (tmp_path / "gpu_check.json").write_text(json.dumps({**result, "dry_run": True}))
+    with pytest.raises(SystemExit, match="measures nothing"):
+        table.main()
 
 
 @pytest.mark.parametrize(

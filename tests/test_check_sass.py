@@ -24,7 +24,7 @@ DIVIDE = "_ZN6kl_ext4cuda41_GLOBAL__N__a1b7e21e_9_finish_cu_fb527d4611divide_eac
 TABLE = """
 architectures sm_90
 kernel       loss        dtype            access  range  loads  stores  registers
-forward      SingleLoss  float64|float32  flat    *      2      1       40
+forward      SingleLoss  float64|float32  rows    *      2      1       40
 divide_each  -           *                -       -      0      0       32  # beside it
 """
 
@@ -122,7 +122,7 @@ def with_instruction(text: str) -> str:
 def test_a_fault_in_the_code_is_found(sass, expected):
     assert sass != SASS
     (fault,) = faults(sass)
-    assert fault.startswith("sm_90: forward SingleLoss float32 flat narrow: ")
+    assert fault.startswith("sm_90: forward SingleLoss float32 rows narrow: ")
     assert expected in fault
 
 
@@ -137,7 +137,7 @@ def test_a_fault_in_the_code_is_found(sass, expected):
     ],
 )
 def test_a_fault_in_the_resources_is_found(old, new, expected):
-    assert faults(resources=RESOURCES.replace(old, new, 1)) == [f"sm_90: forward SingleLoss float32 flat narrow: {expected}"]
+    assert faults(resources=RESOURCES.replace(old, new, 1)) == [f"sm_90: forward SingleLoss float32 rows narrow: {expected}"]
 
 
 @needs_cppfilt
@@ -148,9 +148,9 @@ def test_a_fault_in_the_resources_is_found(old, new, expected):
             TABLE.replace("divide_each", "divide_none"),
             ["no kernel for the row divide_none - * - -", "divide_each float32: no row"],
         ),
-        (TABLE.replace("float64|float32", "float64"), ["no kernel for the row forward", "float32 flat narrow: no row"]),
+        (TABLE.replace("float64|float32", "float64"), ["no kernel for the row forward", "float32 rows narrow: no row"]),
         (f"{TABLE}\nforward * * strided * 0 0 64", ["no kernel for the row forward * * strided *"]),
-        (f"{TABLE}\nforward * * * narrow 2 1 64", ["forward SingleLoss float32 flat narrow: more than one row"]),
+        (f"{TABLE}\nforward * * * narrow 2 1 64", ["forward SingleLoss float32 rows narrow: more than one row"]),
         (TABLE.replace("sm_90", "sm_90 sm_120"), ["sm_120: no machine code in the library"]),
     ],
 )
@@ -184,7 +184,7 @@ def test_a_line_that_is_not_understood_is_not_passed_over():
          "kl_ext::math::BFloat16, kl_ext::math::BFloat16, kl_ext::cuda::VectorTerms<8>>",
          "forward_columns SingleLoss bfloat16 vectors narrow"),
         ("void kl_ext::cuda::sum_rows<kl_ext::cuda::Forward<kl_ext::math::SingleLoss>, (kl_ext::math::Range)0, float, float, "
-         "float, kl_ext::cuda::FlatTerms<4> >", "forward_rows SingleLoss float32 flat narrow"),
+         "float, kl_ext::cuda::RowTerms<4> >", "forward_rows SingleLoss float32 rows narrow"),
         ("void kl_ext::cuda::(anonymous namespace)::sum_partials<double, 64>", "sum_partials float64 lanes"),
         ("void kl_ext::cuda::(anonymous namespace)::divide_each<float>", "divide_each float32"),
         ("kl_ext::cuda::new_kernel", "new_kernel"),

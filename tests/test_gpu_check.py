@@ -77,18 +77,45 @@ def test_the_bandwidth_has_its_contenders_and_goals(dry_run):
 
 
 def test_the_tables_show_what_was_measured_and_no_dry_run(load, dry_run):
-    table = load("table")
-    with pytest.raises(SystemExit, match="measures nothing"):
-        table.gpu_bandwidth(dry_run[0])
+    tables = load("gpu_tables")
+    for kind in tables.KINDS.values():
+        with pytest.raises(SystemExit, match="measures nothing"):
+            kind(dry_run[0])
     result = json.loads(json.dumps({**dry_run[0], "dry_run": False}))
     row = result["stages"]["bandwidth"]["rows"][0]
-    row["share_of_copy"], row["torch.compile"]["ratio"] = 0.9876, 1.5
+    row["share_of_copy"], row["torch.compile"]["ratio"], row["plain torch"]["ratio"] = 0.9876, 1.5, 4.0
     result["stages"]["environment"]["devices"] = [{"name": "a GPU"}]
-    assert re.search(r"^\| kl_div_single_loss, forward +\| float32 \| +98\.8% \|$", table.gpu_bandwidth(result), re.MULTILINE)
-    assert " / 1.50 / " in table.gpu_ratios(result).splitlines()[2] and " / – / –" in table.gpu_ratios(result).splitlines()[3]
-    assert "never slower than max-autotune" in table.gpu_goals(result)
-    assert table.gpu_machine(result).startswith("a GPU, torch ")
-    assert all(kind(result) for kind in table.GPU_KINDS.values())
+    assert re.search(r"^\| kl_div_single_loss, forward +\| float32 \| +98\.8% \|$", tables.bandwidth(result), re.MULTILINE)
+    assert " / 1.50 / " in tables.ratios(result).splitlines()[2] and " / – / –" in tables.ratios(result).splitlines()[3]
+    assert re.search(r"^\| single, elementwise \| forward +\| +99% / 4.0 / 1.50 \| +– \|", tables.summary(result), re.MULTILINE)
+    assert "never slower than max-autotune" in tables.goals(result)
+    assert tables.machine(result).startswith("a GPU, torch ")
+    assert re.search(r"kl_div_single_loss, forward +\| +1 / – \| +\d+\.\d% \| +– \|", tables.moved(result))
+    for name, line in zip(STAGES, tables.stages(result).splitlines()[2:], strict=True):
+        assert re.match(rf"\| {name} +\| passed +\|", line)
+    assert all(kind(result) for kind in tables.KINDS.values())
+
+
+def test_the_table_of_stages_says_what_failed_and_what_was_left_out(load):
+    tables = load("gpu_tables")
+    run = {"passed": 7, "failed": 2, "skipped": {"needs two|more GPUs": 3}, "lacking": {"mpmath": 1}, "ended": False}
+    run["failures"] = [{"test": "tests/test_a.py::test_b", "message": "why"}]
+    launches = {"calls": 5, "complete": False, "wrong": ["a kernel"]}
+    found = {
+        "tests": {"status": "failed", "seconds": 1.2, "runs": {"small": run}},
+        "racecheck": {"status": "failed", "seconds": 3, "launches": launches, "errors": 4, "in_kl_ext": 2},
+        "ncu": {"status": "unavailable", "seconds": 0, "reason": "ncu is not on this machine"},
+    }
+    result = {"dry_run": False, "stages": found}
+    text = tables.stages(result)
+    assert (
+        "small: 7 passed, 2 failed (tests/test_a.py, …), 3 skipped: needs two\\|more GPUs (3), 1 not run for want of mpmath"
+        in text
+    )
+    assert "it did not end in time" in text
+    assert "5 calls, not all that there are; 1 results unlike the CPU's; 4 errors, 2 in kl_ext" in text
+    assert "| ncu is not on this machine" in text
+    assert tables.moved(result) == "Nothing was counted: the stage ncu is unavailable.\n"
 
 
 def test_the_time_limits_fit_in_ten_minutes(load):

@@ -16,10 +16,11 @@ namespace kl_ext::cuda {
 
 constexpr std::uint32_t kThreads = 256;
 
-// A vector of each operand per thread, the last of which may be short. kFlat: one dimension and no splats.
-template <int kNumbers, bool kFlat>
+// A vector of each operand per thread, the last of which may be short. kInRows: at most two dimensions, and no splats.
+template <int kNumbers, bool kInRows>
 struct Vectors {
   static constexpr int kItems = kNumbers;
+  static constexpr int kDims = kInRows ? 2 : kMaxVectorDims;
 
   // What is not in memory is zero bits: a splat's pack, a vector's splat.
   template <class S>
@@ -42,14 +43,12 @@ struct Vectors {
       is_whole_ = index < plan.vectors;
       numbers_ = is_whole_ ? kItems : index == plan.vectors ? plan.tail : 0;
       coordinates_[0] = index;
-      if constexpr (!kFlat) {
-        for (int dim = 1; dim < kMaxVectorDims; ++dim) {
-          coordinates_[dim] = 0;
-          if (dim < plan.ndim) {
-            const Divider& size = plan.sizes[dim - 1];
-            coordinates_[dim] = size.quotient(coordinates_[dim - 1]);
-            coordinates_[dim - 1] -= coordinates_[dim] * size.divisor;
-          }
+      for (int dim = 1; dim < kDims; ++dim) {
+        coordinates_[dim] = 0;
+        if (kInRows || dim < plan.ndim) {
+          const Divider& size = plan.sizes[dim - 1];
+          coordinates_[dim] = size.quotient(coordinates_[dim - 1]);
+          coordinates_[dim - 1] -= coordinates_[dim] * size.divisor;
         }
       }
     }
@@ -69,7 +68,7 @@ struct Vectors {
     template <class T, class S>
     KL_EXT_INLINE T get(const Loaded<S>& loaded, int, int item) const {
       const T value = widened(loaded.pack.get(item));
-      if constexpr (kFlat) {
+      if constexpr (kInRows) {
         return value;
       } else {
         // Bits, and not a condition, for which the compiler would write the whole arithmetic twice.
@@ -104,7 +103,7 @@ struct Vectors {
     }
 
    private:
-    KL_EXT_INLINE bool is_splat(int operand) const { return !kFlat && plan_.operand[operand].is_splat; }
+    KL_EXT_INLINE bool is_splat(int operand) const { return !kInRows && plan_.operand[operand].is_splat; }
 
     // operand: of the first, and then of what comes after the last.
     template <bool whole, class S, int kCount>
@@ -130,12 +129,9 @@ struct Vectors {
     template <class Unit>
     KL_EXT_INLINE Unit* at(int operand) const {
       const auto& [data, strides, splat] = plan_.operand[operand];
-      std::uint32_t offset = coordinates_[0];
-      if constexpr (!kFlat) {
-        offset *= strides[0];
-        for (int dim = 1; dim < kMaxVectorDims; ++dim) {
-          offset += coordinates_[dim] * strides[dim];
-        }
+      std::uint32_t offset = kInRows ? coordinates_[0] : coordinates_[0] * strides[0];
+      for (int dim = 1; dim < kDims; ++dim) {
+        offset += coordinates_[dim] * strides[dim];
       }
       return reinterpret_cast<Unit*>(data) + offset;
     }
@@ -143,7 +139,7 @@ struct Vectors {
     const Plan<kOperands>& plan_;
     bool is_whole_;
     std::uint32_t numbers_;
-    std::uint32_t coordinates_[kMaxVectorDims];
+    std::uint32_t coordinates_[kDims];
   };
 };
 

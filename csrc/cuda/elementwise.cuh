@@ -122,9 +122,9 @@ bool run_vectors(const Iteration& iteration, Bounds bounds, CUstream_st* stream)
   for_each_piece(iteration, kMaxVectorDims, fits, [&](const Iteration& piece) {
     const auto plan = plan_vectors<Direction::kOperands>(piece, kItems);
     const std::uint32_t blocks = blocks_for(plan.vectors + (plan.tail > 0 ? 1 : 0));
-    // A wide clamp is rare enough to do without kernels of its own for flat operands.
+    // A wide clamp is rare enough to do without kernels of its own for operands in rows.
     if constexpr (range == math::Range::kNarrow) {
-      if (is_flat(piece)) {
+      if (is_in_rows(piece)) {
         constexpr auto kernel = Direction::template kKernel<range, T, Input, Output, Vectors<kItems, true>>;
         KL_EXT_LAUNCH(kernel, blocks, kThreads, stream, plan, to_clamp<T>(bounds));
         return;

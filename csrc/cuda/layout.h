@@ -128,13 +128,13 @@ inline bool fits_vectors(const Iteration& iteration, int items, int outputs) {
   return true;
 }
 
-// Whether neither a division nor a splat is needed.
-inline bool is_flat(const Iteration& iteration) {
-  bool flat = iteration.ndim == 1;
+// Whether the operands, which fit vectors, are rows of them: how far apart is each operand's own matter.
+inline bool is_in_rows(const Iteration& iteration) {
+  bool in_rows = iteration.ndim <= 2;
   for (int i = 0; i < iteration.operands; ++i) {
-    flat &= iteration.operand[i].data == nullptr || is_vector(iteration.operand[i]);
+    in_rows &= iteration.operand[i].data == nullptr || is_vector(iteration.operand[i]);
   }
-  return flat;
+  return in_rows;
 }
 
 template <int kOperands>
@@ -144,6 +144,7 @@ VectorPlan<kOperands> plan_vectors(const Iteration& iteration, int items) {
   plan.vectors = static_cast<std::uint32_t>(numel / items);
   plan.tail = static_cast<std::uint32_t>(numel % items);
   plan.ndim = iteration.ndim;
+  plan.sizes[0] = Divider(std::int64_t{plan.vectors} + 1); // with the tail: all of them are in the first row
   for (int dim = 0; dim + 1 < iteration.ndim; ++dim) {
     plan.sizes[dim] = Divider(dim == 0 ? iteration.sizes[0] / items : iteration.sizes[dim]);
   }

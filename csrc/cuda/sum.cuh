@@ -297,9 +297,9 @@ std::optional<Partials> run_vector_sums(const SumLayout& layout, const SumShape<
     return std::nullopt;
   }
   if constexpr (!Direction::kIsBackward) { // a gradient is summed only where an operand is broadcast
-    if (is_flat_rows(layout, kItems)) {
-      const auto plan = plan_flat<Direction::kOperands>(layout.terms);
-      return launch_sums<Direction, range, T, Input, Output, FlatTerms<kItems>>(layout, plan, shape, bounds, stream);
+    if (!layout.by_columns && is_in_rows(layout.terms) && layout.terms.sizes[0] % kItems == 0) {
+      const auto plan = plan_rows<Direction::kOperands>(layout.terms, kItems);
+      return launch_sums<Direction, range, T, Input, Output, RowTerms<kItems>>(layout, plan, shape, bounds, stream);
     }
   }
   const auto plan = plan_vectors<Direction::kOperands>(layout.terms, kItems);

@@ -177,32 +177,22 @@ struct SumShape {
   T divisor;
 };
 
-// Whether all operands of a forward, which are vectors, lie in memory as the ranks of their terms go, in rows of whole vectors.
-inline bool is_flat_rows(const SumLayout& layout, int items) {
-  const Iteration& terms = layout.terms;
-  bool flat = !layout.by_columns && layout.count % items == 0;
-  for (int i = 0; i < terms.operands; ++i) {
-    const Operand& operand = terms.operand[i];
-    std::int64_t stride = size_of(operand.dtype);
-    for (int dim = 0; dim < terms.ndim; ++dim) {
-      flat &= operand.data == nullptr || operand.strides[dim] == stride;
-      stride *= terms.sizes[dim];
-    }
-  }
-  return flat;
-}
-
-// Operands of a launch on flat rows.
+// Operands of a launch that sums terms in rows: the vectors of a row, and of each operand those from one row to the next.
 template <int kOperands>
-struct FlatPlan {
+struct RowPlan {
+  Divider vectors;
+  std::uint32_t pitch[kOperands];
   char* data[kOperands];
 };
 
 template <int kOperands>
-FlatPlan<kOperands> plan_flat(const Iteration& terms) {
-  FlatPlan<kOperands> plan;
+RowPlan<kOperands> plan_rows(const Iteration& terms, int items) {
+  RowPlan<kOperands> plan;
+  plan.vectors = Divider(terms.sizes[0] / items);
   for (int i = 0; i < kOperands; ++i) {
-    plan.data[i] = terms.operand[i].data;
+    const Operand& operand = terms.operand[i];
+    plan.data[i] = operand.data;
+    plan.pitch[i] = terms.ndim == 1 ? 0 : static_cast<std::uint32_t>(operand.strides[1] / kVectorBytes);
   }
   return plan;
 }

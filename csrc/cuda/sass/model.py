@@ -81,7 +81,7 @@ def printed(costs: Sequence[Cost]) -> list[str]:
 
 def markdown(costs: Sequence[Cost]) -> str:
     """A row for each kernel, a column for each dtype: instructions, bytes, share of the issue slots."""
-    shown = [cost for cost in costs if cost.name.range == "narrow" and (cost.name.access == "flat" or cost.name.sums)]
+    shown = [cost for cost in costs if cost.name.range == "narrow" and (cost.name.access == "rows" or cost.name.sums)]
     cells = {(cost.name.kernel, cost.name.loss, cost.name.dtype): cost for cost in shown}
     dtypes = sorted({dtype for _, _, dtype in cells}, key=lambda dtype: (-BYTES[dtype.partition("->")[0]], dtype))
     lines = [["kernel", "loss", *dtypes], ["---", "---", *("---:" for _ in dtypes)]]

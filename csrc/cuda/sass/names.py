@@ -19,7 +19,7 @@ class Name(NamedTuple):
     kernel: str  # forward, backward; with _rows or _columns those that sum; or a function of finish.cu
     loss: str = "-"
     dtype: str = "-"  # of the inputs, and after -> of the result where it has another; of the arithmetic where strided
-    access: str = "-"  # flat, vectors, strided; of what a sum leaves, chunks or lanes
+    access: str = "-"  # rows, vectors, strided; of what a sum leaves, chunks or lanes
     range: str = "-"
 
     @property
@@ -57,8 +57,8 @@ def name_of(demangled: str) -> Name:
         dtype = DTYPES[arithmetic if inputs == "void" else inputs] + ("" if inputs == result else f"->{DTYPES[result]}")
         if access.startswith("Strided"):
             access = "strided"
-        elif access.startswith(("Flat", "Vector")):
-            access = "flat" if access.startswith("Flat") or "true" in access else "vectors"
+        elif access.startswith(("Row", "Vector")):
+            access = "rows" if access.startswith("Row") or "true" in access else "vectors"
         return Name(function, LOSSES[loss], dtype, access, RANGES[reach])
     except (KeyError, ValueError):
         return Name(text.replace(" ", ""))
