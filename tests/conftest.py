@@ -78,8 +78,8 @@ def device(request) -> torch.device:
 
 @pytest.fixture(params=["forward", "reverse", "random"])
 def emulated(request):
-    """The emulated CUDA kernels, with threads and blocks that take turns in this order; sums as they are for few threads, as for
-    many, or as either."""
+    """The emulated CUDA kernels, with threads and blocks that take turns in this order; sums as for few threads, as for many,
+    or as either."""
     from emulated_kernels import library
 
     seed = seed_of(request.node)

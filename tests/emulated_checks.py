@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -123,7 +124,7 @@ def launch_sum(
     shape: Sequence[int],
     dims: Sequence[int],
     operands: Sequence[Tensor | str | None],
-    sums: Tensor,
+    sums: Sequence[Tensor],
     divisor: int = 1,
     clamp: tuple[float, float] = NARROW,
     last_blocks: int = 2**32 - 1,
@@ -131,6 +132,7 @@ def launch_sum(
     """Sums over the dims those operands that are given as "sum"; None is a gradient not wanted. Returns the launches' grids."""
     ndim, count = len(shape), len(operands)
     tensors = [x if isinstance(x, Tensor) else None for x in operands]
+    arithmetic = arithmetic_of(*sums, *(x for x in tensors if x is not None))
     strides = [
         stride * x.element_size() if x is not None else 0
         for x in tensors
@@ -145,13 +147,14 @@ def launch_sum(
         (ctypes.c_bool * ndim)(*(dim in dims for dim in reversed(range(ndim)))),
         count,
         (ctypes.c_void_p * count)(*(None if x is None else x.data_ptr() for x in tensors)),
-        (ctypes.c_int * count)(*(DTYPES.index(sums.dtype if x is None else x.dtype) for x in tensors)),
+        (ctypes.c_int * count)(*(DTYPES.index(arithmetic if x is None else x.dtype) for x in tensors)),
         (ctypes.c_int64 * (ndim * count))(*strides),
         (ctypes.c_bool * 4)(*(isinstance(x, str) for x in operands[:4])),
         ctypes.c_int64(divisor),
         ctypes.c_double(clamp[0]),
         ctypes.c_double(clamp[1]),
-        ctypes.c_void_p(sums.data_ptr()),
+        (ctypes.c_void_p * len(sums))(*(x.data_ptr() for x in sums)),
+        (ctypes.c_int * len(sums))(*(DTYPES.index(x.dtype) for x in sums)),
         ctypes.c_uint32(last_blocks),
         grids,
         len(grids),
@@ -179,23 +182,15 @@ def check_sum(
     with numpy.errstate(over="ignore", invalid="ignore"):
         by_definition = reduced_sum(torch.ops.kl_ext.gaussian_kl_div(*inputs, **how), dims)
     assert_same_bits(expected, by_definition / torch.tensor(divisor, dtype=expected.dtype), f"{what}, on the CPU")
-    result = Result(expected)
     kernel = "kl_div_single_loss_sum" if len(inputs) == 2 else "gaussian_kl_div_sum"
-    grids = launch_sum(emulated, kernel, shape, dims, ["sum", *inputs], result.tensor, divisor, clamp)
-    result.check(expected, what)
+    grids = []
+    for dtype in {expected.dtype, functools.reduce(torch.promote_types, (x.dtype for x in inputs))}:
+        how["dtype"] = dtype
+        rounded = torch.ops.kl_ext.gaussian_kl_div(*inputs, reduction=reduction, dim=list(dims), **how)
+        result = Result(rounded)
+        grids = launch_sum(emulated, kernel, shape, dims, ["sum", *inputs], [result.tensor], divisor, clamp)
+        result.check(rounded, f"{what} in {dtype}")
     return grids
-
-
-def rounded(emulated: Emulated, sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """As csrc/cuda/operands.h rounds sums: its own kernel from float64 to half types, torch's conversion elsewhere."""
-    if sums.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
-        return sums.to(dtype)
-    sums = sums.contiguous()
-    result = Result(torch.empty(sums.shape, dtype=dtype))
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (sums, result.tensor)]
-    emulated.call("round_to", DTYPES.index(dtype), pointers[0], ctypes.c_int64(sums.numel()), pointers[1])
-    result.check(result.tensor.clone(), "rounded sums")
-    return result.tensor
 
 
 def check_gradients(
@@ -227,16 +222,19 @@ def check_gradients(
                 operands[i] = "sum"
             wanted[i] = wanted[i] and operands[i] is None
         summed = [i for i, x in enumerate(operands) if isinstance(x, str)]
-        kept = torch.empty([len(summed), math.prod(inputs[summed[0]].shape)], dtype=arithmetic_of(grad_output, *inputs))
-        sums = Result(kept)
+        sums = {i: Result(expected[i].contiguous()) for i in summed}
         grids += launch_sum(
-            emulated, f"{loss}_backward_sum", shape, dims, [*operands, grad_output, *inputs], sums.tensor, 1, clamp
+            emulated,
+            f"{loss}_backward_sum",
+            shape,
+            dims,
+            [*operands, grad_output, *inputs],
+            [result.tensor for result in sums.values()],
+            1,
+            clamp,
         )
-        for i, result in results.items():
+        for i, result in [*results.items(), *sums.items()]:
             result.check(expected[i], f"{what}: {i}")
-        for row, i in zip(sums.tensor, summed, strict=True):
-            assert_same_bits(rounded(emulated, row, inputs[i].dtype).view(inputs[i].shape), expected[i], f"{what}: {i}")
-        sums.check(sums.tensor.clone(), what)
     return grids
 
 
@@ -252,6 +250,7 @@ def finish_sums(emulated: Emulated, partials: Tensor, are_lanes: bool, sums: Ten
         ctypes.c_int64(columns),
         ctypes.c_int64(divisor),
         ctypes.c_void_p(sums.data_ptr()),
+        DTYPES.index(sums.dtype),
         (ctypes.c_uint32 * 8)(),
         8,
     )

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "../math/half.h"
+#include "kernels.h"
+#include "launch.cuh"
 
 #if defined(__CUDA_ARCH__)
 #include <cuda_bf16.h>
@@ -20,6 +22,33 @@ template <class S, class T>
 KL_EXT_INLINE void narrow_pair(S& first, S& second, T x, T y) {
   math::narrow(first, x);
   math::narrow(second, y);
+}
+
+// Rounds numbers to a dtype that is known at run time, and stores them: as many as are valid, `stride` apart.
+template <class T, int kItems>
+KL_EXT_INLINE void store_rounded(void* to, Storage dtype, std::int64_t first, std::int64_t stride, std::int64_t valid,
+                                 const T (&numbers)[kItems]) {
+  const auto store = [&](auto* rounded) {
+    KL_EXT_UNROLL
+    for (int item = 0; item < kItems; ++item) {
+      if (item < valid) {
+        math::narrow(rounded[first + item * stride], numbers[item]);
+      }
+    }
+  };
+  switch (dtype) {
+    case kFloat16:
+      store(static_cast<math::Half*>(to));
+      break;
+    case kBFloat16:
+      store(static_cast<math::BFloat16*>(to));
+      break;
+    case kFloat32:
+      store(static_cast<float*>(to));
+      break;
+    default:
+      store(static_cast<double*>(to));
+  }
 }
 
 #if defined(__CUDA_ARCH__)

@@ -1,4 +1,4 @@
-// The small kernels beside those that sum: what sums up partial sums, the division of the gradient of a mean, and rounding.
+// The small kernels beside those that sum: what sums up partial sums, and the division of the gradient of a mean.
 #include <algorithm>
 
 #include "exchange.cuh"
@@ -32,11 +32,12 @@ KL_EXT_DEVICE T sum_group(Numbers numbers, std::int64_t count, std::int64_t stri
   return fold_among_neighbours<false>(lanes, kTeam<kGroup>);
 }
 
-// numbers: [count, columns], of which kGroup are a group: of chunks, or of lanes; sums: [parts of kMaxGroups groups, columns].
-// A column is for 2^log_teams teams beside each other, in a block of its own where there are more groups than teams.
+// numbers: [count, outputs, sums], of which kGroup are a group: of chunks, or of lanes. What kMaxGroups groups add up to goes to
+// parts, or to the results where that is all. A column is for 2^log_teams teams beside each other, in a block of its own where there are more groups than teams.
 template <class T, int kGroup>
 __global__ void __launch_bounds__(kThreads)
-    sum_partials(const T* numbers, std::int64_t count, std::int64_t columns, std::int32_t log_teams, T divisor, T* sums) {
+    sum_partials(const T* numbers, std::int64_t count, std::int32_t outputs, std::int64_t sums, std::int32_t log_teams,
+                 T divisor, T* parts, const SumResults results) {
   constexpr std::int64_t kPart = std::int64_t{kGroup} * kMaxGroups;
   KL_EXT_SHARED(T, of_groups, kMaxGroups);
   const std::uint32_t team = threadIdx.x / kTeam<kGroup>;
@@ -44,6 +45,7 @@ __global__ void __launch_bounds__(kThreads)
   const std::uint32_t in_column = team & (teams - 1);
   const std::uint32_t columns_at_once = kThreads / kTeam<kGroup> >> log_teams;
   const bool speaks = threadIdx.x % kTeam<kGroup> == 0;
+  const std::int64_t columns = outputs * sums;
   const std::int64_t tiles = ceil_divide(columns, columns_at_once);
   const std::int64_t part = blockIdx.x / tiles;
   const std::int64_t column = (blockIdx.x - part * tiles) * columns_at_once + (team >> log_teams);
@@ -61,10 +63,24 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   // Every team of a column comes to the same, whichever size a team has here.
-  const T sum = groups <= math::kLanes ? sum_group<math::kLanes, T>(of_column, groups, 1)
-                                       : sum_group<kMaxGroups, T>(of_column, groups, 1);
+  T sum[1];
+  sum[0] = groups <= math::kLanes ? sum_group<math::kLanes, T>(of_column, groups, 1)
+                                  : sum_group<kMaxGroups, T>(of_column, groups, 1);
   if (speaks && in_column == 0 && column < columns) {
-    sums[part * columns + column] = sum / divisor;
+    if (parts != nullptr) {
+      parts[part * columns + column] = sum[0];
+      return;
+    }
+    sum[0] /= divisor;
+    void* to = results.data[0];
+    Storage dtype = results.dtype[0];
+    for (int output = 1; output < kMaxOutputs; ++output) {
+      if (column >= output * sums) {
+        to = results.data[output];
+        dtype = results.dtype[output];
+      }
+    }
+    store_rounded(to, dtype, column % sums, 0, 1, sum);
   }
 }
 
@@ -83,36 +99,27 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class S>
-__global__ void __launch_bounds__(kThreads) round_each(const double* numbers, std::int64_t numel, S* rounded) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < numel) {
-    math::narrow(rounded[i], numbers[i]);
-  }
-}
-
 template <int kGroup, class T>
-void launch_sum_partials(const T* numbers, std::int64_t count, std::int64_t columns, std::int64_t divisor, T* sums,
-                         CUstream_st* stream) {
+void launch_sum_partials(const T* numbers, std::int64_t count, int outputs, std::int64_t sums, std::int64_t divisor, T* parts,
+                         const SumResults& results, CUstream_st* stream) {
   const std::int64_t groups = ceil_divide(count, kGroup);
   const std::int64_t teams = std::min<std::int64_t>(kThreads / kTeam<kGroup>, next_power_of_two(groups));
-  const std::int64_t blocks = ceil_divide(columns, kThreads / kTeam<kGroup> / teams) * ceil_divide(groups, kMaxGroups);
+  const std::int64_t tiles = ceil_divide(outputs * sums, kThreads / kTeam<kGroup> / teams);
+  const auto blocks = static_cast<std::uint32_t>(tiles * ceil_divide(groups, kMaxGroups));
   constexpr auto kernel = sum_partials<T, kGroup>;
-  KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), kThreads, stream, numbers, count, columns,
-                           log2_of(teams), static_cast<T>(divisor), sums);
+  KL_EXT_LAUNCH_EXCHANGING(kernel, blocks, kThreads, stream, numbers, count, outputs, sums, log2_of(teams),
+                           static_cast<T>(divisor), parts, results);
 }
 
 template <class T>
-void finish(const T* numbers, Partials partials, std::int64_t columns, std::int64_t divisor, T* sums, T* scratch,
-            CUstream_st* stream) {
+void finish(const T* numbers, Partials partials, int outputs, std::int64_t sums, std::int64_t divisor,
+            const SumResults& results, T* scratch, CUstream_st* stream) {
   const auto launch = partials.are_lanes ? launch_sum_partials<math::kLanes, T> : launch_sum_partials<math::kChunk, T>;
   const std::int64_t group = partials.are_lanes ? math::kLanes : math::kChunk;
   const std::int64_t parts = ceil_divide(partials.count, group * kMaxGroups);
-  if (parts == 1) {
-    launch(numbers, partials.count, columns, divisor, sums, stream);
-  } else {
-    launch(numbers, partials.count, columns, /*divisor=*/1, scratch, stream);
-    launch_sum_partials<math::kChunk, T>(scratch, parts, columns, divisor, sums, stream);
+  launch(numbers, partials.count, outputs, sums, divisor, parts > 1 ? scratch : nullptr, results, stream);
+  if (parts > 1) {
+    launch_sum_partials<math::kChunk, T>(scratch, parts, outputs, sums, divisor, nullptr, results, stream);
   }
 }
 
@@ -124,25 +131,18 @@ void divide_all(const void* numbers, Storage dtype, std::int64_t numel, std::int
                 static_cast<T>(divisor), quotients);
 }
 
-template <class S>
-void round_all(const double* numbers, std::int64_t numel, void* rounded, CUstream_st* stream) {
-  constexpr auto kernel = round_each<S>;
-  KL_EXT_LAUNCH(kernel, static_cast<std::uint32_t>(ceil_divide(numel, kThreads)), kThreads, stream, numbers, numel,
-                static_cast<S*>(rounded));
-}
-
 } // namespace
 
 namespace kernels {
 
-void finish_sums(const float* numbers, Partials partials, std::int64_t columns, std::int64_t divisor, float* sums,
-                 float* scratch, CUstream_st* stream) {
-  finish(numbers, partials, columns, divisor, sums, scratch, stream);
+void finish_sums(const float* numbers, Partials partials, int outputs, std::int64_t sums, std::int64_t divisor,
+                 const SumResults& results, float* scratch, CUstream_st* stream) {
+  finish(numbers, partials, outputs, sums, divisor, results, scratch, stream);
 }
 
-void finish_sums(const double* numbers, Partials partials, std::int64_t columns, std::int64_t divisor, double* sums,
-                 double* scratch, CUstream_st* stream) {
-  finish(numbers, partials, columns, divisor, sums, scratch, stream);
+void finish_sums(const double* numbers, Partials partials, int outputs, std::int64_t sums, std::int64_t divisor,
+                 const SumResults& results, double* scratch, CUstream_st* stream) {
+  finish(numbers, partials, outputs, sums, divisor, results, scratch, stream);
 }
 
 void divide(const void* numbers, Storage dtype, std::int64_t numel, std::int64_t divisor, float* quotients,
@@ -153,11 +153,6 @@ void divide(const void* numbers, Storage dtype, std::int64_t numel, std::int64_t
 void divide(const void* numbers, Storage dtype, std::int64_t numel, std::int64_t divisor, double* quotients,
             CUstream_st* stream) {
   divide_all(numbers, dtype, numel, divisor, quotients, stream);
-}
-
-void round_to(Storage dtype, const double* numbers, std::int64_t numel, void* rounded, CUstream_st* stream) {
-  const auto round = dtype == kFloat16 ? round_all<math::Half> : round_all<math::BFloat16>;
-  round(numbers, numel, rounded, stream);
 }
 
 } // namespace kernels

@@ -48,6 +48,12 @@ struct Partials {
   bool are_lanes;
 };
 
+// Where the sums of the summed outputs go, in their order: [kept coordinates], contiguous, each rounded once.
+struct SumResults {
+  void* data[kMaxOutputs];
+  Storage dtype[kMaxOutputs];
+};
+
 struct Bounds {
   double low;
   double high;
@@ -66,28 +72,30 @@ void kl_div_single_loss_backward(const Iteration& iteration, Bounds bounds, CUst
 void kl_div_pair_loss_backward(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
 void gaussian_kl_div_backward(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
 
-// The same operands. sums: [summed outputs, kept coordinates], contiguous numbers of the arithmetic type; scratch: as many as
-// scratch_numel (sum_layout.h) says. There is at least one term.
-void kl_div_single_loss_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream);
-void gaussian_kl_div_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream);
-void kl_div_single_loss_backward_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream);
-void kl_div_pair_loss_backward_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream);
-void gaussian_kl_div_backward_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream);
+// The same operands. scratch: as many numbers of the arithmetic type as scratch_numel (sum_layout.h) says. There is at least
+// one term.
+void kl_div_single_loss_sum(const Summation& summation, Bounds bounds, const SumResults& results, void* scratch,
+                            CUstream_st* stream);
+void gaussian_kl_div_sum(const Summation& summation, Bounds bounds, const SumResults& results, void* scratch,
+                         CUstream_st* stream);
+void kl_div_single_loss_backward_sum(const Summation& summation, Bounds bounds, const SumResults& results, void* scratch,
+                                     CUstream_st* stream);
+void kl_div_pair_loss_backward_sum(const Summation& summation, Bounds bounds, const SumResults& results, void* scratch,
+                                   CUstream_st* stream);
+void gaussian_kl_div_backward_sum(const Summation& summation, Bounds bounds, const SumResults& results, void* scratch,
+                                  CUstream_st* stream);
 
-// Sums each column of numbers [partials.count, columns]; scratch: for what is between two launches.
-void finish_sums(const float* numbers, Partials partials, std::int64_t columns, std::int64_t divisor, float* sums,
-                 float* scratch, CUstream_st* stream);
-void finish_sums(const double* numbers, Partials partials, std::int64_t columns, std::int64_t divisor, double* sums,
-                 double* scratch, CUstream_st* stream);
+// Sums each column of numbers [partials.count, outputs, sums]; scratch: for what is between two launches.
+void finish_sums(const float* numbers, Partials partials, int outputs, std::int64_t sums, std::int64_t divisor,
+                 const SumResults& results, float* scratch, CUstream_st* stream);
+void finish_sums(const double* numbers, Partials partials, int outputs, std::int64_t sums, std::int64_t divisor,
+                 const SumResults& results, double* scratch, CUstream_st* stream);
 
 // quotients[i] = numbers[i] / divisor with IEEE's rounding, which torch's division by a number does not have on CUDA.
 void divide(const void* numbers, Storage dtype, std::int64_t numel, std::int64_t divisor, float* quotients,
             CUstream_st* stream);
 void divide(const void* numbers, Storage dtype, std::int64_t numel, std::int64_t divisor, double* quotients,
             CUstream_st* stream);
-
-// rounded[i] = numbers[i], as float16 or bfloat16 and rounded once, which torch's conversion does by way of float32.
-void round_to(Storage dtype, const double* numbers, std::int64_t numel, void* rounded, CUstream_st* stream);
 
 } // namespace kernels
 

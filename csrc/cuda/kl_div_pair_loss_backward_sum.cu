@@ -2,8 +2,9 @@
 
 namespace kl_ext::cuda::kernels {
 
-void kl_div_pair_loss_backward_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream) {
-  run_sum<Backward<math::PairLoss>>(summation, bounds, sums, scratch, stream);
+void kl_div_pair_loss_backward_sum(const Summation& summation, Bounds bounds, const SumResults& results, void* scratch,
+                                   CUstream_st* stream) {
+  run_sum<Backward<math::PairLoss>>(summation, bounds, results, scratch, stream);
 }
 
 } // namespace kl_ext::cuda::kernels

@@ -2,9 +2,9 @@
 
 namespace kl_ext::cuda::kernels {
 
-void kl_div_single_loss_backward_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch,
+void kl_div_single_loss_backward_sum(const Summation& summation, Bounds bounds, const SumResults& results, void* scratch,
                                      CUstream_st* stream) {
-  run_sum<Backward<math::SingleLoss>>(summation, bounds, sums, scratch, stream);
+  run_sum<Backward<math::SingleLoss>>(summation, bounds, results, scratch, stream);
 }
 
 } // namespace kl_ext::cuda::kernels

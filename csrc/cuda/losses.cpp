@@ -53,12 +53,14 @@ at::Tensor forward_sum(const Loss& loss, Arguments inputs, Bounds bounds, at::Sc
   const c10::cuda::CUDAGuard guard(device);
   const OnDevice moved(inputs, device);
   Sum sum(shape, reduction.reduced, arithmetic_type(inputs, result));
-  sum.add_sum();
+  const at::Tensor sums = at::empty(reduction.kept_shape(shape), at::device(device).dtype(result));
+  sum.add_sum(sums);
   for (const auto& input : Arguments(moved)) {
     sum.add(input.tensor, input.tensor.scalar_type());
   }
   const int64_t divisor = reduction.divides ? reduction.divisor(shape) : 1;
-  return rounded(sum.run(loss.forward_sum, bounds, divisor, device), result).view(reduction.kept_shape(shape));
+  sum.run(loss.forward_sum, bounds, divisor, device);
+  return sums;
 }
 
 // The gradients of broadcast inputs are summed in the pass that computes them: one pass for each way of being broadcast, of
@@ -75,15 +77,19 @@ void backward_sums(const Loss& loss, Arguments arguments, Bounds bounds, const G
       continue;
     }
     Sum sum(shape, reduced, arithmetic);
-    c10::SmallVector<size_t, kMaxInputs> summed;
+    c10::SmallVector<std::pair<at::Tensor, at::Tensor>, kMaxInputs> copies; // to gradients that are not contiguous
     for (size_t i = 0; i < inputs; ++i) {
       const bool is_wanted = gradients[i].defined() && !done[i];
       if (is_wanted && gradients[i].sizes() == shape) {
         sum.add(gradients[i], gradients[i].scalar_type());
         done[i] = true;
       } else if (is_wanted && broadcast_dims(gradients[i].sizes(), shape) == reduced) {
-        sum.add_sum();
-        summed.push_back(i);
+        const at::Tensor sums =
+            gradients[i].is_contiguous() ? gradients[i] : at::empty(gradients[i].sizes(), gradients[i].options());
+        sum.add_sum(sums);
+        if (!sums.is_same(gradients[i])) {
+          copies.emplace_back(gradients[i], sums);
+        }
         done[i] = true;
       } else {
         sum.add({}, arguments[i + 1].tensor.scalar_type());
@@ -92,10 +98,9 @@ void backward_sums(const Loss& loss, Arguments arguments, Bounds bounds, const G
     for (const auto& argument : arguments) {
       sum.add(argument.tensor, argument.tensor.scalar_type());
     }
-    const at::Tensor sums = sum.run(loss.backward_sum, bounds, /*divisor=*/1, device);
-    for (size_t i = 0; i < summed.size(); ++i) {
-      const at::Tensor& gradient = gradients[summed[i]];
-      gradient.copy_(rounded(sums[static_cast<int64_t>(i)], gradient.scalar_type()).view(gradient.sizes()));
+    sum.run(loss.backward_sum, bounds, /*divisor=*/1, device);
+    for (const auto& [gradient, sums] : copies) {
+      gradient.copy_(sums);
     }
   }
 }

@@ -14,7 +14,7 @@
 
 namespace kl_ext::cuda {
 
-using LaunchSum = void (*)(const Summation&, Bounds, void* sums, void* scratch, CUstream_st*);
+using LaunchSum = void (*)(const Summation&, Bounds, const SumResults&, void* scratch, CUstream_st*);
 
 inline Storage storage_of(at::ScalarType dtype) {
   switch (dtype) {
@@ -86,20 +86,6 @@ inline Iteration to_iteration(const at::TensorIterator& iterator, c10::ArrayRef<
   return iteration;
 }
 
-// Contiguous sums in another dtype, rounded once.
-inline at::Tensor rounded(const at::Tensor& sums, at::ScalarType dtype) {
-  if (sums.scalar_type() != at::kDouble || !(dtype == at::kHalf || dtype == at::kBFloat16)) {
-    return sums.to(dtype);
-  }
-  at::Tensor result = at::empty(sums.sizes(), sums.options().dtype(dtype));
-  if (sums.numel() > 0) {
-    kernels::round_to(storage_of(dtype), sums.const_data_ptr<double>(), sums.numel(), result.mutable_data_ptr(),
-                      c10::cuda::getCurrentCUDAStream());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-  return result;
-}
-
 // Terms of the given shape, to be summed over the dimensions with a flag: operands are added in the order of kernels.h.
 class Sum {
  public:
@@ -113,11 +99,15 @@ class Sum {
     }
   }
 
-  void add_sum() {
+  // An output whose sums go to a contiguous tensor of the kept coordinates.
+  void add_sum(const at::Tensor& result) {
     const int output = summation_.terms.operands++;
     summation_.summed[output] = true;
     summation_.terms.operand[output].dtype = storage_of(arithmetic_);
-    ++outputs_;
+    const size_t slot = tensors_.size();
+    results_.data[slot] = result.mutable_data_ptr();
+    results_.dtype[slot] = storage_of(result.scalar_type());
+    tensors_.push_back(result);
   }
 
   // A gradient that is not wanted, or not in this pass, if the tensor is undefined.
@@ -134,32 +124,31 @@ class Sum {
     }
   }
 
-  // [sums added, kept coordinates], divided by the divisor.
-  at::Tensor run(LaunchSum launch, Bounds bounds, int64_t divisor, at::Device device) {
-    const auto options = at::device(device).dtype(arithmetic_);
-    at::Tensor sums = at::empty({outputs_, sums_}, options);
+  // The sums are divided by the divisor.
+  void run(LaunchSum launch, Bounds bounds, int64_t divisor, at::Device device) {
     if (count_ == 0) {
-      return sums.fill_(0.0 / static_cast<double>(divisor));
-    }
-    if (sums_ > 0) {
+      for (const auto& result : tensors_) {
+        result.fill_(0.0 / static_cast<double>(divisor));
+      }
+    } else if (sums_ > 0) {
       TORCH_CHECK(lay_out(summation_).terms.ndim <= kMaxSumDims, "kl_ext: expected at most ", kMaxSumDims,
                   " dimensions that do not merge, in sums on CUDA devices, got ", shape_);
       TORCH_CHECK(count_ <= kMaxTerms, "kl_ext: expected at most ", kMaxTerms, " terms to a sum on CUDA devices, got ", count_);
       summation_.divisor = divisor;
-      const at::Tensor scratch = at::empty({scratch_numel(summation_)}, options);
-      launch(summation_, bounds, sums.data_ptr(), scratch.data_ptr(), c10::cuda::getCurrentCUDAStream());
+      const at::Tensor scratch = at::empty({scratch_numel(summation_)}, at::device(device).dtype(arithmetic_));
+      launch(summation_, bounds, results_, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream());
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
-    return sums;
   }
 
  private:
   Summation summation_;
   at::IntArrayRef shape_;
   at::ScalarType arithmetic_;
-  int64_t count_ = 1; // terms of a sum
+  SumResults results_{};
+  c10::SmallVector<at::Tensor, kMaxOutputs> tensors_; // that the results go to
+  int64_t count_ = 1;                                 // terms of a sum
   int64_t sums_ = 1;
-  int64_t outputs_ = 0;
 };
 
 } // namespace kl_ext::cuda

@@ -13,8 +13,11 @@
 namespace kl_ext::cuda {
 
 // As blocks_per_processor in elementwise.cuh. Half types are bound by their arithmetic, which more warps keep busier.
-template <class Direction, class T, class Access>
+template <class Direction, math::Range range, class T, class Access>
 constexpr int sum_blocks_per_processor() {
+  if (sizeof(T) == sizeof(double) && Direction::kIsBackward && range == math::Range::kWide) {
+    return 1;
+  }
   if (sizeof(T) == sizeof(double) || Direction::kOutputs * Access::kItems > 16) {
     return 2;
   }
@@ -127,21 +130,33 @@ KL_EXT_DEVICE T add_turns(T of_chunk, Shared of_chunks, std::uint32_t place, boo
   return sum;
 }
 
-// The sums of a backward are not divided.
-template <class Direction, class T>
-KL_EXT_INLINE T divided(T sum, T divisor) {
-  if constexpr (Direction::kIsBackward) {
-    return sum;
-  } else {
-    return sum / divisor;
+// What a kernel leaves of the sums in columns `gap` apart: partial sums, or the sums themselves, divided but for gradients.
+template <class Direction, class T, int kItems>
+KL_EXT_INLINE void leave(const SumShape<T>& shape, int output, std::int64_t partial, std::int64_t column, std::int64_t gap,
+                         std::int64_t valid, T (&sums)[kItems]) {
+  if (shape.partials != nullptr) {
+    T* const partials = shape.partials + partial * shape.pitch + shape.slots[output] * shape.columns + column;
+    KL_EXT_UNROLL
+    for (int item = 0; item < kItems; ++item) {
+      if (item < valid) {
+        partials[item * gap] = sums[item];
+      }
+    }
+    return;
   }
+  if constexpr (!Direction::kIsBackward) {
+    for (int item = 0; item < kItems; ++item) {
+      sums[item] /= shape.divisor;
+    }
+  }
+  store_rounded(shape.results.data[output], shape.results.dtype[output], column, gap, valid, sums);
 }
 
 // Rows: the reduced dimensions are the fast ones. A chunk is for `width` threads beside each other, a power of two; they take
 // as many lanes as there are numbers in all their hands: lane = items * thread + item where those are neighbours, else thread +
 // width * item. In sums of more than 64 chunks, those that take turns in a lane are beside each other in a block.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access>
-__global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, T, Access>())
+__global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access>())
     sum_rows(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,
              const math::Clamp<T> bounds) {
   constexpr int kItems = Access::kItems;
@@ -169,20 +184,20 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   T lanes[Direction::kOutputs][kItems] = {};
   add_terms<Direction, range, T, Input, Output, Access>(thread * (Access::kNeighbours ? kItems : 1), width * kItems, count,
                                                         bounds, at, valid, lanes);
+  KL_EXT_UNROLL
   for (int output = 0; output < Direction::kOutputs; ++output) {
     if (shape.slots[output] < 0) {
       continue;
     }
-    T sum = fold_among_neighbours<Access::kNeighbours>(lanes[output], width);
+    T sum[1] = {fold_among_neighbours<Access::kNeighbours>(lanes[output], width)};
     if constexpr (kChunksTakeTurns<Access>) {
       if (log_turns > 0) {
         const std::uint32_t place = output * kPlaces + (threadIdx.x >> shape.log_width);
-        sum = add_turns(sum, of_chunks, place, thread == 0, turn == 0, 1u << log_turns);
+        sum[0] = add_turns(sum[0], of_chunks, place, thread == 0, turn == 0, 1u << log_turns);
       }
     }
     if (thread == 0 && turn == 0 && !is_idle) {
-      shape.sums[partial * shape.pitch + shape.slots[output] * shape.columns + shape.first + row] =
-          divided<Direction>(sum, shape.divisor);
+      leave<Direction>(shape, output, partial, shape.first + row, 0, 1, sum);
     }
   }
 }
@@ -190,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
 // Columns: the kept dimensions are the fast ones. A lane is a thread, which works on as many columns as it has items; `width`
 // threads beside each other have columns beside each other; a block has as many chunks as fit.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access>
-__global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, T, Access>())
+__global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access>())
     sum_columns(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,
                 const math::Clamp<T> bounds) {
   constexpr int kItems = Access::kItems;
@@ -219,16 +234,12 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   T lanes[Direction::kOutputs][kItems] = {};
   add_terms<Direction, range, T, Input, Output, Access>(lane, lane_count, count, bounds, at, all, lanes);
 
+  KL_EXT_UNROLL
   for (int output = 0; output < Direction::kOutputs; ++output) {
     if (shape.slots[output] >= 0) {
       fold_across_block(lanes[output], exchange, lane, lane_count, width);
       if (lane == 0 && count > 0) {
-        T* sums = shape.sums + chunk * shape.pitch + shape.slots[output] * shape.columns + column;
-        for (int item = 0; item < kItems; ++item) {
-          if (item < valid) {
-            sums[static_cast<std::int64_t>(item) * gap] = divided<Direction>(lanes[output][item], shape.divisor);
-          }
-        }
+        leave<Direction>(shape, output, chunk, column, gap, valid, lanes[output]);
       }
     }
   }
@@ -334,31 +345,36 @@ Partials run_sums(const SumLayout& layout, const SumShape<T>& shape, Bounds boun
 }
 
 template <class Direction, class T>
-void run_sum_arithmetic(const Summation& summation, Bounds bounds, T* sums, T* scratch, CUstream_st* stream) {
+void run_sum_arithmetic(const Summation& summation, Bounds bounds, const SumResults& results, T* scratch, CUstream_st* stream) {
   const SumLayout layout = lay_out(summation);
-  const std::int64_t columns = layout.outputs * layout.sums;
   SumShape<T> shape{};
-  shape.pitch = columns;
-  shape.sums = layout.chunks > 1 ? scratch : sums;
-  shape.divisor = layout.chunks > 1 ? T(1) : static_cast<T>(summation.divisor);
+  shape.pitch = layout.outputs * layout.sums;
+  shape.partials = layout.chunks > 1 ? scratch : nullptr;
+  shape.divisor = static_cast<T>(summation.divisor);
   int slot = 0;
   for (int output = 0; output < kMaxOutputs; ++output) {
-    shape.slots[output] = summation.summed[output] ? slot++ : -1;
+    shape.slots[output] = summation.summed[output] ? slot : -1;
+    if (summation.summed[output]) {
+      shape.results.data[output] = results.data[slot];
+      shape.results.dtype[output] = results.dtype[slot];
+      ++slot;
+    }
   }
   const bool is_narrow = bounds.low >= -math::kNarrowBound<T> && bounds.high <= math::kNarrowBound<T>;
   const auto run = is_narrow ? run_sums<Direction, math::Range::kNarrow, T> : run_sums<Direction, math::Range::kWide, T>;
   const Partials partials = run(layout, shape, bounds, stream);
   if (layout.chunks > 1) {
-    kernels::finish_sums(scratch, partials, columns, summation.divisor, sums, scratch + partials.count * columns, stream);
+    kernels::finish_sums(scratch, partials, layout.outputs, layout.sums, summation.divisor, results,
+                         scratch + partials.count * shape.pitch, stream);
   }
 }
 
 template <class Direction>
-void run_sum(const Summation& summation, Bounds bounds, void* sums, void* scratch, CUstream_st* stream) {
+void run_sum(const Summation& summation, Bounds bounds, const SumResults& results, void* scratch, CUstream_st* stream) {
   if (is_double(summation.terms)) {
-    run_sum_arithmetic<Direction>(summation, bounds, static_cast<double*>(sums), static_cast<double*>(scratch), stream);
+    run_sum_arithmetic<Direction>(summation, bounds, results, static_cast<double*>(scratch), stream);
   } else {
-    run_sum_arithmetic<Direction>(summation, bounds, static_cast<float*>(sums), static_cast<float*>(scratch), stream);
+    run_sum_arithmetic<Direction>(summation, bounds, results, static_cast<float*>(scratch), stream);
   }
 }
 

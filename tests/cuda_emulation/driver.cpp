@@ -68,11 +68,21 @@ extern "C" int run(int kernel, int ndim, const std::int64_t* sizes, int operands
                 [&] { kKernels[kernel](to_iteration(ndim, sizes, operands, data, dtypes, strides), {low, high}, nullptr); });
 }
 
+cuda::SumResults to_results(int count, void* const* sums, const int* dtypes) {
+  cuda::SumResults results{};
+  for (int i = 0; i < count; ++i) {
+    results.data[i] = sums[i];
+    results.dtype[i] = static_cast<cuda::Storage>(dtypes[i]);
+  }
+  return results;
+}
+
 // Dimensions are the logical shape's, the last first, with a flag for each that is reduced; an output is summed if it has a
 // flag.
 extern "C" int run_sum(int kernel, int ndim, const std::int64_t* sizes, const bool* reduced, int operands, char* const* data,
                        const int* dtypes, const std::int64_t* strides, const bool* summed, std::int64_t divisor, double low,
-                       double high, void* sums, std::uint32_t last_blocks, std::uint32_t* grids, int most) {
+                       double high, void* const* sums, const int* sum_dtypes, std::uint32_t last_blocks, std::uint32_t* grids,
+                       int most) {
   cuda::Summation summation;
   summation.terms = to_iteration(ndim, sizes, operands, data, dtypes, strides);
   std::copy_n(reduced, ndim, summation.reduced);
@@ -82,20 +92,23 @@ extern "C" int run_sum(int kernel, int ndim, const std::int64_t* sizes, const bo
       cuda::kernels::kl_div_single_loss_sum, cuda::kernels::gaussian_kl_div_sum, cuda::kernels::kl_div_single_loss_backward_sum,
       cuda::kernels::kl_div_pair_loss_backward_sum, cuda::kernels::gaussian_kl_div_backward_sum};
   std::vector<double> scratch(static_cast<std::size_t>(cuda::scratch_numel(summation)));
-  return report(last_blocks, grids, most, [&] { kKernels[kernel](summation, {low, high}, sums, scratch.data(), nullptr); });
+  const cuda::SumResults results =
+      to_results(static_cast<int>(std::count(summed, summed + cuda::kMaxOutputs, true)), sums, sum_dtypes);
+  return report(last_blocks, grids, most, [&] { kKernels[kernel](summation, {low, high}, results, scratch.data(), nullptr); });
 }
 
 template <class T>
-void finish(const void* numbers, cuda::Partials partials, std::int64_t columns, std::int64_t divisor, void* sums) {
-  std::vector<T> scratch(static_cast<std::size_t>(partials.count * columns));
-  cuda::kernels::finish_sums(static_cast<const T*>(numbers), partials, columns, divisor, static_cast<T*>(sums), scratch.data(),
-                             nullptr);
+void finish(const void* numbers, cuda::Partials partials, std::int64_t sums, std::int64_t divisor,
+            const cuda::SumResults& results) {
+  std::vector<T> scratch(static_cast<std::size_t>(partials.count * sums));
+  cuda::kernels::finish_sums(static_cast<const T*>(numbers), partials, 1, sums, divisor, results, scratch.data(), nullptr);
 }
 
-extern "C" int finish_sums(bool is_double, const void* numbers, std::int64_t count, bool are_lanes, std::int64_t columns,
-                           std::int64_t divisor, void* sums, std::uint32_t* grids, int most) {
-  return report(~0u, grids, most,
-                [&] { (is_double ? finish<double> : finish<float>)(numbers, {count, are_lanes}, columns, divisor, sums); });
+extern "C" int finish_sums(bool is_double, const void* numbers, std::int64_t count, bool are_lanes, std::int64_t sums,
+                           std::int64_t divisor, void* result, int dtype, std::uint32_t* grids, int most) {
+  return report(~0u, grids, most, [&] {
+    (is_double ? finish<double> : finish<float>)(numbers, {count, are_lanes}, sums, divisor, to_results(1, &result, &dtype));
+  });
 }
 
 extern "C" int divide(int dtype, const void* numbers, std::int64_t numel, std::int64_t divisor, bool is_double,
@@ -105,11 +118,6 @@ extern "C" int divide(int dtype, const void* numbers, std::int64_t numel, std::i
     is_double ? cuda::kernels::divide(numbers, storage, numel, divisor, static_cast<double*>(quotients), nullptr)
               : cuda::kernels::divide(numbers, storage, numel, divisor, static_cast<float*>(quotients), nullptr);
   });
-}
-
-extern "C" int round_to(int dtype, const double* numbers, std::int64_t numel, void* rounded) {
-  return report(~0u, nullptr, 0,
-                [&] { cuda::kernels::round_to(static_cast<cuda::Storage>(dtype), numbers, numel, rounded, nullptr); });
 }
 
 extern "C" std::uint32_t quotient(std::uint32_t dividend, std::uint32_t divisor) {
