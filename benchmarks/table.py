@@ -2,6 +2,7 @@
 
     python benchmarks/table.py            (rewrite what stands between the marker comments)
     python benchmarks/table.py --check    (exit 1 if that would change anything)
+    python benchmarks/table.py --take DIR/gpu_check.json    (copy that to results/gpu.json, without the machine's folders)
 
 A marker names the table and the result that it shows:
 
@@ -20,6 +21,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import gpu_tables
+from cells import elements, share, table, ulps
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -169,54 +173,6 @@ def machine(result: Result) -> str:
     )
 
 
-def _of_gpu(result: Result, cell: Callable[[dict[str, Any]], str]) -> str:
-    """A row for each case and dtype, a column for each size."""
-    rows = measured_on_gpu(result)["bandwidth"]["rows"]
-    sizes = [size for size in ("L2", "256 MiB", "1 GiB") if any(row["size"] == size for row in rows)]
-    cases: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
-        if "kl_ext" in row:
-            cases.setdefault((row["case"], row["dtype"]), {})[row["size"]] = cell(row)
-    return table(
-        ["case", "dtype", *sizes], [[*case, *(cells.get(size, "") for size in sizes)] for case, cells in cases.items()]
-    )
-
-
-def gpu_bandwidth(result: Result) -> str:
-    """Each cell: the share of the bandwidth of a copy."""
-    return _of_gpu(result, lambda row: f"{row['share_of_copy']:.1%}")
-
-
-def gpu_ratios(result: Result) -> str:
-    """Each cell: the times of plain torch / torch.compile / max-autotune, as multiples of kl_ext's; a dash: not measured."""
-    names = (*OTHERS, "max-autotune")
-    return _of_gpu(result, lambda row: " / ".join(f"{row[name]['ratio']:.2f}" if name in row else "–" for name in names))
-
-
-def gpu_goals(result: Result) -> str:
-    """A row for each goal; the worst case where it was missed."""
-    rows = []
-    for goal in measured_on_gpu(result)["bandwidth"]["goals"]:
-        worst = "{:.3f}: {}".format(*goal["missed"][0]) if goal["missed"] else ""
-        rows.append([goal["goal"], f"{goal['met']} of {goal['of']}", worst])
-    return table(["goal", "met", "worst"], rows)
-
-
-def gpu_machine(result: Result) -> str:
-    """One line on the GPU machine."""
-    facts = measured_on_gpu(result)["environment"]
-    commit = (result["commit"] or "unknown")[:12]
-    return f"{facts['devices'][0]['name']}, torch {facts['torch']}, {result['date'][:10]}, commit {commit}.\n"
-
-
-def measured_on_gpu(result: Result) -> Result:
-    """The stages of gpu_check.py; those of a dry run are no measurement."""
-    if result["dry_run"]:
-        raise SystemExit("table.py: a dry run of gpu_check.py measures nothing")
-    stages: Result = result["stages"]
-    return stages
-
-
 def values() -> str:
     """What the losses are at a few pairs of distributions, beside the textbook divergence of torch.distributions."""
     import torch
@@ -237,7 +193,6 @@ def values() -> str:
     return table(["p", "q", "KL(p, q)", "pair loss", "single loss of p"], rows)
 
 
-OTHERS = ["plain torch", "torch.compile"]
 SUITES = ["ratios", "floor", "overhead", "compiled step", "dtypes", "threads", "linear", "exponent", "subnormals"]
 KINDS: dict[str, Callable[[Result], str]] = {
     "machine": machine,
@@ -252,13 +207,6 @@ KINDS: dict[str, Callable[[Result], str]] = {
     "lost": lost,
     **{("times" if suite == "ratios" else suite.replace(" ", "_")): suite_table(suite) for suite in SUITES},
 }
-# Of a result of gpu_check.py.
-GPU_KINDS = {
-    "gpu_bandwidth": gpu_bandwidth,
-    "gpu_ratios": gpu_ratios,
-    "gpu_goals": gpu_goals,
-    "gpu_machine": gpu_machine,
-}
 # What bench.py shows.
 PRINTED = {
     "Time of plain torch / torch.compile in times of kl_ext (above 1: kl_ext is faster), forward:": forward_ratios,
@@ -272,44 +220,12 @@ PRINTED = {
 }
 
 
-def elements(count: int) -> str:
-    """4096 as 4 Ki."""
-    for unit, name in ((1 << 20, "Mi"), (1 << 10, "Ki")):
-        if count >= unit and count % unit == 0:
-            return f"{count // unit} {name}"
-    return str(count)
-
-
-def share(value: float) -> str:
-    """A share as a percentage; one that is small but not 0 does not look like 0."""
-    return "0" if value == 0 else f"{value:.1%}" if value >= 0.001 else "< 0.1%"
-
-
-def ulps(value: float) -> str:
-    """An error in units in the last place, with two digits."""
-    return f"{value:.1f}" if value < 100 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A markdown table that reads well as text too; nothing without rows."""
-    if not rows:
-        return ""
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    numeric = [all(row[column][:1].isdigit() or row[column][:1] in "<–" for row in rows) for column in range(len(head))]
-    lines = [
-        [cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric, strict=True)]
-        for row in [head, *rows]
-    ]
-    rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
-
-
 def fill(text: str) -> str:
     """The page with each marked table as the results have it."""
 
     def written(match: re.Match[str]) -> str:
         opening, kind, name, _, end = match.groups()
-        kinds = KINDS | GPU_KINDS
+        kinds = KINDS | gpu_tables.KINDS
         if (kind not in kinds) if name else (kind != "values"):
             raise SystemExit(f"table.py: no table {kind!r}; there are {', '.join(kinds)} of a result, and values of none")
         made = kinds[kind](json.loads((RESULTS / name).read_text())) if name else values()
@@ -321,8 +237,14 @@ def fill(text: str) -> str:
 def main() -> int:
     """Rewrite the pages, or say which of them are out of date."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table is out of date")
-    check = parser.parse_args().check
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table is out of date")
+    either.add_argument("--take", type=Path, metavar="FILE", help="only copy a result of gpu_check.py to results/gpu.json")
+    options = parser.parse_args()
+    if options.take:
+        gpu_tables.take(options.take, RESULTS / "gpu.json")
+        return 0
+    check = options.check
     stale = False
     for page in PAGES:
         text = page.read_text()

@@ -162,8 +162,8 @@ inline std::int64_t scratch_numel(const Summation& summation) {
 // What a kernel knows of the sums. `width` threads beside each other share a chunk (rows), or have a column each (columns).
 template <class T>
 struct SumShape {
-  T* partials; // [partial sums, summed outputs, sums]; null where a sum is but one chunk
-  SumResults results; // by output
+  T* partials;           // [partial sums, summed outputs, sums]; null where a sum is but one chunk
+  SumResults results;    // by output
   std::int64_t pitch;    // of the partial sums
   std::int64_t count;    // terms of a sum
   std::int64_t columns;  // sums of an output

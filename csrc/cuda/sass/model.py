@@ -80,12 +80,14 @@ def printed(costs: Sequence[Cost]) -> list[str]:
 
 
 def markdown(costs: Sequence[Cost]) -> str:
-    """A row for each kernel, a column for each dtype: instructions, bytes, share of the issue slots."""
+    """Instructions, bytes, share of the issue slots: a row for each kernel, that for operands in rows where there is one, and a
+    column for each dtype."""
     shown = [cost for cost in costs if cost.name.range == "narrow" and (cost.name.access == "rows" or cost.name.sums)]
+    shown.sort(key=lambda cost: cost.name.access == "rows")
     cells = {(cost.name.kernel, cost.name.loss, cost.name.dtype): cost for cost in shown}
     dtypes = sorted({dtype for _, _, dtype in cells}, key=lambda dtype: (-BYTES[dtype.partition("->")[0]], dtype))
     lines = [["kernel", "loss", *dtypes], ["---", "---", *("---:" for _ in dtypes)]]
-    for kernel, loss in dict.fromkeys((kernel, loss) for kernel, loss, _ in cells):
+    for kernel, loss in sorted({(kernel, loss) for kernel, loss, _ in cells}):
         row = [cells.get((kernel, loss, dtype)) for dtype in dtypes]
         texts = [f"{cost.instructions:.0f} / {cost.bytes} / {cost.issue_share:.0%}" if cost else "" for cost in row]
         lines.append([kernel, loss, *texts])
