@@ -141,7 +141,7 @@ _NCU_MEASURED = [
     ("0", _NCU_FORWARD, "gpu__time_duration.sum", "ns", "5,120"),
     ("1", _NCU_SUM, "dram__bytes_read.sum", "Mbyte", "6"),
     ("1", _NCU_SUM, "dram__bytes_write.sum", "Mbyte", "4"),
-    ("2", "unnamed>::sum_lanes<float>(const T1 *, long, T1 *)", "dram__bytes_read.sum", "byte", "1,000"),
+    ("2", "unnamed>::sum_partials<float>(const T1 *, long, T1 *)", "dram__bytes_read.sum", "byte", "1,000"),
 ]
 RECORDED_NCU = (
     "==PROF== Connected to process 1 (/usr/bin/python3)\n==PROF== Disconnected from process 1\n"

@@ -206,7 +206,7 @@ def _with_tensors_for_numbers(
     mu_p: Tensor, log_var_p: Tensor, mu_q: _Q, log_var_q: _Q, dtype: torch.dtype | None
 ) -> tuple[_Q, _Q, torch.dtype | None]:
     """Numbers as 0-dim tensors, precise as the arithmetic and without weight in the promotion. They are filled on the device of
-    the others: nothing is copied to it, so that a CUDA graph can hold the call."""
+    the first tensor: nothing is copied to it, so that a CUDA graph can hold the call."""
     tensors = [x for x in (mu_p, log_var_p, mu_q, log_var_q) if isinstance(x, Tensor)]
     if not tensors:
         return mu_q, log_var_q, dtype

@@ -184,7 +184,8 @@ def check_sum(
     assert_same_bits(expected, by_definition / torch.tensor(divisor, dtype=expected.dtype), f"{what}, on the CPU")
     kernel = "kl_div_single_loss_sum" if len(inputs) == 2 else "gaussian_kl_div_sum"
     grids = []
-    for dtype in {expected.dtype, functools.reduce(torch.promote_types, (x.dtype for x in inputs))}:
+    dtypes = {expected.dtype, functools.reduce(torch.promote_types, (x.dtype for x in inputs))}
+    for dtype in dtypes | ({torch.bfloat16} if expected.dtype == torch.float64 else set()):
         how["dtype"] = dtype
         rounded = torch.ops.kl_ext.gaussian_kl_div(*inputs, reduction=reduction, dim=list(dims), **how)
         result = Result(rounded)

@@ -185,6 +185,8 @@ def test_a_line_that_is_not_understood_is_not_passed_over():
          "forward_columns SingleLoss bfloat16 vectors narrow"),
         ("void kl_ext::cuda::sum_rows<kl_ext::cuda::Forward<kl_ext::math::SingleLoss>, (kl_ext::math::Range)0, float, float, "
          "float, kl_ext::cuda::RowTerms<4> >", "forward_rows SingleLoss float32 rows narrow"),
+        ("void kl_ext::cuda::sum_columns<kl_ext::cuda::BackwardGivenQ<true>, (kl_ext::math::Range)0, float, float, float, "
+         "kl_ext::cuda::VectorTerms<4> >", "backward_columns PairLossGivenQ float32 vectors narrow"),
         ("void kl_ext::cuda::(anonymous namespace)::sum_partials<double, 64>", "sum_partials float64 lanes"),
         ("void kl_ext::cuda::(anonymous namespace)::divide_each<float>", "divide_each float32"),
         ("kl_ext::cuda::new_kernel", "new_kernel"),

@@ -55,6 +55,9 @@ def test_columns_of_every_width(emulated, dtype):
 def test_chunks_take_turns_in_lanes(emulated, dtype):
     """Beyond 64 chunks, in one launch of many threads; and what was left is summed up in another."""
     emulated.set_few_threads(0)
+    items = 16 // dtype.itemsize
+    if items >= 4:  # 65 chunks, in 64 lanes of 2 turns
+        assert check_sum(emulated, normal([64 * 1024 + 8], dtype, 2), [0])[0] == 64 * 2 * (64 // items) // 256
     for terms in (64 * 1024, 64 * 1024 + 8, 129 * 1024 - 8, 520 * 1024):
         x = normal([terms], dtype, 2)
         assert len(check_sum(emulated, x, [0])) == 2
@@ -64,7 +67,7 @@ def test_chunks_take_turns_in_lanes(emulated, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunks_of_columns_take_turns_in_lanes(emulated, dtype):
+def test_more_chunks_of_columns_than_lanes(emulated, dtype):
     for rows, width in ((64 * 1024 + 1, 8), (130 * 1024, 3)):
         inputs = [*normal([rows, width], dtype, 2), *normal([width], dtype, 2)]
         check_sum(emulated, inputs[:2], [0])
@@ -72,7 +75,7 @@ def test_chunks_of_columns_take_turns_in_lanes(emulated, dtype):
 
 
 def test_a_sum_of_more_than_a_million_terms(emulated):
-    """Of two groups of chunks, the second of which is a single term."""
+    """Of two groups of chunks, the second of which is a single short chunk; the first length is no whole number of vectors."""
     for terms in (1024 * 1024 + 3, 1024 * 1024 + 4):
         x = torch.rand(terms)
         assert len(check_sum(emulated, [x, x], [0])) == 2
@@ -139,6 +142,9 @@ def test_gradients_of_what_is_broadcast(emulated, rng, loss, layout):
             "of sums over the channels": torch.randn(4, 1, 6, 8).to(dtype).expand(SHAPE),
             "of another dtype": torch.randn(SHAPE).to(DTYPES[rng.integers(4)]),
         }
+        if rng.random() < 0.3:
+            other = rng.integers(count)
+            inputs[other] = inputs[other].to(DTYPES[rng.integers(4)])
         for grad_output in grads.values():
             check_gradients(emulated, loss, grad_output, inputs, WIDE if rng.random() < 0.3 else NARROW)
 
@@ -152,6 +158,21 @@ def test_gradients_of_a_prior_of_every_width(emulated, loss, dtype):
         full = layouts_of_halves(normal([rows, 2 * width], dtype, 1), 1)[: count // 2]
         inputs = [*full, *normal([width], dtype, count // 2)]
         check_gradients(emulated, loss, torch.randn(rows, width).to(dtype), inputs)
+
+
+@pytest.mark.parametrize("loss", LOSSES[1:])
+def test_gradients_of_a_q_that_columns_share(emulated, loss):
+    """Each sum rounded to its own dtype; and where p is broadcast too, or q an expanded tensor, every gradient is there."""
+    p, q = normal([1030, 16], torch.float32, 2), normal([16], torch.float32, 2)
+    grad = torch.randn(1030, 16)
+    check_gradients(emulated, loss, grad, [*p, *q])
+    check_gradients(emulated, loss, grad, [*p, q[0].half(), q[1]])
+    check_gradients(emulated, loss, grad, [*p, q[0], q[1].bfloat16()])
+    check_gradients(emulated, loss, grad, [p[0], p[1][0], *q])
+    check_gradients(emulated, loss, grad, [p[0][0], p[1], *q])
+    check_gradients(emulated, loss, grad, [p[0], p[1][0], *(x.expand(1030, 16) for x in q)])
+    for bits in range(1, 16):
+        check_gradients(emulated, loss, grad, [*p, *q], NARROW, [bool(bits >> i & 1) for i in range(4)])
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -205,8 +205,8 @@ def test_bad_options_are_refused(load, options, message, tmp_path, capsys):
 
 RACE = """\
 ========= COMPUTE-SANITIZER
-========= Error: Race reported between Write access at void kl_ext::cuda::<unnamed>::sum_last<float>(const T1 *, long)+0x1a0
-=========     and Read access at void kl_ext::cuda::<unnamed>::sum_last<float>(const T1 *, long)+0x1f0 [16 hazards]
+========= Error: Race reported between Write access at void kl_ext::cuda::<unnamed>::sum_partials<float>(const T1 *, long)+0x1a0
+=========     and Read access at void kl_ext::cuda::<unnamed>::sum_partials<float>(const T1 *, long)+0x1f0 [16 hazards]
 =========
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """
@@ -215,7 +215,7 @@ RACE = """\
 def test_a_report_of_kl_exts_kernels_is_told_from_others(load):
     tools = load("gpu_tools")
     ours = tools.parse_sanitizer(RACE)
-    assert (ours["errors"], ours["in_kl_ext"]) == (1, 1) and "sum_last" in ours["first"]
+    assert (ours["errors"], ours["in_kl_ext"]) == (1, 1) and "sum_partials" in ours["first"]
     theirs = tools.parse_sanitizer(RACE.replace("kl_ext::cuda::<unnamed>", "at::native"))
     assert (theirs["errors"], theirs["in_kl_ext"]) == (1, 0)
     on_host = tools.parse_sanitizer("========= Program hit an error\n=========     Host Frame: kl_ext::cuda::run(int) [0x1]\n")
@@ -236,7 +236,7 @@ def test_the_filter_is_spelt_as_the_tool_has_it(load, help_text, option):
 @pytest.mark.parametrize("anonymous", ["<unnamed>", "(anonymous namespace)", "_GLOBAL__N__a1b7e21e_9_finish_cu_fb52"])
 def test_a_kernel_is_known_by_its_name(load, anonymous):
     kernel = load("gpu_tools").KERNEL
-    assert kernel.search(f"void kl_ext::cuda::{anonymous}::sum_last<float>(const T1 *, long)")[1] == "sum_last"
+    assert kernel.search(f"void kl_ext::cuda::{anonymous}::sum_partials<float>(const T1 *, long)")[1] == "sum_partials"
     assert kernel.search("void kl_ext::cuda::sum_rows<kl_ext::cuda::Forward<kl_ext::math::SingleLoss>>(T7)")[1] == "sum_rows"
     assert not kernel.search("void at::native::vectorized_elementwise_kernel<4>(int)")
 
@@ -247,9 +247,9 @@ def test_a_kernel_is_known_by_its_name(load, anonymous):
         ("void backward<math::PairOf<0>, 0, float, math::BFloat16, float, Vectors<8, 0>>(T6::Plan<2*kInputs+1>)", "backward"),
         ("void sum_rows<Forward<math::PairOf<0>>, 0, float>(T6::Plan<kOperands>, SumShape<T3>)", "sum_rows"),
         ("void unnamed>::divide_each<float>(T1 *, long, T1)", "divide_each"),
-        ("unnamed>::sum_lanes(const float *, long)", "sum_lanes"),
-        ("void kl_ext::cuda::<unnamed>::sum_lanes<float>(const T1 *, long)", "sum_lanes"),
-        ("void kl_ext::cuda::(anonymous namespace)::sum_lanes<float>(const T1 *, long)", "sum_lanes"),
+        ("unnamed>::sum_partials(const float *, long)", "sum_partials"),
+        ("void kl_ext::cuda::<unnamed>::sum_partials<float>(const T1 *, long)", "sum_partials"),
+        ("void kl_ext::cuda::(anonymous namespace)::sum_partials<float>(const T1 *, long)", "sum_partials"),
     ],
 )
 def test_a_kernel_is_known_by_what_ncu_prints(load, printed, name):
@@ -262,7 +262,7 @@ def test_a_kernel_is_known_by_what_ncu_prints(load, printed, name):
 def test_kernels_that_are_not_the_cases_are_not_taken_for_them(load):
     tools = load("gpu_tools")
     kernels = tools.parse_ncu(tools.RECORDED_NCU)
-    assert [kernel["kernel"] for kernel in kernels] == ["forward", "sum_rows", "sum_lanes"]
+    assert [kernel["kernel"] for kernel in kernels] == ["forward", "sum_rows", "sum_partials"]
     assert kernels[0] == {"kernel": "forward", "read": 6.71e6, "written": 3.3e6, "nanoseconds": 5120}
     assert kernels[1]["read"] == 6e6
     assert tools.match(kernels, [{"least_bytes": 1e7}]) is None

@@ -10,11 +10,11 @@ namespace kl_ext::cpu {
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
-  static const Kernels& chosen = [&]() -> const Kernels& {
+  static const Kernels* const chosen = [] {
     const std::string capability = at::get_cpu_capability();
-    return capability.starts_with("AVX512") ? AVX512::kernels : capability == "AVX2" ? AVX2::kernels : DEFAULT::kernels;
+    return capability.starts_with("AVX512") ? &AVX512::kernels : capability == "AVX2" ? &AVX2::kernels : &DEFAULT::kernels;
   }();
-  return chosen;
+  return *chosen;
 #else
   return DEFAULT::kernels;
 #endif

@@ -47,7 +47,7 @@ KL_EXT_INLINE void store_rounded(void* to, Storage dtype, std::int64_t first, st
       store(static_cast<float*>(to));
       break;
     default:
-      store(static_cast<double*>(to));
+      store(static_cast<T*>(to)); // float64 only if T is double
   }
 }
 

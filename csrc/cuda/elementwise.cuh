@@ -70,6 +70,7 @@ struct Forward {
   static constexpr int kOperands = Loss::kInputs + 1;
   static constexpr int kOutputs = 1;
   static constexpr bool kIsBackward = false;
+  static constexpr bool kSharesQ = false;
   static constexpr int kOutput = 0; // the operand with the result's dtype; all others have the inputs'
 
   template <math::Range range, class T, class Input, class Output, class Access>
@@ -82,6 +83,7 @@ struct Backward {
   static constexpr int kOperands = 2 * Loss::kInputs + 1;
   static constexpr int kOutputs = Loss::kInputs;
   static constexpr bool kIsBackward = true;
+  static constexpr bool kSharesQ = false;
   static constexpr int kOutput = Loss::kInputs; // grad_output
 
   template <math::Range range, class T, class Input, class Output, class Access>

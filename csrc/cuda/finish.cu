@@ -33,7 +33,8 @@ KL_EXT_DEVICE T sum_group(Numbers numbers, std::int64_t count, std::int64_t stri
 }
 
 // numbers: [count, outputs, sums], of which kGroup are a group: of chunks, or of lanes. What kMaxGroups groups add up to goes to
-// parts, or to the results where that is all. A column is for 2^log_teams teams beside each other, in a block of its own where there are more groups than teams.
+// parts, or to the results where that is all. A column is for 2^log_teams teams beside each other; where there are more groups
+// than teams, it has the block to itself.
 template <class T, int kGroup>
 __global__ void __launch_bounds__(kThreads)
     sum_partials(const T* numbers, std::int64_t count, std::int32_t outputs, std::int64_t sums, std::int32_t log_teams,
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
-  // Every team of a column comes to the same, whichever size a team has here.
+  // Every team of a column computes the same sum; here a team may have another size, which is why all of them come.
   T sum[1];
   sum[0] = groups <= math::kLanes ? sum_group<math::kLanes, T>(of_column, groups, 1)
                                   : sum_group<kMaxGroups, T>(of_column, groups, 1);

@@ -85,7 +85,8 @@ void kl_div_pair_loss_backward_sum(const Summation& summation, Bounds bounds, co
 void gaussian_kl_div_backward_sum(const Summation& summation, Bounds bounds, const SumResults& results, void* scratch,
                                   CUstream_st* stream);
 
-// Sums each column of numbers [partials.count, outputs, sums]; scratch: for what is between two launches.
+// Sums each column of numbers [partials.count, outputs, sums]; scratch: of as many numbers for
+// each 2^20 chunks or 2^16 lanes, where there are more than those.
 void finish_sums(const float* numbers, Partials partials, int outputs, std::int64_t sums, std::int64_t divisor,
                  const SumResults& results, float* scratch, CUstream_st* stream);
 void finish_sums(const double* numbers, Partials partials, int outputs, std::int64_t sums, std::int64_t divisor,

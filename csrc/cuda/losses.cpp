@@ -81,7 +81,7 @@ void backward_sums(const Loss& loss, Arguments arguments, Bounds bounds, const G
     for (size_t i = 0; i < inputs; ++i) {
       const bool is_wanted = gradients[i].defined() && !done[i];
       if (is_wanted && gradients[i].sizes() == shape) {
-        sum.add(gradients[i], gradients[i].scalar_type());
+        sum.add_output(gradients[i], gradients[i].scalar_type());
         done[i] = true;
       } else if (is_wanted && broadcast_dims(gradients[i].sizes(), shape) == reduced) {
         const at::Tensor sums =
@@ -92,7 +92,7 @@ void backward_sums(const Loss& loss, Arguments arguments, Bounds bounds, const G
         }
         done[i] = true;
       } else {
-        sum.add({}, arguments[i + 1].tensor.scalar_type());
+        sum.add_output({}, arguments[i + 1].tensor.scalar_type());
       }
     }
     for (const auto& argument : arguments) {

@@ -110,7 +110,14 @@ class Sum {
     tensors_.push_back(result);
   }
 
-  // A gradient that is not wanted, or not in this pass, if the tensor is undefined.
+  // An output that is elementwise; a gradient that is not wanted, or not in this pass, if the tensor is undefined.
+  void add_output(const at::Tensor& tensor, at::ScalarType dtype) {
+    if (tensor.defined()) {
+      tensor.mutable_data_ptr(); // which makes a lazily copied tensor one of its own
+    }
+    add(tensor, dtype);
+  }
+
   void add(const at::Tensor& tensor, at::ScalarType dtype) {
     Iteration& terms = summation_.terms;
     Operand& operand = terms.operand[terms.operands++];

@@ -5,12 +5,51 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 
 #include "elementwise.cuh"
 #include "exchange.cuh"
 #include "sum_access.cuh"
 
 namespace kl_ext::cuda {
+
+// A backward of a pair of which every column has a q of its own, in sums by columns: a thread keeps its columns, and computes
+// what only q decides but once.
+template <bool documented>
+struct BackwardGivenQ : Backward<math::PairOf<documented>> {
+  using Given = math::PairGivenQ<documented>;
+  static constexpr bool kSharesQ = true;
+};
+
+template <class Direction>
+struct SharingQ {
+  using Type = void;
+};
+
+template <bool documented>
+struct SharingQ<Backward<math::PairOf<documented>>> {
+  using Type = BackwardGivenQ<documented>;
+};
+
+// The q of a thread's columns: the last inputs of PairGivenQ; nothing in other directions.
+template <class Direction, class T, class Access>
+struct Q {
+  static constexpr int kItems = Direction::kSharesQ ? Access::kItems : 1;
+  T inputs[3][kItems];
+
+  template <class Input, class Thread>
+  KL_EXT_INLINE void load(const Thread& thread, math::Clamp<T> bounds) {
+    constexpr int kFirst = Direction::kOperands - 2;
+    typename Access::template Loaded<Input> loaded[2];
+    thread.load(kFirst, loaded);
+    for (int item = 0; item < kItems; ++item) {
+      for (int i = 0; i < 2; ++i) {
+        inputs[i][item] = thread.template get<T>(loaded[i], kFirst + i, item);
+      }
+      inputs[2][item] = math::inverse_variance<Direction::Loss::kTimes>(math::clamp(inputs[1][item], bounds.low, bounds.high));
+    }
+  }
+};
 
 // As blocks_per_processor in elementwise.cuh. Half types are bound by their arithmetic, which more warps keep busier.
 template <class Direction, math::Range range, class T, class Access>
@@ -38,8 +77,9 @@ struct Step {
   using Thread = typename Access::template Thread<Direction::kOperands>;
   static constexpr int kInputs = Loss::kInputs;
   static constexpr int kFirstInput = Direction::kOperands - kInputs;
+  static constexpr int kOwn = Direction::kSharesQ ? 2 : kInputs; // inputs of the terms, and gradients that may be theirs
 
-  typename Access::template Loaded<Input> inputs[kInputs];
+  typename Access::template Loaded<Input> inputs[kOwn];
   typename Access::template Loaded<Output> grad_output[1]; // of a backward
 
   KL_EXT_INLINE void load(const Thread& thread) {
@@ -53,35 +93,51 @@ struct Step {
     }
   }
 
-  KL_EXT_INLINE void compute(const Thread& thread, math::Clamp<T> bounds,
+  KL_EXT_INLINE void compute(const Thread& thread, math::Clamp<T> bounds, const Q<Direction, T, Access>& q,
                              T (&results)[Direction::kOutputs][Access::kItems]) const {
+    T own[kOwn][Access::kItems];
     for (int item = 0; item < Access::kItems; ++item) {
-      T values[kInputs];
-      for (int i = 0; i < kInputs; ++i) {
+      T values[kInputs + (Direction::kSharesQ ? 1 : 0)];
+      for (int i = 0; i < kOwn; ++i) {
         values[i] = thread.template get<T>(inputs[i], kFirstInput + i, item);
       }
-      if constexpr (Direction::kIsBackward) {
+      if constexpr (!Direction::kIsBackward) {
+        results[0][item] = Loss::template forward<range>(values, bounds);
+      } else {
         T gradients[kInputs];
         const T grad = thread.template get<T>(grad_output[0], Direction::kOutput, item);
-        Loss::template backward<range>(grad, values, bounds, gradients);
+        if constexpr (Direction::kSharesQ) {
+          for (int i = 0; i < 3; ++i) {
+            values[2 + i] = q.inputs[i][item];
+          }
+          Direction::Given::template backward<range>(grad, values, bounds, gradients);
+        } else {
+          Loss::template backward<range>(grad, values, bounds, gradients);
+        }
         for (int i = 0; i < kInputs; ++i) {
           results[i][item] = gradients[i];
         }
-      } else {
-        results[0][item] = Loss::template forward<range>(values, bounds);
+        for (int i = 0; i < kOwn; ++i) {
+          own[i][item] = gradients[i];
+        }
       }
     }
     if constexpr (Direction::kIsBackward) {
-      thread.template store<Input>(0, results);
+      thread.template store<Input>(0, own);
     }
   }
 };
+
+// The first output that may be summed.
+template <class Direction>
+constexpr int kFirstSummed = Direction::kSharesQ ? 2 : 0;
 
 // Adds a thread's terms to its lanes: at `first`, first + stride, ... below count. at(term) gives the access to them, and
 // valid(term) how many of its items there are.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class At, class Valid>
 KL_EXT_INLINE void add_terms(std::int32_t first, std::int32_t stride, std::int32_t count, math::Clamp<T> bounds, const At& at,
-                             const Valid& valid, T (&lanes)[Direction::kOutputs][Access::kItems]) {
+                             const Valid& valid, const Q<Direction, T, Access>& q,
+                             T (&lanes)[Direction::kOutputs][Access::kItems]) {
   constexpr int kSteps = kStepsAtOnce<Direction, Access>;
   for (; first < count; first += kSteps * stride) {
     Step<Direction, range, T, Input, Output, Access> steps[kSteps];
@@ -97,8 +153,8 @@ KL_EXT_INLINE void add_terms(std::int32_t first, std::int32_t stride, std::int32
       const std::int32_t term = first + step * stride;
       if (term < count) {
         T terms[Direction::kOutputs][Access::kItems];
-        steps[step].compute(at(term), bounds, terms);
-        for (int output = 0; output < Direction::kOutputs; ++output) {
+        steps[step].compute(at(term), bounds, q, terms);
+        for (int output = kFirstSummed<Direction>; output < Direction::kOutputs; ++output) {
           for (int item = 0; item < Access::kItems; ++item) {
             const T sum = lanes[output][item] + terms[output][item];
             lanes[output][item] = Access::kIsWhole || item < valid(term) ? sum : lanes[output][item];
@@ -109,10 +165,9 @@ KL_EXT_INLINE void add_terms(std::int32_t first, std::int32_t stride, std::int32
   }
 }
 
-// Whether the chunks that take turns in a lane fit a block together.
+// Whether the chunks that take turns in a lane, 16 of them, fit a block together: it has kThreads * kItems / 64.
 template <class Access>
-constexpr bool kChunksTakeTurns =
-    Access::kNeighbours && kThreads * Access::kItems / math::kLanes >= math::kChunk / math::kLanes;
+constexpr bool kChunksTakeTurns = Access::kNeighbours && kThreads * Access::kItems >= math::kChunk;
 
 // The sum of the chunks in the block's places from this one on, for the first of them.
 template <class T, class Shared>
@@ -183,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   };
   T lanes[Direction::kOutputs][kItems] = {};
   add_terms<Direction, range, T, Input, Output, Access>(thread * (Access::kNeighbours ? kItems : 1), width * kItems, count,
-                                                        bounds, at, valid, lanes);
+                                                        bounds, at, valid, {}, lanes);
   KL_EXT_UNROLL
   for (int output = 0; output < Direction::kOutputs; ++output) {
     if (shape.slots[output] < 0) {
@@ -232,10 +287,16 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   };
   const auto all = [](std::int32_t) { return kItems; }; // columns that there are not are not written
   T lanes[Direction::kOutputs][kItems] = {};
-  add_terms<Direction, range, T, Input, Output, Access>(lane, lane_count, count, bounds, at, all, lanes);
+  Q<Direction, T, Access> q;
+  if constexpr (Direction::kSharesQ) {
+    if (lane < count) {
+      q.template load<Input>(at(lane), bounds);
+    }
+  }
+  add_terms<Direction, range, T, Input, Output, Access>(lane, lane_count, count, bounds, at, all, q, lanes);
 
   KL_EXT_UNROLL
-  for (int output = 0; output < Direction::kOutputs; ++output) {
+  for (int output = kFirstSummed<Direction>; output < Direction::kOutputs; ++output) {
     if (shape.slots[output] >= 0) {
       fold_across_block(lanes[output], exchange, lane, lane_count, width);
       if (lane == 0 && count > 0) {
@@ -253,7 +314,7 @@ Partials launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shap
   shape.count = layout.count;
   shape.columns = layout.sums;
   const std::int64_t lanes = math::lanes_in_use(layout.count);
-  if constexpr (!Access::kIsWhole) {
+  if constexpr (!Access::kIsWhole) { // RowTerms are for rows only
     if (layout.by_columns) {
       const std::int64_t across = next_power_of_two(ceil_divide(layout.sums, kItems));
       const std::int64_t threads = block_of(across * lanes, layout.chunks);
@@ -271,25 +332,28 @@ Partials launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shap
       return {layout.chunks, /*are_lanes=*/false};
     }
   }
-  const std::int64_t width = std::max<std::int64_t>(1, lanes / kItems);
-  const std::int64_t threads = block_of(width, layout.sums * layout.chunks);
-  const bool take_turns = kChunksTakeTurns<Access> && layout.chunks > math::kLanes && threads == kThreads;
-  const std::int64_t turns = take_turns ? next_power_of_two(turns_of(layout.chunks)) : 1;
-  const Partials partials{take_turns ? lanes_of(layout.chunks) : layout.chunks, take_turns};
-  const std::int64_t items = partials.count * turns;
-  shape.threads = static_cast<std::uint32_t>(threads);
-  shape.log_width = log2_of(width);
-  shape.log_turns = log2_of(turns);
-  shape.divider = Divider(items);
-  const std::int64_t rows = (KL_EXT_INDICES - kThreads) / width / items;
-  for (shape.first = 0; shape.first < layout.sums; shape.first += rows) {
-    shape.items = static_cast<std::uint32_t>(std::min(rows, layout.sums - shape.first) * items);
-    const std::int64_t blocks = ceil_divide(shape.items * width, threads);
-    constexpr auto kernel = sum_rows<Direction, range, T, Input, Output, Access>;
-    KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), shape.threads, stream, plan, shape,
-                             to_clamp<T>(bounds));
+  if constexpr (!Direction::kSharesQ) {
+    const std::int64_t width = std::max<std::int64_t>(1, lanes / kItems);
+    const std::int64_t threads = block_of(width, layout.sums * layout.chunks);
+    const bool take_turns = kChunksTakeTurns<Access> && layout.chunks > math::kLanes && threads == kThreads;
+    const std::int64_t turns = take_turns ? next_power_of_two(turns_of(layout.chunks)) : 1;
+    const Partials partials{take_turns ? lanes_of(layout.chunks) : layout.chunks, take_turns};
+    const std::int64_t items = partials.count * turns;
+    shape.threads = static_cast<std::uint32_t>(threads);
+    shape.log_width = log2_of(width);
+    shape.log_turns = log2_of(turns);
+    shape.divider = Divider(items);
+    const std::int64_t rows = (KL_EXT_INDICES - kThreads) / width / items;
+    for (shape.first = 0; shape.first < layout.sums; shape.first += rows) {
+      shape.items = static_cast<std::uint32_t>(std::min(rows, layout.sums - shape.first) * items);
+      const std::int64_t blocks = ceil_divide(shape.items * width, threads);
+      constexpr auto kernel = sum_rows<Direction, range, T, Input, Output, Access>;
+      KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), shape.threads, stream, plan, shape,
+                               to_clamp<T>(bounds));
+    }
+    return partials;
   }
-  return partials;
+  return {};
 }
 
 // Nothing, where the operands' dtypes and layouts do not let it.
@@ -307,13 +371,19 @@ std::optional<Partials> run_vector_sums(const SumLayout& layout, const SumShape<
       !fits_vector_indices(layout.terms, kItems)) {
     return std::nullopt;
   }
-  if constexpr (!Direction::kIsBackward) { // a gradient is summed only where an operand is broadcast
+  if constexpr (!Direction::kIsBackward) { // a gradient is summed only where an operand is broadcast, in rows a splat
     if (!layout.by_columns && is_in_rows(layout.terms) && layout.terms.sizes[0] % kItems == 0) {
       const auto plan = plan_rows<Direction::kOperands>(layout.terms, kItems);
       return launch_sums<Direction, range, T, Input, Output, RowTerms<kItems>>(layout, plan, shape, bounds, stream);
     }
   }
   const auto plan = plan_vectors<Direction::kOperands>(layout.terms, kItems);
+  using GivenQ = typename SharingQ<Direction>::Type;
+  if constexpr (!std::is_void_v<GivenQ>) {
+    if (shares_q(layout, shape.slots)) {
+      return launch_sums<GivenQ, range, T, Input, Output, VectorTerms<kItems>>(layout, plan, shape, bounds, stream);
+    }
+  }
   return launch_sums<Direction, range, T, Input, Output, VectorTerms<kItems>>(layout, plan, shape, bounds, stream);
 }
 

@@ -15,7 +15,7 @@
 
 namespace kl_ext::cuda {
 
-// The threads of a block of a launch that has `threads` for each of `count` sums or chunks, or more.
+// The threads of a block, for a launch of threads * count of them or more.
 inline std::int64_t block_of(std::int64_t threads, std::int64_t count) {
   return count <= KL_EXT_FEW_THREADS / threads ? 64 : 256;
 }
@@ -149,6 +149,19 @@ inline SumLayout lay_out(const Summation& summation) {
     layout.outputs += summed ? 1 : 0;
   }
   return layout;
+}
+
+// Whether every column of a pair's terms has a q of its own, whose gradients are sums, while p's are not. slots: SumShape's.
+inline bool shares_q(const SumLayout& layout, const std::int32_t (&slots)[kMaxOutputs]) {
+  const Iteration& terms = layout.terms;
+  bool shares = layout.by_columns && slots[0] < 0 && slots[1] < 0;
+  shares &= terms.operand[2].data == nullptr && terms.operand[3].data == nullptr;
+  for (int i = terms.operands - 2; i < terms.operands; ++i) {
+    for (int dim = layout.fast_dims; dim < terms.ndim; ++dim) {
+      shares &= terms.operand[i].strides[dim] == 0;
+    }
+  }
+  return shares;
 }
 
 // The numbers of the arithmetic type that a sum keeps between its launches, at most: its partial sums, and what finish_sums

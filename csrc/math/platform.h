@@ -64,8 +64,8 @@ KL_EXT_INLINE float abs(float x) { return __builtin_fabsf(x); }
 KL_EXT_INLINE double abs(double x) { return __builtin_fabs(x); }
 #endif
 
-// The larger and the smaller of two numbers, of which the second is not NaN and the first stays NaN. (From sm_80 on this is an
-// instruction, which the compiler does not find by itself: it takes +0 for larger than -0.)
+// max(x, low) and min(x, high) for bounds that are not NaN; NaN stays NaN. (sm_80 has instructions for float, which the compiler
+// does not find by itself: for them +0 is larger than -0.)
 template <class T>
 KL_EXT_INLINE T at_least(T x, T low) {
   return x < low ? low : x;

@@ -8,7 +8,7 @@ from typing import NamedTuple
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES = {"double": "float64", "float": "float32", "BFloat16": "bfloat16", "Half": "float16"}
 LOSSES = {"SingleLoss": "SingleLoss", "PairOf<true>": "PairLoss", "PairOf<false>": "Divergence"}
-INPUTS = {"SingleLoss": 2, "PairLoss": 4, "Divergence": 4}
+INPUTS = {"SingleLoss": 2, "PairLoss": 4, "Divergence": 4, "PairLossGivenQ": 2, "DivergenceGivenQ": 2}
 GROUPS = {"64": "lanes", "1024": "chunks"}
 RANGES = {"(Range)0": "narrow", "(Range)1": "wide"}
 
@@ -51,14 +51,17 @@ def name_of(demangled: str) -> Name:
         if len(arguments) <= 2:
             return Name(function, "-", DTYPES[arguments[0]], *(GROUPS[group] for group in arguments[1:]))
         loss, reach, arithmetic, inputs, result, access = arguments
+        given = ""
         if function.startswith("sum_"):
             direction, _, loss = loss.removesuffix(">").partition("<")
+            if direction == "BackwardGivenQ":
+                direction, loss, given = "Backward", f"PairOf<{loss}>", "GivenQ"
             function = f"{direction.lower()}{function.removeprefix('sum')}"
         dtype = DTYPES[arithmetic if inputs == "void" else inputs] + ("" if inputs == result else f"->{DTYPES[result]}")
         if access.startswith("Strided"):
             access = "strided"
         elif access.startswith(("Row", "Vector")):
             access = "rows" if access.startswith("Row") or "true" in access else "vectors"
-        return Name(function, LOSSES[loss], dtype, access, RANGES[reach])
+        return Name(function, LOSSES[loss] + given, dtype, access, RANGES[reach])
     except (KeyError, ValueError):
         return Name(text.replace(" ", ""))
