@@ -113,7 +113,7 @@ CHANGES = {
     "half the lanes left out": Change("exchange.cuh", r"if \(is_upper\)", "if (lane > 48)", "no thread has written"),
     "all lanes write": Change("exchange.cuh", r"if \(is_upper\)", "if (lane < 64)", "no barrier after the write"),
     "shuffle across warps": Change("exchange.cuh", "distance < 32", "distance <= 32", "part of a warp"),
-    "lanes that leave early": Change("sum.cuh", "(?=T lanes.*\n.*lane, lane_count)", "if (lane > 9) return;", "has returned"),
+    "lanes that leave early": Change("sum.cuh", "(?=T lanes.*\n  Q<)", "if (lane > 9) return;", "has returned"),
     "barrier for some": Change("exchange.cuh", r"__syncthreads\(\);", "if (lane > 9) __syncthreads();", "is at a barrier"),
     "too few groups": Change("finish.cu", "of_groups, kMaxGroups", "of_groups, kMaxGroups / 4", "beyond its"),
     "too few places": Change("sum.cuh", "(?<=kPlaces = kThreads)", " / 2", "beyond its"),
