@@ -7,49 +7,10 @@
 #include <optional>
 #include <type_traits>
 
-#include "elementwise.cuh"
 #include "exchange.cuh"
-#include "sum_access.cuh"
+#include "sum_terms.cuh"
 
 namespace kl_ext::cuda {
-
-// A backward of a pair of which every column has a q of its own, in sums by columns: a thread keeps its columns, and computes
-// what only q decides but once.
-template <bool documented>
-struct BackwardGivenQ : Backward<math::PairOf<documented>> {
-  using Given = math::PairGivenQ<documented>;
-  static constexpr bool kSharesQ = true;
-};
-
-template <class Direction>
-struct SharingQ {
-  using Type = void;
-};
-
-template <bool documented>
-struct SharingQ<Backward<math::PairOf<documented>>> {
-  using Type = BackwardGivenQ<documented>;
-};
-
-// The q of a thread's columns: the last inputs of PairGivenQ; nothing in other directions.
-template <class Direction, class T, class Access>
-struct Q {
-  static constexpr int kItems = Direction::kSharesQ ? Access::kItems : 1;
-  T inputs[3][kItems];
-
-  template <class Input, class Thread>
-  KL_EXT_INLINE void load(const Thread& thread, math::Clamp<T> bounds) {
-    constexpr int kFirst = Direction::kOperands - 2;
-    typename Access::template Loaded<Input> loaded[2];
-    thread.load(kFirst, loaded);
-    for (int item = 0; item < kItems; ++item) {
-      for (int i = 0; i < 2; ++i) {
-        inputs[i][item] = thread.template get<T>(loaded[i], kFirst + i, item);
-      }
-      inputs[2][item] = math::inverse_variance<Direction::Loss::kTimes>(math::clamp(inputs[1][item], bounds.low, bounds.high));
-    }
-  }
-};
 
 // As blocks_per_processor in elementwise.cuh. Half types are bound by their arithmetic, which more warps keep busier.
 template <class Direction, math::Range range, class T, class Access>
@@ -61,108 +22,6 @@ constexpr int sum_blocks_per_processor() {
     return 2;
   }
   return Access::kIsWhole && Access::kItems == 8 ? 4 : 3;
-}
-
-// The steps whose loads are all issued before any of their numbers is used: a chunk takes 16 steps at most, and what a short
-// sum waits for is memory.
-template <class Direction, class Access>
-constexpr int kStepsAtOnce = Direction::kIsBackward                       ? 1
-                             : Access::kNeighbours && Access::kItems <= 4 ? 8 / Direction::Loss::kInputs
-                                                                          : 4 / Direction::Loss::kInputs;
-
-// A thread's numbers in one step, and what becomes of them. Every gradient is computed.
-template <class Direction, math::Range range, class T, class Input, class Output, class Access>
-struct Step {
-  using Loss = typename Direction::Loss;
-  using Thread = typename Access::template Thread<Direction::kOperands>;
-  static constexpr int kInputs = Loss::kInputs;
-  static constexpr int kFirstInput = Direction::kOperands - kInputs;
-  static constexpr int kOwn = Direction::kSharesQ ? 2 : kInputs; // inputs of the terms, and gradients that may be theirs
-
-  typename Access::template Loaded<Input> inputs[kOwn];
-  typename Access::template Loaded<Output> grad_output[1]; // of a backward
-
-  KL_EXT_INLINE void load(const Thread& thread) {
-    if constexpr (!Direction::kIsBackward) {
-      thread.load(kFirstInput, inputs);
-    } else if constexpr (Access::kNeighbours) {
-      thread.load(Direction::kOutput, grad_output, inputs);
-    } else { // with grad_output first, a wide float64 would take more registers than there are
-      thread.load(kFirstInput, inputs);
-      thread.load(Direction::kOutput, grad_output);
-    }
-  }
-
-  KL_EXT_INLINE void compute(const Thread& thread, math::Clamp<T> bounds, const Q<Direction, T, Access>& q,
-                             T (&results)[Direction::kOutputs][Access::kItems]) const {
-    T own[kOwn][Access::kItems];
-    for (int item = 0; item < Access::kItems; ++item) {
-      T values[kInputs + (Direction::kSharesQ ? 1 : 0)];
-      for (int i = 0; i < kOwn; ++i) {
-        values[i] = thread.template get<T>(inputs[i], kFirstInput + i, item);
-      }
-      if constexpr (!Direction::kIsBackward) {
-        results[0][item] = Loss::template forward<range>(values, bounds);
-      } else {
-        T gradients[kInputs];
-        const T grad = thread.template get<T>(grad_output[0], Direction::kOutput, item);
-        if constexpr (Direction::kSharesQ) {
-          for (int i = 0; i < 3; ++i) {
-            values[2 + i] = q.inputs[i][item];
-          }
-          Direction::Given::template backward<range>(grad, values, bounds, gradients);
-        } else {
-          Loss::template backward<range>(grad, values, bounds, gradients);
-        }
-        for (int i = 0; i < kInputs; ++i) {
-          results[i][item] = gradients[i];
-        }
-        for (int i = 0; i < kOwn; ++i) {
-          own[i][item] = gradients[i];
-        }
-      }
-    }
-    if constexpr (Direction::kIsBackward) {
-      thread.template store<Input>(0, own);
-    }
-  }
-};
-
-// The first output that may be summed.
-template <class Direction>
-constexpr int kFirstSummed = Direction::kSharesQ ? 2 : 0;
-
-// Adds a thread's terms to its lanes: at `first`, first + stride, ... below count. at(term) gives the access to them, and
-// valid(term) how many of its items there are.
-template <class Direction, math::Range range, class T, class Input, class Output, class Access, class At, class Valid>
-KL_EXT_INLINE void add_terms(std::int32_t first, std::int32_t stride, std::int32_t count, math::Clamp<T> bounds, const At& at,
-                             const Valid& valid, const Q<Direction, T, Access>& q,
-                             T (&lanes)[Direction::kOutputs][Access::kItems]) {
-  constexpr int kSteps = kStepsAtOnce<Direction, Access>;
-  for (; first < count; first += kSteps * stride) {
-    Step<Direction, range, T, Input, Output, Access> steps[kSteps];
-    KL_EXT_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
-      const std::int32_t term = first + step * stride;
-      if (term < count) {
-        steps[step].load(at(term));
-      }
-    }
-    KL_EXT_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
-      const std::int32_t term = first + step * stride;
-      if (term < count) {
-        T terms[Direction::kOutputs][Access::kItems];
-        steps[step].compute(at(term), bounds, q, terms);
-        for (int output = kFirstSummed<Direction>; output < Direction::kOutputs; ++output) {
-          for (int item = 0; item < Access::kItems; ++item) {
-            const T sum = lanes[output][item] + terms[output][item];
-            lanes[output][item] = Access::kIsWhole || item < valid(term) ? sum : lanes[output][item];
-          }
-        }
-      }
-    }
-  }
 }
 
 // Whether the chunks that take turns in a lane, 16 of them, fit a block together: it has kThreads * kItems / 64.
