@@ -27,15 +27,19 @@ using namespace kl_ext::math;
 template <class T, Range range>
 void exponentials(const T* x, T* half_phi_of_x, T* half_expm1_of_x, long n) {
   for (long i = 0; i < n; ++i) {
-    const auto reduced = reduce<range>(x[i]);
-    half_phi_of_x[i] = half_phi(T(0.5) * x[i], reduced);
-    half_expm1_of_x[i] = half_expm1(reduced);
+    const T half = T(0.5) * x[i];
+    half_phi_of_x[i] = half_phi<range>(half, reduce<range, 1>(half));
+    half_expm1_of_x[i] = half_expm1(reduce<range>(x[i]));
   }
 }
 
 template <class T, Range range>
 void divergences(const T* mu_p, const T* log_var_p, const T* mu_q, const T* log_var_q, T* out, long n) {
-  for (long i = 0; i < n; ++i) out[i] = divergence<range>(mu_p[i], log_var_p[i], mu_q[i], log_var_q[i]);
+  const Clamp<T> none{-Format<T>::kInfinity, Format<T>::kInfinity};
+  for (long i = 0; i < n; ++i) {
+    const T inputs[] = {mu_p[i], log_var_p[i], mu_q[i], log_var_q[i]};
+    out[i] = Divergence::forward<range>(inputs, none);
+  }
 }
 
 // Of every loss the result and the gradients, interleaved.

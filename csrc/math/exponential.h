@@ -13,7 +13,22 @@
 
 namespace kl_ext::math {
 
-// ln 2 in two parts (k kLn2High is exact for every k in use), and Q of 2 phi(r) = r^2 + r^3 Q(r) for |r| <= ln 2: minimax.
+template <class T, int n>
+constexpr T kTwoTo = n < 0 ? T(1) / T(std::uint64_t{1} << -n) : T(std::uint64_t{1} << n);
+
+// c_0 + c_1 x + c_2 x^2 + ..., with 2^(power + i step) c_i in the place of c_i.
+template <int power, int step, class T>
+KL_EXT_INLINE T polynomial(T, T c) {
+  return kTwoTo<T, power> * c;
+}
+
+template <int power, int step, class T, class... More>
+KL_EXT_INLINE T polynomial(T x, T c, More... more) {
+  return fma(polynomial<power + step, step>(x, more...), x, kTwoTo<T, power> * c);
+}
+
+// ln 2 in two parts (k kLn2High is exact for every k in use), and Q of phi(r) = r/2 (r + r^2 Q(r)) for |r| <= ln 2: minimax.
+// q<power, step>(x) is 2^power Q(2^step x).
 template <class T>
 struct Constants;
 
@@ -22,13 +37,10 @@ struct Constants<float> {
   static constexpr float kLog2E = 0x1.715476p0f;
   static constexpr float kLn2High = 0x1.62e3p-1f;
   static constexpr float kLn2Low = 0x1.2fefa2p-17f;
-  KL_EXT_INLINE static float q(float r) {
-    float q = 0x1.a38652p-15f;
-    q = fma(q, r, 0x1.a4d838p-12f);
-    q = fma(q, r, 0x1.6c1270p-9f);
-    q = fma(q, r, 0x1.110c98p-6f);
-    q = fma(q, r, 0x1.55555cp-4f);
-    return fma(q, r, 0x1.55555ap-2f);
+  template <int power, int step>
+  KL_EXT_INLINE static float q(float x) {
+    return polynomial<power, step>(x, 0x1.55555ap-2f, 0x1.55555cp-4f, 0x1.110c98p-6f, 0x1.6c1270p-9f, 0x1.a4d838p-12f,
+                                   0x1.a38652p-15f);
   }
 };
 
@@ -37,19 +49,11 @@ struct Constants<double> {
   static constexpr double kLog2E = 0x1.71547652b82fep0;
   static constexpr double kLn2High = 0x1.62e42feep-1;
   static constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
-  KL_EXT_INLINE static double q(double r) {
-    double q = 0x1.97fd8e669b391p-36;
-    q = fma(q, r, 0x1.63df50ae91eecp-32);
-    q = fma(q, r, 0x1.1ee9cc0f83e6fp-28);
-    q = fma(q, r, 0x1.ae60ef78ecf8ep-25);
-    q = fma(q, r, 0x1.27e4fe4e27ab1p-21);
-    q = fma(q, r, 0x1.71de3c5e2ced0p-18);
-    q = fma(q, r, 0x1.a01a019e21e82p-15);
-    q = fma(q, r, 0x1.a01a019eeb7a7p-12);
-    q = fma(q, r, 0x1.6c16c16c17502p-9);
-    q = fma(q, r, 0x1.11111111115c5p-6);
-    q = fma(q, r, 0x1.5555555555554p-4);
-    return fma(q, r, 0x1.5555555555554p-2);
+  template <int power, int step>
+  KL_EXT_INLINE static double q(double x) {
+    return polynomial<power, step>(x, 0x1.5555555555554p-2, 0x1.5555555555554p-4, 0x1.11111111115c5p-6, 0x1.6c16c16c17502p-9,
+                                   0x1.a01a019eeb7a7p-12, 0x1.a01a019e21e82p-15, 0x1.71de3c5e2ced0p-18, 0x1.27e4fe4e27ab1p-21,
+                                   0x1.ae60ef78ecf8ep-25, 0x1.1ee9cc0f83e6fp-28, 0x1.63df50ae91eecp-32, 0x1.97fd8e669b391p-36);
   }
 };
 
@@ -63,16 +67,17 @@ KL_EXT_INLINE T power_of_two(T k) {
   return from_bits<T>((to_bits<T>(k + kShift) << F::kMantissaBits) + kFactor);
 }
 
-// 2 phi(r) for |r| <= ln 2: doubled, it takes a multiplication less, and those are what a processor has fewest of.
-template <class T>
-KL_EXT_INLINE T twice_phi(T r) {
-  return fma(r, r, (r * r) * (r * Constants<T>::q(r)));
+// 2^(1 - step) phi(r) / r of x = 2^-step r, for |r| <= ln 2.
+template <int step, class T>
+KL_EXT_INLINE T phi_over_r(T x) {
+  return fma(x * x, Constants<T>::template q<step, step>(x), x);
 }
 
-// 2 expm1(r) likewise.
+// expm1(r) for |r| <= ln 2.
 template <class T>
-KL_EXT_INLINE T twice_expm1(T r) {
-  return (r + r) + twice_phi(r);
+KL_EXT_INLINE T expm1_reduced(T r) {
+  const T phi_over_r = r * fma(Constants<T>::template q<-1, 0>(r), r, T(0.5));
+  return fma(r, phi_over_r, r);
 }
 
 // x = k ln 2 + r.
@@ -91,9 +96,9 @@ constexpr T kNarrowBound = sizeof(T) == 4 ? T(43) : T(350);
 
 // The k of x = k ln 2 + r, truncated. Wide: where e^x overflows, k stays at the largest exponent and r grows without bound, and
 // with it all that is computed from it.
-template <Range range, class T>
+template <Range range, int step, class T>
 KL_EXT_INLINE T truncated_quotient(T x) {
-  const T k = trunc(x * Constants<T>::kLog2E);
+  const T k = trunc(x * (kTwoTo<T, step> * Constants<T>::kLog2E));
   if constexpr (range == Range::kWide) {
     constexpr T kLargest = T(Format<T>::kBias + 1);
     return k > kLargest ? kLargest : k;
@@ -105,26 +110,26 @@ KL_EXT_INLINE T truncated_quotient(T x) {
 template <class T>
 constexpr T kLowest = T(-0.6875) * T(Format<T>::kBias);
 
-template <Range range, class T>
-KL_EXT_INLINE Reduced<T> reduce(T x) {
-  using C = Constants<T>;
+// Of 2^step x + 2^step error, where |error| is at most half an ulp of x; r is left as 2^-step r.
+template <Range range, int step = 0, class T>
+KL_EXT_INLINE Reduced<T> reduce(T x, T error) {
+  constexpr T kUnit = kTwoTo<T, -step>;
   if constexpr (range == Range::kWide) {
-    x = x < kLowest<T> ? kLowest<T> : x;
+    error = x < kUnit * kLowest<T> ? T(0) : error;
+    x = x < kUnit * kLowest<T> ? kUnit * kLowest<T> : x;
   }
-  const T k = truncated_quotient<range>(x);
-  return {k, fma(-k, C::kLn2Low, fma(-k, C::kLn2High, x))};
+  const T k = truncated_quotient<range, step>(x);
+  return {k, fma(-k, kUnit * Constants<T>::kLn2High, x) + fma(-k, kUnit * Constants<T>::kLn2Low, error)};
 }
 
-// Of x + error, where |error| is at most half an ulp of x.
-template <Range range, class T>
-KL_EXT_INLINE Reduced<T> reduce(T x, T error) {
-  using C = Constants<T>;
+template <Range range, int step = 0, class T>
+KL_EXT_INLINE Reduced<T> reduce(T x) {
+  constexpr T kUnit = kTwoTo<T, -step>;
   if constexpr (range == Range::kWide) {
-    error = x < kLowest<T> ? T(0) : error;
-    x = x < kLowest<T> ? kLowest<T> : x;
+    x = x < kUnit * kLowest<T> ? kUnit * kLowest<T> : x;
   }
-  const T k = truncated_quotient<range>(x);
-  return {k, fma(-k, C::kLn2High, x) + fma(-k, C::kLn2Low, error)};
+  const T k = truncated_quotient<range, step>(x);
+  return {k, fma(-k, kUnit * Constants<T>::kLn2Low, fma(-k, kUnit * Constants<T>::kLn2High, x))};
 }
 
 // x = k ln 2 + r with k the nearest integer, |r| <= ln 2 / 2, for |k| < 2^15.
@@ -136,29 +141,28 @@ KL_EXT_INLINE Reduced<T> reduce_to_nearest(T x) {
   return {k, fma(-k, C::kLn2Low, fma(-k, C::kLn2High, x))};
 }
 
-// Half of phi(x), from half of x and the reduction of x: finite x may be infinite where its half is not.
-template <class T>
-KL_EXT_INLINE T half_phi(T half_x, Reduced<T> x) {
-  const T half_scale = power_of_two<-1>(x.k);
-  return fma(power_of_two<-2>(x.k), twice_phi(x.r), fma(half_scale, x.r, (half_scale - T(0.5)) - half_x));
+// Half of phi(x), from half of x and its reduction with step 1: finite x may be infinite where its half is not. Where k = 0, all
+// but the product is exactly 0.
+template <Range range, class T>
+KL_EXT_INLINE T half_phi(T half_x, Reduced<T> half) {
+  const T half_scale = power_of_two<-1>(half.k);
+  const T linear = range == Range::kNarrow ? power_of_two(half.k) * half.r : half_scale * (half.r + half.r);
+  return fma(linear, phi_over_r<1>(half.r), ((half_scale - T(0.5)) - half_x) + linear);
 }
 
-// scale expm1(x.r) + more, with scale = 2^(x.k + power). A GPU halves in an fma, for which it needs neither the doubling nor
-// another power of two; the bits are the same, since doubling is exact, and what is too small for that to hold has no phi.
-template <int power, class T>
-KL_EXT_INLINE T add_scaled_expm1(Reduced<T> x, [[maybe_unused]] T scale, T more) {
-#if defined(__CUDA_ARCH__)
-  return fma(scale, fma(T(0.5), twice_phi(x.r), x.r), more);
-#else
-  return fma(power_of_two<power - 1>(x.k), twice_expm1(x.r), more);
-#endif
+// phi(x) where 1/2 is added to it, beside which nothing is seen of what this gives for subnormal x. In the narrow range.
+template <class T>
+KL_EXT_INLINE T phi(T x, Reduced<T> reduced) {
+  const T half_linear = power_of_two<-1>(reduced.k) * reduced.r;
+  const T others = ((power_of_two(reduced.k) - T(1)) - x) + (half_linear + half_linear);
+  return fma(half_linear, phi_over_r<0>(reduced.r), others);
 }
 
-// Half of expm1(x).
-template <class T>
+// Half of expm1(x), kTimes: 1 or 2 times.
+template <int kTimes = 1, class T>
 KL_EXT_INLINE T half_expm1(Reduced<T> x) {
-  const T half_scale = power_of_two<-1>(x.k);
-  return add_scaled_expm1<-1>(x, half_scale, half_scale - T(0.5));
+  const T scale = power_of_two<kTimes - 2>(x.k);
+  return fma(scale, expm1_reduced(x.r), scale - T(0.5) * T(kTimes));
 }
 
 } // namespace kl_ext::math

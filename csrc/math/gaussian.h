@@ -74,90 +74,100 @@ KL_EXT_INLINE T scale_by_power_of_two(T x, T n) {
   return (x * power_of_two(half)) * power_of_two(n - half);
 }
 
-// The means' share of the divergence: kTimes D w, 1 or 2 times, and D^2 w / 2. Doubling D w afterwards would double the
-// rounding of one that is subnormal.
+// kTimes w = kTimes e^-log_var_q, in the narrow range.
+template <int kTimes = 1, class T>
+KL_EXT_INLINE T inverse_variance(T log_var_q) {
+  const Reduced<T> x = reduce_to_nearest(-log_var_q);
+  const T scale = power_of_two<kTimes - 1>(x.k);
+  return fma(scale, expm1_reduced(x.r), scale);
+}
+
+// What the difference of the means adds to the divergence, in the narrow range: D^2 w / 2, kTimes: 1 or 2 times. It is infinite
+// where D is.
+template <int kTimes, class T>
+KL_EXT_INLINE T half_square_over(T mu_p, T mu_q, T inverse_var) {
+  const T difference = mu_p - mu_q;
+  return (T(0.5) * T(kTimes) * difference) * (difference * inverse_var);
+}
+
+// For the gradients: kTimes D w and kTimes D^2 w / 2. Doubling D w afterwards would double the rounding of one that is subnormal.
 template <class T>
 struct Shift {
   T scaled;
   T half_square;
 };
 
-// kTimes w = kTimes e^-log_var_q, in the narrow range.
-template <int kTimes = 1, class T>
-KL_EXT_INLINE T inverse_variance(T log_var_q) {
-  const Reduced<T> x = reduce_to_nearest(-log_var_q);
-  const T scale = power_of_two<kTimes - 1>(x.k);
-  return add_scaled_expm1<kTimes - 1>(x, scale, scale);
-}
-
 // inverse_var: kTimes w.
-template <int kTimes, class T>
+template <class T>
 KL_EXT_INLINE Shift<T> shift_over(T mu_p, T mu_q, T inverse_var) {
   const T difference = mu_p - mu_q;
-  const T scaled = difference * inverse_var;
-  const T without_overflow = (T(0.5) * mu_p - T(0.5) * mu_q) * (T(2) * inverse_var);
-  return {is_infinite(difference) ? without_overflow : scaled, (T(0.5) / T(kTimes) * difference) * scaled};
+  const bool overflow = is_infinite(difference);
+  const T without_overflow = fma(T(-0.5), mu_q, T(0.5) * mu_p);
+  const T scaled = (overflow ? without_overflow : difference) * (overflow ? inverse_var + inverse_var : inverse_var);
+  return {scaled, (T(0.5) * difference) * scaled};
 }
 
 template <Range range, int kTimes = 1, class T>
 KL_EXT_INLINE Shift<T> shift(T mu_p, T mu_q, T log_var_q) {
   if constexpr (range == Range::kNarrow) {
-    return shift_over<kTimes>(mu_p, mu_q, inverse_variance<kTimes>(log_var_q));
+    return shift_over(mu_p, mu_q, inverse_variance<kTimes>(log_var_q));
   } else {
     const T difference = mu_p - mu_q;
     // Significands and exponents apart. Beyond kFar no difference of means brings the product back into range.
     constexpr T kFar = T(2.5) * T(Format<T>::kBias + Format<T>::kMantissaBits);
     const Reduced<T> x = reduce_to_nearest(clamp(-log_var_q, -kFar, kFar));
-    T twice_inverse_var = T(2) + twice_expm1(x.r);
-    twice_inverse_var = log_var_q == Format<T>::kInfinity ? T(0) : twice_inverse_var;
-    twice_inverse_var = log_var_q == -Format<T>::kInfinity ? Format<T>::kInfinity : twice_inverse_var;
+    T inverse_var = T(1) + expm1_reduced(x.r);
+    inverse_var = log_var_q == Format<T>::kInfinity ? T(0) : inverse_var;
+    inverse_var = log_var_q == -Format<T>::kInfinity ? Format<T>::kInfinity : inverse_var;
     const bool overflow = is_infinite(difference);
     const Scientific<T> mean = to_scientific(overflow ? T(0.5) * mu_p - T(0.5) * mu_q : difference);
     const T exponent = mean.exponent + (overflow ? T(1) : T(0));
-    const T scaled = (T(0.5) * T(kTimes) * mean.significand) * twice_inverse_var;
+    const T scaled = (T(kTimes) * mean.significand) * inverse_var;
     return {scale_by_power_of_two(scaled, x.k + exponent),
-            scale_by_power_of_two((T(0.5) / T(kTimes) * mean.significand) * scaled, x.k + T(2) * exponent)};
+            scale_by_power_of_two((T(0.5) * mean.significand) * scaled, x.k + T(2) * exponent)};
   }
 }
 
-// The difference of two log-variances, with its rounding error folded into the reduction: without it the divergence of two
-// distributions that nearly agree is off by 33 ulp, with it by 4.
+template <Range range, int kTimes, class T>
+KL_EXT_INLINE T half_square(T mu_p, T mu_q, T log_var_q) {
+  if constexpr (range == Range::kNarrow) {
+    return half_square_over<kTimes>(mu_p, mu_q, inverse_variance(log_var_q));
+  } else {
+    return shift<range, kTimes>(mu_p, mu_q, log_var_q).half_square;
+  }
+}
+
+// The difference of two log-variances, or of 2^-step times both, with its rounding error folded into the reduction: without it
+// the divergence of two distributions that nearly agree is off by 33 ulp, with it by 4.
 template <class T>
 struct Difference {
-  T half;
+  T rounded;
   Reduced<T> reduced;
 };
 
-template <Range range, class T>
-KL_EXT_INLINE Difference<T> subtract(T log_var_p, T log_var_q) {
-  const T difference = log_var_p - log_var_q;
-  const T minus_q = difference - log_var_p;
-  const T error = (log_var_p - (difference - minus_q)) - (log_var_q + minus_q);
-  if constexpr (range == Range::kNarrow) {
-    return {T(0.5) * difference, reduce<range>(difference, error)};
-  } else {
-    const bool overflow = is_infinite(difference);
-    return {overflow ? T(0.5) * log_var_p - T(0.5) * log_var_q : T(0.5) * difference,
-            reduce<range>(difference, overflow ? T(0) : error)};
+template <Range range, int step = 0, class T>
+KL_EXT_INLINE Difference<T> subtract(T p, T q) {
+  const T difference = p - q;
+  const T minus_q = difference - p;
+  T error = (p - (difference - minus_q)) - (q + minus_q);
+  if constexpr (range == Range::kWide) {
+    error = is_infinite(difference) ? T(0) : error;
   }
+  return {difference, reduce<range, step>(difference, error)};
 }
 
-// KL(p||q); means(): the Shift.
-template <Range range, class T, class Means>
-KL_EXT_INLINE T divergence(T log_var_p, T log_var_q, const Means& means) {
-  const Difference<T> difference = subtract<range>(log_var_p, log_var_q);
-  return half_phi(difference.half, difference.reduced) + means().half_square;
-}
-
+// KL(p||q) but for the means.
 template <Range range, class T>
-KL_EXT_INLINE T divergence(T mu_p, T log_var_p, T mu_q, T log_var_q) {
-  return divergence<range>(log_var_p, log_var_q, [&] { return shift<range>(mu_p, mu_q, log_var_q); });
+KL_EXT_INLINE T variances_divergence(T log_var_p, T log_var_q) {
+  const Difference<T> half = subtract<range, 1>(T(0.5) * log_var_p, T(0.5) * log_var_q);
+  return half_phi<range>(half.rounded, half.reduced);
 }
 
 // KL(p||N(0, 1)).
 template <Range range, class T>
 KL_EXT_INLINE T divergence(T mu, T log_var) {
-  return fma(T(0.5) * mu, mu, half_phi(T(0.5) * log_var, reduce<range>(log_var)));
+  const T half_log_var = T(0.5) * log_var;
+  return fma(T(0.5) * mu, mu, half_phi<range>(half_log_var, reduce<range, 1>(half_log_var)));
 }
 
 // The losses, for kernels of any kind: inputs in the order of the operators' arguments, log-variances not yet clamped.
@@ -186,11 +196,14 @@ struct PairOf {
   static constexpr int kInputs = 4;
   static constexpr int kGradients = 4;
   static constexpr int kTimes = documented ? 2 : 1;
+  // Values are doubled as they are computed; in the wide range, where that overflows on the way, afterwards.
+  template <Range range>
+  static constexpr int kTimesOf = range == Range::kNarrow ? kTimes : 1;
 
   template <Range range, class T>
   KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T> bounds) {
     const T log_var_q = clamp(input[3], bounds.low, bounds.high);
-    return value<range>(input, bounds, [&] { return shift<range>(input[0], input[2], log_var_q); });
+    return value<range>(input, bounds, [&] { return half_square<range, kTimesOf<range>>(input[0], input[2], log_var_q); });
   }
 
   template <Range range, class T>
@@ -202,7 +215,12 @@ struct PairOf {
   template <Range range, class T, class Means>
   KL_EXT_INLINE static T value(const T* input, Clamp<T> bounds, const Means& means) {
     const T log_var_p = clamp(input[1], bounds.low, bounds.high);
-    const T value = divergence<range>(log_var_p, clamp(input[3], bounds.low, bounds.high), means);
+    const T log_var_q = clamp(input[3], bounds.low, bounds.high);
+    if constexpr (kTimesOf<range> == 2) {
+      const Difference<T> difference = subtract<range>(log_var_p, log_var_q);
+      return (phi(difference.rounded, difference.reduced) + means()) + T(0.5);
+    }
+    const T value = variances_divergence<range>(log_var_p, log_var_q) + means();
     return documented ? fma(T(2), value, T(0.5)) : value;
   }
 
@@ -211,12 +229,12 @@ struct PairOf {
                                       T (&gradient)[kGradients]) {
     const T log_var_p = clamp(input[1], bounds.low, bounds.high);
     const T log_var_q = clamp(input[3], bounds.low, bounds.high);
-    const T half_ratio = half_expm1(subtract<range>(log_var_p, log_var_q).reduced);
+    const T half_ratio = half_expm1<kTimes>(subtract<range>(log_var_p, log_var_q).reduced);
     const Shift<T> shift = means();
     gradient[0] = grad_output * shift.scaled;
-    gradient[1] = clamp_gradient(grad_output * (T(kTimes) * half_ratio), input[1], bounds.low, bounds.high);
+    gradient[1] = clamp_gradient(grad_output * half_ratio, input[1], bounds.low, bounds.high);
     gradient[2] = -gradient[0];
-    gradient[3] = grad_output * (T(-kTimes) * (half_ratio + shift.half_square));
+    gradient[3] = -grad_output * (half_ratio + shift.half_square);
     gradient[3] = clamp_gradient(gradient[3], input[3], bounds.low, bounds.high);
   }
 };
@@ -231,12 +249,13 @@ struct PairGivenQ {
 
   template <Range range, class T>
   KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T> bounds) {
-    return Pair::template value<range>(input, bounds, [&] { return shift_over<1>(input[0], input[2], input[4]); });
+    return Pair::template value<range>(input, bounds,
+                                       [&] { return half_square_over<Pair::kTimes>(input[0], input[2], input[4]); });
   }
 
   template <Range range, class T>
   KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T> bounds, T (&gradient)[kGradients]) {
-    const auto means = [&] { return shift_over<Pair::kTimes>(input[0], input[2], input[4]); };
+    const auto means = [&] { return shift_over(input[0], input[2], input[4]); };
     Pair::template gradients<range>(grad_output, input, bounds, means, gradient);
   }
 };
