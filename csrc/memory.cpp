@@ -10,18 +10,24 @@
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <list>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <vector>
 
 namespace kl_ext {
 namespace {
 
+constexpr size_t kKiB = size_t{1} << 10;
 constexpr size_t kMiB = size_t{1} << 20;
-// Of a huge page, of which blocks are made. Smaller results are the C library's, which keeps what is freed of them.
-constexpr size_t kPage = 2 * kMiB;
-// A block serves results that leave at most one part in so many of it unused.
+// Smaller results are the C library's, which keeps most of what is freed of them.
+constexpr size_t kSmallest = 128 * kKiB;
+// What blocks are made of: of units, and from one huge page on of huge pages.
+constexpr size_t kUnit = 32 * kKiB;
+constexpr size_t kHugePage = 2 * kMiB;
+// A block that was made for more serves results that leave at most one part in so many of it unused.
 constexpr size_t kPartsUnused = 4;
 
 // Kept by the process, where there is so much; what is kept beyond it, the system may take.
@@ -34,25 +40,38 @@ size_t environment(const char* name, size_t value) {
   return value;
 }
 
+size_t most_kept() { return environment("KL_EXT_KEEP_MEMORY", 512) * kMiB; }
+
 struct Block {
   char* data;
   size_t size;
   bool is_offered = false; // to the system, which may take it, and does only where it must
 };
 
-// Aligned to huge pages; none where the system has no memory.
+// The size of the block that is made for so many bytes.
+size_t rounded(size_t size) {
+  const size_t unit = size < kHugePage ? kUnit : kHugePage;
+  return (size + unit - 1) / unit * unit;
+}
+
+// Ordinary pages; none where the system has no memory.
 char* map(size_t size) {
-  void* const mapped = mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED) {
+  void* const mapped = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return mapped == MAP_FAILED ? nullptr : static_cast<char*>(mapped);
+}
+
+// Huge pages where they are to be had, and aligned to them in any case.
+char* map_huge(size_t size) {
+  char* const start = map(size + kHugePage);
+  if (start == nullptr) {
     return nullptr;
   }
-  char* const start = static_cast<char*>(mapped);
-  char* const data = start + (kPage - reinterpret_cast<std::uintptr_t>(start) % kPage) % kPage;
+  char* const data = start + (kHugePage - reinterpret_cast<std::uintptr_t>(start) % kHugePage) % kHugePage;
   if (data > start) {
     munmap(start, data - start);
   }
-  if (data < start + kPage) {
-    munmap(data + size, start + kPage - data);
+  if (data < start + kHugePage) {
+    munmap(data + size, start + kHugePage - data);
   }
   static const bool huge = environment("KL_EXT_HUGE_PAGES", 1) != 0;
   if (huge) {
@@ -73,51 +92,63 @@ class Kept {
     if (!lock) {
       return std::nullopt;
     }
-    auto best = blocks_.end();
-    for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
-      const bool fits = block->size >= size && block->size - size <= block->size / kPartsUnused;
-      best = fits && (best == blocks_.end() || block->size <= best->size) ? block : best;
-    }
-    if (best == blocks_.end()) {
+    const auto smallest = by_size_.lower_bound(size);
+    if (smallest == by_size_.end()) {
       return std::nullopt;
     }
-    const Block block{best->data, best->size};
-    blocks_.erase(best);
-    size_ -= block.size;
-    return block;
+    const size_t found = smallest->first;
+    if (found != rounded(size) && found - size > found / kPartsUnused) {
+      return std::nullopt;
+    }
+    return remove(std::prev(by_size_.upper_bound(found)));
   }
 
   void give(const Block& block) {
-    const size_t most = environment("KL_EXT_KEEP_MEMORY", 512) * kMiB;
+    const size_t most = most_kept();
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) {
       return unmap(block);
     }
-    blocks_.push_back(block);
+    by_size_.emplace(block.size, recent_.insert(recent_.end(), block));
     size_ += block.size;
+    recent_size_ += block.size;
     while (size_ > most) {
-      unmap(blocks_.front());
-      size_ -= blocks_.front().size;
-      blocks_.erase(blocks_.begin());
+      const Block& oldest = (offered_.empty() ? recent_ : offered_).front();
+      unmap(remove(by_size_.lower_bound(oldest.size)));
     }
     offer();
   }
 
  private:
+  using Blocks = std::list<Block>;                        // the first was given first
+  using BySize = std::multimap<size_t, Blocks::iterator>; // of equal ones likewise
+
   // Offers all but those given last to the system: offering a block and writing to it again costs what a small result does.
   void offer() {
-    size_t newer = 0;
-    for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {
-      newer += block->size;
-      if (newer > kNotOffered && !block->is_offered) {
-        block->is_offered = madvise(block->data, block->size, MADV_FREE) == 0;
-      }
+    while (recent_size_ > kNotOffered) {
+      Block& block = recent_.front();
+      block.is_offered = true;
+      madvise(block.data, block.size, MADV_FREE); // best effort here too
+      recent_size_ -= block.size;
+      offered_.splice(offered_.end(), recent_, recent_.begin());
     }
   }
 
+  Block remove(BySize::iterator entry) {
+    const auto [data, size, is_offered] = *entry->second;
+    (is_offered ? offered_ : recent_).erase(entry->second);
+    by_size_.erase(entry);
+    size_ -= size;
+    recent_size_ -= is_offered ? 0 : size;
+    return {data, size};
+  }
+
   std::mutex mutex_;
-  std::vector<Block> blocks_; // the first was given first
-  size_t size_ = 0;
+  Blocks offered_;
+  Blocks recent_; // given after them
+  BySize by_size_;
+  size_t size_ = 0; // of all together
+  size_t recent_size_ = 0;
 };
 
 // Never destroyed: tensors may outlive whatever ends with the process.
@@ -128,14 +159,14 @@ Kept& kept() {
 
 struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(size_t size) override {
-    const size_t rounded = (size + kPage - 1) / kPage * kPage;
-    std::optional<Block> block = kept().take(rounded);
+    std::optional<Block> block = kept().take(size);
     if (!block) {
-      char* const data = map(rounded);
+      const size_t whole = rounded(size);
+      char* const data = whole < kHugePage ? map(whole) : map_huge(whole);
       if (data == nullptr) {
         return c10::GetCPUAllocator()->allocate(size); // which says what there is to say
       }
-      block = Block{data, rounded};
+      block = Block{data, whole};
     }
     c10::profiledCPUMemoryReporter().New(block->data, size);
     return {block->data, new Block(*block), &release, at::kCPU};
@@ -152,9 +183,11 @@ struct Allocator final : c10::Allocator {
 
 Allocator allocator;
 
-// Whether so many bytes on the CPU are ours to allocate: many, and with torch's own allocator in charge.
+// Whether so many bytes on the CPU are ours to allocate: many, and with torch's own allocator in charge. Where nothing is kept,
+// only huge pages are better than what the C library has.
 bool is_ours(int64_t nbytes) {
-  return nbytes >= static_cast<int64_t>(kPage) && c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator();
+  const auto size = static_cast<size_t>(nbytes);
+  return size >= kSmallest && (size >= kHugePage || most_kept() > 0) && c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator();
 }
 
 constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
