@@ -1,27 +1,16 @@
-// The loops, compiled once per instruction set: KL_EXT_CPU_CAPABILITY names it. The compiler vectorises them (contraction and
-// fast-math stay off: the arithmetic is what math/ writes, on every instruction set the same).
+// The loops of the formulas, and the tables of all; compiled once per instruction set: KL_EXT_CPU_CAPABILITY names it. The compiler
+// vectorises them (contraction and fast-math stay off: the arithmetic is what math/ writes, on every instruction set the same).
 #include "kernels.h"
 
 #include "../math/gaussian.h"
-#include "../math/half.h"
 #include "../math/summation.h"
-
-#define KL_EXT_LOOP _Pragma("GCC ivdep")
+#include "groups.h"
+#include "numbers.h"
 
 namespace kl_ext::cpu::KL_EXT_CPU_CAPABILITY {
 namespace {
 
 using math::Range;
-
-template <class S>
-struct ArithmeticOf {
-  using Type = float;
-};
-
-template <>
-struct ArithmeticOf<double> {
-  using Type = double;
-};
 
 template <class T>
 math::Clamp<T> to_clamp(Bounds bounds) {
@@ -34,7 +23,7 @@ KL_EXT_INLINE S* row_of(const Block& block, int operand, std::int64_t row) {
   return reinterpret_cast<S*>(static_cast<char*>(block.pointers[operand]) + row * block.row_strides[operand]);
 }
 
-// What the loops read: a number of each input, in the arithmetic type.
+// What the loops read: the numbers of each input, in the arithmetic type.
 template <class Loss, class S>
 struct Inputs {
   using T = typename ArithmeticOf<S>::Type;
@@ -52,9 +41,17 @@ struct Inputs {
     }
   }
 
-  KL_EXT_INLINE void read(T (&values)[Loss::kInputs], std::int64_t i) const {
+  template <int kNumbers>
+  KL_EXT_INLINE void read(T (&values)[kNumbers][Loss::kInputs], std::int64_t i) const {
+    KL_EXT_UNROLL
     for (int input = 0; input < Loss::kInputs; ++input) {
-      values[input] = math::widen(data[input][i]);
+      T numbers[kNumbers];
+      read_group(numbers, data[input] + i);
+      const bool is_clamped_bits = sizeof(S) == 2 && input % 2 == 1; // log-variances
+      KL_EXT_UNROLL
+      for (int n = 0; n < kNumbers; ++n) {
+        values[n][input] = is_clamped_bits ? detached(numbers[n]) : numbers[n];
+      }
     }
   }
 
@@ -67,7 +64,20 @@ struct Inputs {
   }
 
   const S* data[Loss::kInputs];
+  Detached<T> detached;
 };
+
+// The terms of the inputs from number i on.
+template <class Loss, Range range, int kNumbers, class S, class T>
+KL_EXT_INLINE void compute_terms(T (&terms)[kNumbers], const Inputs<Loss, S>& inputs, std::int64_t i,
+                                 const math::Clamp<T>& clamp) {
+  T values[kNumbers][Loss::kInputs];
+  inputs.read(values, i);
+  KL_EXT_UNROLL
+  for (int n = 0; n < kNumbers; ++n) {
+    terms[n] = Loss::template forward<range>(values[n], clamp);
+  }
+}
 
 template <class Loss, Range range, class S>
 void forward(const Block& block, Bounds bounds) {
@@ -75,17 +85,16 @@ void forward(const Block& block, Bounds bounds) {
   const math::Clamp<T> clamp = to_clamp<T>(bounds);
   for (std::int64_t row = 0; row < block.rows; ++row) {
     const Inputs<Loss, S> inputs(block, 1, row);
-    S* result = row_of<S>(block, 0, row);
-    KL_EXT_LOOP
-    for (std::int64_t i = 0; i < block.columns; ++i) {
-      T values[Loss::kInputs];
-      inputs.read(values, i);
-      math::narrow(result[i], Loss::template forward<range>(values, clamp));
-    }
+    S* const result = row_of<S>(block, 0, row);
+    for_each_group<S>(block.columns, [&]<int kNumbers>(Count<kNumbers>, std::int64_t i) KL_EXT_INLINE_LAMBDA {
+      T terms[kNumbers];
+      compute_terms<Loss, range>(terms, inputs, i, clamp);
+      write_group(result + i, terms);
+    });
   }
 }
 
-// grad(row)(i): that of grad_output; the inputs are the operands from first_input on.
+// grad(row)(numbers, i): those of grad_output; the inputs are the operands from first_input on.
 template <class Loss, Range range, class S, class Grad>
 KL_EXT_INLINE void backward_of(const Block& block, const Grad& grad, int first_input, Bounds bounds) {
   using T = typename ArithmeticOf<S>::Type;
@@ -97,23 +106,34 @@ KL_EXT_INLINE void backward_of(const Block& block, const Grad& grad, int first_i
     for (int input = 0; input < Loss::kGradients; ++input) {
       results[input] = row_of<S>(block, input, row);
     }
-    KL_EXT_LOOP
-    for (std::int64_t i = 0; i < block.columns; ++i) {
-      T values[Loss::kInputs];
-      T gradient[Loss::kGradients];
+    for_each_group<S>(block.columns, [&]<int kNumbers>(Count<kNumbers>, std::int64_t i) KL_EXT_INLINE_LAMBDA {
+      T grads[kNumbers];
+      T values[kNumbers][Loss::kInputs];
+      T gradients[Loss::kGradients][kNumbers];
+      grad_of_row(grads, i);
       inputs.read(values, i);
-      Loss::template backward<range>(grad_of_row(i), values, clamp, gradient);
-      for (int input = 0; input < Loss::kGradients; ++input) {
-        math::narrow(results[input][i], gradient[input]);
+      KL_EXT_UNROLL
+      for (int n = 0; n < kNumbers; ++n) {
+        T gradient[Loss::kGradients];
+        Loss::template backward<range>(grads[n], values[n], clamp, gradient);
+        KL_EXT_UNROLL
+        for (int input = 0; input < Loss::kGradients; ++input) {
+          gradients[input][n] = gradient[input];
+        }
       }
-    }
+      KL_EXT_UNROLL
+      for (int input = 0; input < Loss::kGradients; ++input) {
+        write_group(results[input] + i, gradients[input]);
+      }
+    });
   }
 }
 
 template <class Loss, Range range, class S>
 void backward(const Block& block, Bounds bounds) {
   const auto grad = [&](std::int64_t row) {
-    return [data = row_of<const S>(block, Loss::kGradients, row)](std::int64_t i) { return math::widen(data[i]); };
+    return [data = row_of<const S>(block, Loss::kGradients, row)](auto& numbers, std::int64_t i)
+               KL_EXT_INLINE_LAMBDA { read_group(numbers, data + i); };
   };
   backward_of<Loss, range, S>(block, grad, Loss::kGradients + 1, bounds);
 }
@@ -121,7 +141,12 @@ void backward(const Block& block, Bounds bounds) {
 template <class Loss, Range range, class S>
 void backward_of_one(const Block& block, double grad_output, Bounds bounds) {
   const auto grad = [one = static_cast<typename ArithmeticOf<S>::Type>(grad_output)](std::int64_t) {
-    return [one](std::int64_t) { return one; };
+    return [one](auto& numbers, std::int64_t) KL_EXT_INLINE_LAMBDA {
+      KL_EXT_UNROLL
+      for (auto& number : numbers) {
+        number = one;
+      }
+    };
   };
   backward_of<Loss, range, S>(block, grad, Loss::kGradients, bounds);
 }
@@ -142,10 +167,10 @@ void backward_to_lanes(const Block& block, void* lanes_of_mu, void* lanes_of_log
     T* const grad_log_var_q = static_cast<T*>(lanes_of_log_var) + first_of_lane;
     KL_EXT_LOOP
     for (std::int64_t i = 0; i < block.columns; ++i) {
-      T values[Loss::kInputs];
+      T values[1][Loss::kInputs];
       T gradient[Loss::kGradients];
       inputs.read(values, i);
-      Loss::template backward<range>(grad, values, clamp, gradient);
+      Loss::template backward<range>(grad, values[0], clamp, gradient);
       grad_mu_p[i] = gradient[0];
       grad_log_var_p[i] = gradient[1];
       grad_mu_q[i] += gradient[2];
@@ -154,42 +179,52 @@ void backward_to_lanes(const Block& block, void* lanes_of_mu, void* lanes_of_log
   }
 }
 
+// The lanes of a sum, where the loops keep them: those that numbers with the same place in a group go to lie beside each other.
+template <class S>
+constexpr int kLanesOfPlace = math::kLanes / kGroup<S>;
+
+// Adds the terms of at most a turn of contiguous inputs to the lanes `first` and on, which is the first of a group.
+template <class Loss, Range range, class S, class T>
+KL_EXT_INLINE void add_groups(T* lanes, int first, const Inputs<Loss, S>& inputs, std::int64_t numel,
+                              const math::Clamp<T>& clamp) {
+  T* const into = lanes + first / kGroup<S>;
+  for_each_group<S>(numel, [&]<int kNumbers>(Count<kNumbers>, std::int64_t i) KL_EXT_INLINE_LAMBDA {
+    T terms[kNumbers];
+    compute_terms<Loss, range>(terms, inputs, i, clamp);
+    KL_EXT_UNROLL
+    for (int n = 0; n < kNumbers; ++n) {
+      into[n * kLanesOfPlace<S> + i / kGroup<S>] += terms[n];
+    }
+  });
+}
+
 // Adds a term to each lane.
 template <class Loss, Range range, class S, class T>
 KL_EXT_INLINE void add_turn(T* lanes, const Inputs<Loss, S>& inputs, const math::Clamp<T>& clamp) {
-  KL_EXT_LOOP
-  for (int lane = 0; lane < math::kLanes; ++lane) {
-    T values[Loss::kInputs];
-    inputs.read(values, lane);
-    lanes[lane] += Loss::template forward<range>(values, clamp);
-  }
+  add_groups<Loss, range>(lanes, 0, inputs, math::kLanes, clamp);
 }
 
 // Adds the terms of contiguous inputs to the lanes `first` and on.
 template <class Loss, Range range, class S, class T>
 KL_EXT_INLINE void accumulate_row(T* lanes, const Inputs<Loss, S>& inputs, int first, std::int64_t numel,
                                   const math::Clamp<T>& clamp) {
-  const auto add_term = [&](int lane, std::int64_t i) __attribute__((always_inline)) { // a call would end the vectorising
-    T values[Loss::kInputs];
-    inputs.read(values, i);
-    lanes[lane] += Loss::template forward<range>(values, clamp);
-  };
   std::int64_t i = 0;
+  if (const int place = first % kGroup<S>; place != 0) { // the rest of a group
+    T terms[1];
+    compute_terms<Loss, range>(terms, inputs, 0, clamp);
+    lanes[place * kLanesOfPlace<S> + first / kGroup<S>] += terms[0];
+    first = (first + 1) % math::kLanes;
+    i = 1;
+  }
   if (first > 0) {
-    const int run = static_cast<int>(numel < math::kLanes - first ? numel : math::kLanes - first);
-    KL_EXT_LOOP
-    for (int lane = 0; lane < run; ++lane) {
-      add_term(first + lane, lane);
-    }
-    i = run;
+    const std::int64_t run = numel - i < math::kLanes - first ? numel - i : math::kLanes - first;
+    add_groups<Loss, range>(lanes, first, inputs.from(i), run, clamp);
+    i += run;
   }
   for (; i + math::kLanes <= numel; i += math::kLanes) {
     add_turn<Loss, range>(lanes, inputs.from(i), clamp);
   }
-  KL_EXT_LOOP
-  for (int lane = 0; lane < static_cast<int>(numel - i); ++lane) {
-    add_term(lane, i + lane);
-  }
+  add_groups<Loss, range>(lanes, 0, inputs.from(i), numel - i, clamp);
 }
 
 template <class Loss, Range range, class T>
@@ -197,123 +232,69 @@ void accumulate(void* lanes, const void* const* inputs, int first, std::int64_t 
   accumulate_row<Loss, range>(static_cast<T*>(lanes), Inputs<Loss, T>(inputs), first, numel, to_clamp<T>(bounds));
 }
 
+// In the order of math/summation.h: the lanes of each place among themselves, and at last those that are left.
+template <class S, class T>
+KL_EXT_INLINE T fold(T (&lanes)[math::kLanes]) {
+  T sums[kGroup<S>];
+  for (int n = 0; n < kGroup<S>; ++n) {
+    T* const of_place = lanes + n * kLanesOfPlace<S>;
+    math::fold_lanes(of_place, kLanesOfPlace<S>, 1);
+    sums[n] = of_place[0];
+  }
+  math::fold_lanes(sums, kGroup<S>, 1);
+  return sums[0];
+}
+
+// The terms of a block, row after row from a given one on.
+template <class Loss, Range range, class S>
+class Terms {
+ public:
+  using T = typename ArithmeticOf<S>::Type;
+
+  KL_EXT_INLINE Terms(const Block& block, std::int64_t begin, Bounds bounds)
+      : block_(block), clamp_(to_clamp<T>(bounds)), row_(begin / block.columns), column_(begin % block.columns) {}
+
+  // Adds the next terms to lanes. Where rows consist of whole turns, so does every chunk, and the lanes stay in registers.
+  KL_EXT_INLINE void add_to(T* lanes, std::int64_t numel) {
+    if (block_.columns % math::kLanes == 0) {
+      for (std::int64_t done = 0; done < numel; done += math::kLanes) {
+        add_turn<Loss, range>(lanes, next(math::kLanes), clamp_);
+      }
+    } else {
+      for (std::int64_t done = 0; done < numel;) {
+        const std::int64_t left = block_.columns - column_;
+        const std::int64_t run = numel - done < left ? numel - done : left;
+        accumulate_row<Loss, range>(lanes, next(run), done % math::kLanes, run, clamp_);
+        done += run;
+      }
+    }
+  }
+
+ private:
+  // The inputs of the next terms, which must be those of one row.
+  KL_EXT_INLINE Inputs<Loss, S> next(std::int64_t numel) {
+    const Inputs<Loss, S> inputs(block_, 0, row_, column_);
+    column_ += numel;
+    row_ += column_ == block_.columns ? 1 : 0;
+    column_ = column_ == block_.columns ? 0 : column_;
+    return inputs;
+  }
+
+  const Block& block_;
+  math::Clamp<T> clamp_;
+  std::int64_t row_;
+  std::int64_t column_;
+};
+
 template <class Loss, Range range, class S>
 void sum_chunks(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Bounds bounds) {
   using T = typename ArithmeticOf<S>::Type;
-  const math::Clamp<T> clamp = to_clamp<T>(bounds);
+  Terms<Loss, range, S> terms(block, begin, bounds);
   T* out = static_cast<T*>(partials);
-  const bool whole_turns = block.columns % math::kLanes == 0;
-  std::int64_t row = begin / block.columns;
-  std::int64_t column = begin % block.columns;
   for (std::int64_t start = begin; start < end; start += math::kChunk) {
     alignas(64) T lanes[math::kLanes] = {};
-    const std::int64_t count = end - start < math::kChunk ? end - start : math::kChunk;
-    for (std::int64_t done = 0; whole_turns && done < count; done += math::kLanes) { // the lanes stay in registers
-      add_turn<Loss, range>(lanes, Inputs<Loss, S>(block, 0, row, column), clamp);
-      column += math::kLanes;
-      row += column == block.columns ? 1 : 0;
-      column = column == block.columns ? 0 : column;
-    }
-    for (std::int64_t done = 0; !whole_turns && done < count;) {
-      const std::int64_t left = block.columns - column;
-      const std::int64_t run = count - done < left ? count - done : left;
-      accumulate_row<Loss, range>(lanes, Inputs<Loss, S>(block, 0, row, column), done % math::kLanes, run, clamp);
-      done += run;
-      row += run == left ? 1 : 0;
-      column = run == left ? 0 : column + run;
-    }
-    math::fold_lanes(lanes, math::kLanes, 1);
-    *out++ = lanes[0];
-  }
-}
-
-template <class S, class T>
-void load(void* contiguous, const void* strided, const Tile& tile) {
-  T* out = static_cast<T*>(contiguous);
-  for (std::int64_t row = 0; row < tile.rows; ++row, out += tile.columns) {
-    const char* in = static_cast<const char*>(strided) + row * tile.row_stride;
-    if (tile.column_stride == sizeof(S)) {
-      const S* values = reinterpret_cast<const S*>(in);
-      KL_EXT_LOOP
-      for (std::int64_t i = 0; i < tile.columns; ++i) {
-        out[i] = static_cast<T>(math::widen(values[i]));
-      }
-    } else {
-      for (std::int64_t i = 0; i < tile.columns; ++i) {
-        out[i] = static_cast<T>(math::widen(*reinterpret_cast<const S*>(in + i * tile.column_stride)));
-      }
-    }
-  }
-}
-
-template <class S, class T>
-void store(void* strided, const void* contiguous, const Tile& tile) {
-  const T* in = static_cast<const T*>(contiguous);
-  for (std::int64_t row = 0; row < tile.rows; ++row, in += tile.columns) {
-    char* out = static_cast<char*>(strided) + row * tile.row_stride;
-    if (tile.column_stride == sizeof(S)) {
-      S* values = reinterpret_cast<S*>(out);
-      KL_EXT_LOOP
-      for (std::int64_t i = 0; i < tile.columns; ++i) {
-        math::narrow(values[i], in[i]);
-      }
-    } else {
-      for (std::int64_t i = 0; i < tile.columns; ++i) {
-        math::narrow(*reinterpret_cast<S*>(out + i * tile.column_stride), in[i]);
-      }
-    }
-  }
-}
-
-template <class T>
-void add_to_lanes(void* lanes, const void* terms, int first, std::int64_t rows, std::int64_t columns) {
-  math::add_to_lanes(static_cast<T*>(lanes), static_cast<const T*>(terms), first, rows, columns);
-}
-
-template <class T>
-void fold_lanes(void* lanes, int in_use, std::int64_t columns) {
-  if (in_use == math::kLanes && columns == 1) {
-    return math::fold_lanes(static_cast<T*>(lanes), math::kLanes, 1); // unrolled
-  }
-  math::fold_lanes(static_cast<T*>(lanes), in_use, columns);
-}
-
-// Rows of at most kInUse terms, a term to a lane.
-template <int kInUse, class T>
-void sum_short_rows(T* sums, const T* row, std::int64_t rows, std::int64_t columns) {
-  for (std::int64_t i = 0; i < rows; ++i, row += columns) {
-    T lanes[kInUse] = {};
-    for (std::int64_t lane = 0; lane < (columns == kInUse ? kInUse : columns); ++lane) {
-      lanes[lane] += row[lane];
-    }
-    math::fold_lanes(lanes, kInUse, 1);
-    sums[i] = lanes[0];
-  }
-}
-
-template <class T>
-void sum_rows(void* sums, const void* terms, std::int64_t rows, std::int64_t columns) {
-  T* out = static_cast<T*>(sums);
-  const T* row = static_cast<const T*>(terms);
-  switch (math::lanes_in_use(columns)) {
-    case 1:
-      return sum_short_rows<1>(out, row, rows, columns);
-    case 2:
-      return sum_short_rows<2>(out, row, rows, columns);
-    case 4:
-      return sum_short_rows<4>(out, row, rows, columns);
-    case 8:
-      return sum_short_rows<8>(out, row, rows, columns);
-    case 16:
-      return sum_short_rows<16>(out, row, rows, columns);
-    case 32:
-      return sum_short_rows<32>(out, row, rows, columns);
-  }
-  for (std::int64_t i = 0; i < rows; ++i, row += columns) {
-    T lanes[math::kLanes] = {};
-    math::add_to_lanes(lanes, row, 0, columns, 1);
-    math::fold_lanes(lanes, math::kLanes, 1);
-    out[i] = lanes[0];
+    terms.add_to(lanes, end - start < math::kChunk ? end - start : math::kChunk);
+    *out++ = fold<S>(lanes);
   }
 }
 
@@ -324,13 +305,6 @@ void prepare_q(void* out, const void* log_var_q, std::int64_t numel, Bounds boun
   for (std::int64_t i = 0; i < numel; ++i) {
     const T clamped = math::clamp(static_cast<const T*>(log_var_q)[i], clamp.low, clamp.high);
     static_cast<T*>(out)[i] = math::inverse_variance<kTimes>(clamped);
-  }
-}
-
-template <class T>
-void divide(void* numbers, std::int64_t numel, std::int64_t divisor) {
-  for (std::int64_t i = 0; i < numel; ++i) {
-    static_cast<T*>(numbers)[i] /= static_cast<T>(divisor);
   }
 }
 

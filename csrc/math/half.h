@@ -27,13 +27,15 @@ KL_EXT_INLINE float widen(float x) { return x; }
 
 KL_EXT_INLINE double widen(double x) { return x; }
 
-// Adding just under half a unit of the last kept place, or just half if that place is odd, rounds to nearest even; NaN is kept
-// from becoming an infinity.
-KL_EXT_INLINE void narrow(BFloat16& out, float x) {
+// The bits of x rounded to bfloat16, above 16 bits of no account. Adding just under half a unit of the last kept place, to a
+// number that is a little more where that place is odd, rounds to nearest even; NaN is kept from becoming an infinity.
+KL_EXT_INLINE std::uint32_t round_to_bfloat16(float x) {
   const std::uint32_t bits = to_bits(x);
-  const std::uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  out.bits = static_cast<std::uint16_t>(x != x ? 0x7fc0 : rounded);
+  const std::uint32_t rounded = (bits | ((bits >> 16) & 1)) + 0x7fff;
+  return x != x ? 0x7fc00000u : rounded;
 }
+
+KL_EXT_INLINE void narrow(BFloat16& out, float x) { out.bits = static_cast<std::uint16_t>(round_to_bfloat16(x) >> 16); }
 
 // Normal results round in the bits as above; subnormal ones by adding 1/2, whose last place is the smallest subnormal.
 KL_EXT_INLINE void narrow(Half& out, float x) {
