@@ -81,17 +81,16 @@ KL_EXT_INLINE void for_each_group(std::int64_t numel, const Run& run) {
   }
 }
 
-// Where AVX-512 can do a bit operation under a mask, GCC takes one that a maximum follows for a comparison and that operation,
-// done a second time, which is three times as slow. A zero that GCC does not know, subtracted between the two, ends that, and
-// changes no number.
+// Of a bit operation and a maximum of what it gives, GCC makes for AVX-512 a comparison and the bit operation once more, under
+// a mask: three times as slow. Subtracting a zero that GCC does not know comes between the two, and changes no number.
 template <class T>
-class Detached {
+class Detach {
  public:
 #if defined(__AVX512F__) && !defined(__clang__)
-  KL_EXT_INLINE Detached() {
-    typename math::Format<T>::Bits bits = 0;
-    __asm__("" : "+r"(bits));
-    zero_ = math::from_bits<T>(bits);
+  KL_EXT_INLINE Detach() {
+    typename math::Format<T>::Bits zero = 0;
+    __asm__("" : "+r"(zero));
+    zero_ = math::from_bits<T>(zero);
   }
 
   KL_EXT_INLINE T operator()(T x) const { return x - zero_; }

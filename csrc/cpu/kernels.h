@@ -1,5 +1,5 @@
 // The interface of the CPU kernels, compiled once per instruction set: plain loops over rows of contiguous numbers. Shapes,
-// buffers and threads are the caller's. Neither this header nor kernels.cpp includes any of torch: an inline function that two
+// buffers and threads are the caller's. Neither this header nor what kernels.cpp includes knows torch: an inline function that two
 // instruction sets share would be merged by the linker.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The loops over plain numbers: between tiles of a tensor and buffers, and for sums of terms that are there already.
+// The loops over plain numbers: from tiles of tensors to buffers and back, and for sums of terms that are there already.
 #pragma once
 
 #include "../math/half.h"

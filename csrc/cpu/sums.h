@@ -1,0 +1,130 @@
+// Sums in the order of math/summation.h, of terms that are computed on the way.
+#pragma once
+
+#include "../math/summation.h"
+#include "terms.h"
+
+namespace kl_ext::cpu::KL_EXT_CPU_CAPABILITY {
+namespace {
+
+// Lanes lie beside each other here if the numbers that go to them have the same place in a group: so many for each place.
+template <class S>
+constexpr int kLanesOfPlace = math::kLanes / kGroup<S>;
+
+// Adds the terms of at most a turn of contiguous inputs to the lanes `first` and on, which is the first of a group.
+template <class Loss, Range range, class S, class T>
+KL_EXT_INLINE void add_groups(T* lanes, int first, const Inputs<Loss, S>& inputs, std::int64_t numel,
+                              const math::Clamp<T>& clamp) {
+  T* const into = lanes + first / kGroup<S>;
+  for_each_group<S>(numel, [&]<int kNumbers>(Count<kNumbers>, std::int64_t i) KL_EXT_INLINE_LAMBDA {
+    T terms[kNumbers];
+    compute_terms<Loss, range>(terms, inputs, i, clamp);
+    KL_EXT_UNROLL
+    for (int n = 0; n < kNumbers; ++n) {
+      into[n * kLanesOfPlace<S> + i / kGroup<S>] += terms[n];
+    }
+  });
+}
+
+// Adds a term to each lane.
+template <class Loss, Range range, class S, class T>
+KL_EXT_INLINE void add_turn(T* lanes, const Inputs<Loss, S>& inputs, const math::Clamp<T>& clamp) {
+  add_groups<Loss, range>(lanes, 0, inputs, math::kLanes, clamp);
+}
+
+// Adds the terms of contiguous inputs to the lanes `first` and on.
+template <class Loss, Range range, class S, class T>
+KL_EXT_INLINE void accumulate_row(T* lanes, const Inputs<Loss, S>& inputs, int first, std::int64_t numel,
+                                  const math::Clamp<T>& clamp) {
+  std::int64_t i = 0;
+  if (const int place = first % kGroup<S>; place != 0) { // the rest of a group
+    T terms[1];
+    compute_terms<Loss, range>(terms, inputs, 0, clamp);
+    lanes[place * kLanesOfPlace<S> + first / kGroup<S>] += terms[0];
+    first = (first + 1) % math::kLanes;
+    i = 1;
+  }
+  if (first > 0) {
+    const std::int64_t run = numel - i < math::kLanes - first ? numel - i : math::kLanes - first;
+    add_groups<Loss, range>(lanes, first, inputs.from(i), run, clamp);
+    i += run;
+  }
+  for (; i + math::kLanes <= numel; i += math::kLanes) {
+    add_turn<Loss, range>(lanes, inputs.from(i), clamp);
+  }
+  add_groups<Loss, range>(lanes, 0, inputs.from(i), numel - i, clamp);
+}
+
+template <class Loss, Range range, class T>
+void accumulate(void* lanes, const void* const* inputs, int first, std::int64_t numel, Bounds bounds) {
+  accumulate_row<Loss, range>(static_cast<T*>(lanes), Inputs<Loss, T>(inputs), first, numel, to_clamp<T>(bounds));
+}
+
+// In the order of math/summation.h: the lanes of each place among themselves, and at last those that are left.
+template <class S, class T>
+KL_EXT_INLINE T fold(T (&lanes)[math::kLanes]) {
+  T sums[kGroup<S>];
+  for (int n = 0; n < kGroup<S>; ++n) {
+    T* const of_place = lanes + n * kLanesOfPlace<S>;
+    math::fold_lanes(of_place, kLanesOfPlace<S>, 1);
+    sums[n] = of_place[0];
+  }
+  math::fold_lanes(sums, kGroup<S>, 1);
+  return sums[0];
+}
+
+// The terms of a block, row after row from a given one on.
+template <class Loss, Range range, class S>
+class Terms {
+ public:
+  using T = typename ArithmeticOf<S>::Type;
+
+  KL_EXT_INLINE Terms(const Block& block, std::int64_t begin, Bounds bounds)
+      : block_(block), clamp_(to_clamp<T>(bounds)), row_(begin / block.columns), column_(begin % block.columns) {}
+
+  // Adds the next terms to lanes. Where rows consist of whole turns, so does every chunk, and the lanes stay in registers.
+  KL_EXT_INLINE void add_to(T* lanes, std::int64_t numel) {
+    if (block_.columns % math::kLanes == 0) {
+      for (std::int64_t done = 0; done < numel; done += math::kLanes) {
+        add_turn<Loss, range>(lanes, next(math::kLanes), clamp_);
+      }
+    } else {
+      for (std::int64_t done = 0; done < numel;) {
+        const std::int64_t left = block_.columns - column_;
+        const std::int64_t run = numel - done < left ? numel - done : left;
+        accumulate_row<Loss, range>(lanes, next(run), done % math::kLanes, run, clamp_);
+        done += run;
+      }
+    }
+  }
+
+ private:
+  // The inputs of the next terms, which must be those of one row.
+  KL_EXT_INLINE Inputs<Loss, S> next(std::int64_t numel) {
+    const Inputs<Loss, S> inputs(block_, 0, row_, column_);
+    column_ += numel;
+    row_ += column_ == block_.columns ? 1 : 0;
+    column_ = column_ == block_.columns ? 0 : column_;
+    return inputs;
+  }
+
+  const Block& block_;
+  math::Clamp<T> clamp_;
+  std::int64_t row_;
+  std::int64_t column_;
+};
+
+template <class Loss, Range range, class S>
+void sum_chunks(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Bounds bounds) {
+  using T = typename ArithmeticOf<S>::Type;
+  Terms<Loss, range, S> terms(block, begin, bounds);
+  T* out = static_cast<T*>(partials);
+  for (std::int64_t start = begin; start < end; start += math::kChunk) {
+    alignas(64) T lanes[math::kLanes] = {};
+    terms.add_to(lanes, end - start < math::kChunk ? end - start : math::kChunk);
+    *out++ = fold<S>(lanes);
+  }
+}
+
+} // namespace
+} // namespace kl_ext::cpu::KL_EXT_CPU_CAPABILITY

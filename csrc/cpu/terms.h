@@ -1,0 +1,81 @@
+// What the loops of the formulas read, and the terms that they make of it.
+#pragma once
+
+#include "../math/gaussian.h"
+#include "groups.h"
+#include "kernels.h"
+
+namespace kl_ext::cpu::KL_EXT_CPU_CAPABILITY {
+namespace {
+
+using math::Range;
+
+template <class T>
+math::Clamp<T> to_clamp(Bounds bounds) {
+  return {static_cast<T>(bounds.low), static_cast<T>(bounds.high)};
+}
+
+// A row of an operand.
+template <class S>
+KL_EXT_INLINE S* row_of(const Block& block, int operand, std::int64_t row) {
+  return reinterpret_cast<S*>(static_cast<char*>(block.pointers[operand]) + row * block.row_strides[operand]);
+}
+
+// What the loops read: the numbers of each input, in the arithmetic type.
+template <class Loss, class S>
+struct Inputs {
+  using T = typename ArithmeticOf<S>::Type;
+
+  explicit KL_EXT_INLINE Inputs(const void* const* inputs) {
+    for (int input = 0; input < Loss::kInputs; ++input) {
+      data[input] = static_cast<const S*>(inputs[input]);
+    }
+  }
+
+  // The operands from the given one on.
+  KL_EXT_INLINE Inputs(const Block& block, int operand, std::int64_t row, std::int64_t column = 0) {
+    for (int input = 0; input < Loss::kInputs; ++input) {
+      data[input] = row_of<const S>(block, operand + input, row) + column;
+    }
+  }
+
+  template <int kNumbers>
+  KL_EXT_INLINE void read(T (&values)[kNumbers][Loss::kInputs], std::int64_t i) const {
+    KL_EXT_UNROLL
+    for (int input = 0; input < Loss::kInputs; ++input) {
+      T numbers[kNumbers];
+      read_group(numbers, data[input] + i);
+      const bool is_log_var = input % 2 == 1;
+      KL_EXT_UNROLL
+      for (int n = 0; n < kNumbers; ++n) {
+        values[n][input] = sizeof(S) == 2 && is_log_var ? detach(numbers[n]) : numbers[n];
+      }
+    }
+  }
+
+  KL_EXT_INLINE Inputs from(std::int64_t i) const {
+    Inputs result = *this;
+    for (const S*& input : result.data) {
+      input += i;
+    }
+    return result;
+  }
+
+  const S* data[Loss::kInputs];
+  Detach<T> detach;
+};
+
+// The terms of the inputs from number i on.
+template <class Loss, Range range, int kNumbers, class S, class T>
+KL_EXT_INLINE void compute_terms(T (&terms)[kNumbers], const Inputs<Loss, S>& inputs, std::int64_t i,
+                                 const math::Clamp<T>& clamp) {
+  T values[kNumbers][Loss::kInputs];
+  inputs.read(values, i);
+  KL_EXT_UNROLL
+  for (int n = 0; n < kNumbers; ++n) {
+    terms[n] = Loss::template forward<range>(values[n], clamp);
+  }
+}
+
+} // namespace
+} // namespace kl_ext::cpu::KL_EXT_CPU_CAPABILITY
