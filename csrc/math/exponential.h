@@ -141,8 +141,8 @@ KL_EXT_INLINE Reduced<T> reduce_to_nearest(T x) {
   return {k, fma(-k, C::kLn2Low, fma(-k, C::kLn2High, x))};
 }
 
-// Half of phi(x), from half of x and its reduction with step 1: finite x may be infinite where its half is not. Where k = 0, all
-// but the product is exactly 0.
+// Half of phi(x), from half of x and its reduction with step 1: finite x may be infinite where its half is not, and so may 2^k in
+// the wide range. Where k = 0, all but the product is exactly 0.
 template <Range range, class T>
 KL_EXT_INLINE T half_phi(T half_x, Reduced<T> half) {
   const T half_scale = power_of_two<-1>(half.k);
