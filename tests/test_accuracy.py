@@ -231,6 +231,10 @@ FINITE = [
     ("pair", numpy.float64, (3.0, -800.0, 3.0, -800.5)),
     ("pair", numpy.float64, (5e-324, -1480.0, 0.0, -1480.0)),
     ("pair", numpy.float64, (1e300, 1400.0, -1e300, 1400.0)),
+    # Just below where the ratio of variances overflows.
+    ("pair", numpy.float32, (0.0, 88.72283935546875, 0.0, 1e-6)),
+    ("pair", numpy.float64, (0.0, 709.78271289338397, 0.0, 0.0)),
+    ("pair", numpy.float64, (0.0, 355.0, 0.0, -354.78271289338397)),
 ]
 
 
@@ -245,8 +249,17 @@ def test_infinite_only_where_the_loss_itself_overflows(loss, dtype, point, devic
 
 
 @pytest.mark.parametrize(
-    "loss, point", [("single", (0.0, 89.5)), ("single", (3e19, 0.0)), ("pair", (1.0, 0.0, 0.0, -89.0))], ids=str
+    "loss, point",
+    [
+        ("single", (0.0, 89.5)),
+        ("single", (3e19, 0.0)),
+        ("pair", (1.0, 0.0, 0.0, -89.0)),
+        ("pair", (0.0, -4.0172871782917574e37, 0.0, -3.4028234663852886e38)),  # their difference does not overflow
+    ],
+    ids=str,
 )
 def test_infinite_where_the_loss_overflows(loss, point, device):
-    value, _ = evaluate(loss, tensors([numpy.array([x], numpy.float32) for x in point], device), UNBOUNDED)
+    """And the gradients with it, or they are finite."""
+    value, gradients = evaluate(loss, tensors([numpy.array([x], numpy.float32) for x in point], device), UNBOUNDED)
     assert value.item() == math.inf
+    assert not any(gradient.isnan().any() for gradient in gradients)

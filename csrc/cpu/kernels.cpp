@@ -1,5 +1,6 @@
 // The loops, compiled once per instruction set: KL_EXT_CPU_CAPABILITY names it. The compiler vectorises them (contraction and
-// fast-math stay off: the arithmetic is what math/ writes, on every instruction set the same). These are elementwise.
+// fast-math stay off: the arithmetic is what math/ writes, on every instruction set the same). Those here go
+// term by term; sums.h and numbers.h have the others.
 #include "kernels.h"
 
 #include "numbers.h"

@@ -1,12 +1,12 @@
 // e^x and its relatives in adds, multiplies, fma and bit operations only, without branches or tables: the same bits on every
 // processor, and no cancellation near x = 0.
 //
-//   phi(x) = e^x - 1 - x >= 0      error <= 2 ulp (largest found: 1.8, over every float with |x| <= 50.5)
+//   phi(x) = e^x - 1 - x >= 0      half of it: error <= 2 ulp (largest found: 1.8, over every float with |x| <= 50.5)
 //   expm1(x) = e^x - 1             error <= 1.5 ulp (largest found: 1.42)
 //
 // The argument is written x = k ln 2 + r with k = trunc(x / ln 2). Truncation, and not rounding to nearest, is the point: r has
-// the sign of x, and where k is not 0 the terms s (1 + r + phi(r)), s = 2^k, and -1 - x add up without cancelling. Everything
-// is computed as half its value (with s/2), so that a divergence is finite wherever its value is.
+// the sign of x, and where k is not 0 the terms s (1 + r + phi(r)), s = 2^k, and -1 - x add up without cancelling. In the
+// wide range everything is computed as half its value (with s/2), so that a divergence is finite wherever its value is.
 #pragma once
 
 #include "platform.h"
@@ -76,8 +76,7 @@ KL_EXT_INLINE T phi_over_r(T x) {
 // expm1(r) for |r| <= ln 2.
 template <class T>
 KL_EXT_INLINE T expm1_reduced(T r) {
-  const T phi_over_r = r * fma(Constants<T>::template q<-1, 0>(r), r, T(0.5));
-  return fma(r, phi_over_r, r);
+  return fma(r, r * fma(Constants<T>::template q<-1, 0>(r), r, T(0.5)), r);
 }
 
 // x = k ln 2 + r.
@@ -94,7 +93,7 @@ enum class Range { kNarrow, kWide };
 template <class T>
 constexpr T kNarrowBound = sizeof(T) == 4 ? T(43) : T(350);
 
-// The k of x = k ln 2 + r, truncated. Wide: where e^x overflows, k stays at the largest exponent and r grows without bound, and
+// The k of 2^step x = k ln 2 + r, truncated. Wide: where e^x overflows, k stays at the largest exponent and r grows without bound, and
 // with it all that is computed from it.
 template <Range range, int step, class T>
 KL_EXT_INLINE T truncated_quotient(T x) {
@@ -122,6 +121,7 @@ KL_EXT_INLINE Reduced<T> reduce(T x, T error) {
   return {k, fma(-k, kUnit * Constants<T>::kLn2High, x) + fma(-k, kUnit * Constants<T>::kLn2Low, error)};
 }
 
+// Of 2^step x.
 template <Range range, int step = 0, class T>
 KL_EXT_INLINE Reduced<T> reduce(T x) {
   constexpr T kUnit = kTwoTo<T, -step>;

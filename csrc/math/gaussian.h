@@ -151,7 +151,7 @@ KL_EXT_INLINE Difference<T> subtract(T p, T q) {
   const T minus_q = difference - p;
   T error = (p - (difference - minus_q)) - (q + minus_q);
   if constexpr (range == Range::kWide) {
-    error = is_infinite(difference) ? T(0) : error;
+    error = error == error ? error : T(0); // NaN where something overflows, be it but on the way
   }
   return {difference, reduce<range, step>(difference, error)};
 }
@@ -196,7 +196,7 @@ struct PairOf {
   static constexpr int kInputs = 4;
   static constexpr int kGradients = 4;
   static constexpr int kTimes = documented ? 2 : 1;
-  // Values are doubled as they are computed; in the wide range, where that overflows on the way, afterwards.
+  // Values and ratios of variances are doubled as they are computed; in the wide range, where that overflows on the way, afterwards.
   template <Range range>
   static constexpr int kTimesOf = range == Range::kNarrow ? kTimes : 1;
 
@@ -219,9 +219,10 @@ struct PairOf {
     if constexpr (kTimesOf<range> == 2) {
       const Difference<T> difference = subtract<range>(log_var_p, log_var_q);
       return (phi(difference.rounded, difference.reduced) + means()) + T(0.5);
+    } else {
+      const T value = variances_divergence<range>(log_var_p, log_var_q) + means();
+      return documented ? fma(T(2), value, T(0.5)) : value;
     }
-    const T value = variances_divergence<range>(log_var_p, log_var_q) + means();
-    return documented ? fma(T(2), value, T(0.5)) : value;
   }
 
   template <Range range, class T, class Means>
@@ -229,7 +230,8 @@ struct PairOf {
                                       T (&gradient)[kGradients]) {
     const T log_var_p = clamp(input[1], bounds.low, bounds.high);
     const T log_var_q = clamp(input[3], bounds.low, bounds.high);
-    const T half_ratio = half_expm1<kTimes>(subtract<range>(log_var_p, log_var_q).reduced);
+    const Reduced<T> difference = subtract<range>(log_var_p, log_var_q).reduced;
+    const T half_ratio = T(kTimes / kTimesOf<range>) * half_expm1<kTimesOf<range>>(difference);
     const Shift<T> shift = means();
     gradient[0] = grad_output * shift.scaled;
     gradient[1] = clamp_gradient(grad_output * half_ratio, input[1], bounds.low, bounds.high);
@@ -249,12 +251,14 @@ struct PairGivenQ {
 
   template <Range range, class T>
   KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T> bounds) {
+    static_assert(range == Range::kNarrow);
     return Pair::template value<range>(input, bounds,
                                        [&] { return half_square_over<Pair::kTimes>(input[0], input[2], input[4]); });
   }
 
   template <Range range, class T>
   KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T> bounds, T (&gradient)[kGradients]) {
+    static_assert(range == Range::kNarrow);
     const auto means = [&] { return shift_over(input[0], input[2], input[4]); };
     Pair::template gradients<range>(grad_output, input, bounds, means, gradient);
   }
