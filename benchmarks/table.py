@@ -87,6 +87,29 @@ def peers(result: Result) -> str:
     return table(["workload", "pass", *names], rows)
 
 
+def compiled_by_size(result: Result) -> str:
+    """Geometric means of torch.compile's ratios, and how near a fused sum is to what torch's matrix product does a second."""
+    rates = {row["threads"]: row["operations"] / row["us"]["torch.mm"][1] for row in rows_of(result, "peak")}
+    per_term = next(row["operations"] / row["elements"] for row in rows_of(result, "floor") if row["case"] == "sum")
+    ratios: dict[tuple[int, int], dict[str, list[float]]] = {}
+    reached: dict[tuple[int, int], float] = {}
+    for row in rows_of(result, "ratios"):
+        size = row["elements"], row["threads"]
+        ratios.setdefault(size, {}).setdefault(row["pass"], []).append(row["ratio"][COMPILED][1])
+        if (row["case"], row["pass"]) == ("batchmean", "forward"):
+            reached[size] = per_term * row["elements"] / row["us"][KL_EXT][1] / rates[row["threads"]]
+    rows = [
+        [
+            elements(size[0]),
+            str(size[1]),
+            *(f"{statistics.geometric_mean(by_pass[name]):.2f}" for name in ("forward", BOTH)),
+            share(reached[size]),
+        ]
+        for size, by_pass in sorted(ratios.items())
+    ]
+    return table(["terms", "threads", "forward", BOTH, "operations a second of batchmean's forward / torch.mm's"], rows)
+
+
 def chunk_share(result: Result) -> str:
     """The time that autograd's concatenation would take, as a share of kl_ext's forward and backward, which do without."""
     rows = [
@@ -200,6 +223,7 @@ KINDS: dict[str, Callable[[Result], str]] = {
     "ratios": ratios,
     "forward_ratios": forward_ratios,
     "peers": peers,
+    "compiled_by_size": compiled_by_size,
     "chunk_share": chunk_share,
     "native": native,
     "accuracy": accuracy,
