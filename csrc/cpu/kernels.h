@@ -1,6 +1,6 @@
 // The interface of the CPU kernels, compiled once per instruction set: plain loops over rows of contiguous numbers. Shapes,
-// buffers and threads are the caller's. Neither this header nor what kernels.cpp includes knows torch: an inline function that two
-// instruction sets share would be merged by the linker.
+// buffers and threads are the caller's. Neither this header nor what kernels.cpp includes knows torch: an inline function that
+// two instruction sets share would be merged by the linker.
 #pragma once
 
 #include <cstdint>

@@ -93,8 +93,8 @@ enum class Range { kNarrow, kWide };
 template <class T>
 constexpr T kNarrowBound = sizeof(T) == 4 ? T(43) : T(350);
 
-// The k of 2^step x = k ln 2 + r, truncated. Wide: where e^x overflows, k stays at the largest exponent and r grows without bound, and
-// with it all that is computed from it.
+// The k of 2^step x = k ln 2 + r, truncated. Wide: where e^x overflows, k stays at the largest exponent and r grows without
+// bound, and with it all that is computed from it.
 template <Range range, int step, class T>
 KL_EXT_INLINE T truncated_quotient(T x) {
   const T k = trunc(x * (kTwoTo<T, step> * Constants<T>::kLog2E));
@@ -141,8 +141,8 @@ KL_EXT_INLINE Reduced<T> reduce_to_nearest(T x) {
   return {k, fma(-k, C::kLn2Low, fma(-k, C::kLn2High, x))};
 }
 
-// Half of phi(x), from half of x and its reduction with step 1: finite x may be infinite where its half is not, and so may 2^k in
-// the wide range. Where k = 0, all but the product is exactly 0.
+// Half of phi(x), from half of x and its reduction with step 1: finite x may be infinite where its half is not, and so may 2^k
+// in the wide range. Where k = 0, all but the product is exactly 0.
 template <Range range, class T>
 KL_EXT_INLINE T half_phi(T half_x, Reduced<T> half) {
   const T half_scale = power_of_two<-1>(half.k);

@@ -90,7 +90,8 @@ KL_EXT_INLINE T half_square_over(T mu_p, T mu_q, T inverse_var) {
   return (T(0.5) * T(kTimes) * difference) * (difference * inverse_var);
 }
 
-// For the gradients: kTimes D w and kTimes D^2 w / 2. Doubling D w afterwards would double the rounding of one that is subnormal.
+// For the gradients: kTimes D w and kTimes D^2 w / 2. Doubling D w afterwards would double the rounding of one that is
+// subnormal.
 template <class T>
 struct Shift {
   T scaled;
@@ -196,7 +197,8 @@ struct PairOf {
   static constexpr int kInputs = 4;
   static constexpr int kGradients = 4;
   static constexpr int kTimes = documented ? 2 : 1;
-  // Values and ratios of variances are doubled as they are computed; in the wide range, where that overflows on the way, afterwards.
+  // Values and ratios of variances are doubled as they are computed; in the wide range, where that overflows on the way,
+  // afterwards.
   template <Range range>
   static constexpr int kTimesOf = range == Range::kNarrow ? kTimes : 1;
 

@@ -28,7 +28,8 @@ KL_EXT_INLINE float widen(float x) { return x; }
 KL_EXT_INLINE double widen(double x) { return x; }
 
 // The bits of x rounded to bfloat16 in the upper 16; the lower 16 mean nothing. Adding just under half a unit of the last kept
-// place, to a number that is a little more where that place is odd, rounds to nearest even; NaN is kept from becoming an infinity.
+// place, to a number that is a little more where that place is odd, rounds to nearest even; NaN is kept from becoming an
+// infinity.
 KL_EXT_INLINE std::uint32_t round_to_bfloat16(float x) {
   const std::uint32_t bits = to_bits(x);
   const std::uint32_t rounded = (bits | ((bits >> 16) & 1)) + 0x7fff;
