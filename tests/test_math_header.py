@@ -28,8 +28,8 @@ template <class T, Range range>
 void exponentials(const T* x, T* half_phi_of_x, T* half_expm1_of_x, long n) {
   for (long i = 0; i < n; ++i) {
     const T half = T(0.5) * x[i];
-    half_phi_of_x[i] = half_phi<range>(half, reduce<range, 1>(half));
-    half_expm1_of_x[i] = half_expm1(reduce<range>(x[i]));
+    half_phi_of_x[i] = half_phi<range, Argument::kNumber>(half, reduce<range, 1>(half));
+    half_expm1_of_x[i] = half_expm1<range>(reduce<range, 0, For::kExpm1>(x[i]));
   }
 }
 
@@ -221,6 +221,28 @@ def test_phi_and_expm1_hold_their_bounds(header, dtype, range_, rng):
         points.ln2_multiples(rng, n, dtype, 72),
     ).astype(dtype)
     assert_exponentials(header, dtype, range_, x)
+
+
+@CONFIGURATIONS
+def test_phi_and_expm1_hold_their_bounds_where_most_roundings_meet(header, dtype, range_, rng):
+    """Where 2^k - 1 is the first not to be exact, at the ends of what each k covers, and at points found by searching."""
+    n = 200_000
+    mantissa = numpy.finfo(dtype).nmant + 1
+    ends = points.mixed(rng, n, rng.uniform(-0.001, 0.001, n), rng.uniform(0.58, 0.59, n), rng.uniform(0.9, 1, n))
+    x = (rng.integers(mantissa - 1, mantissa + 4, n) + ends) * math.log(2)
+    near_one = rng.choice([-1, 1, 2, 3], n) * math.log(2) + math.log(2) * ends
+    searched = [38.806916981268628, 38.816204883771576, 1.9361072580177627, 17.045404434204102, 1.094460893234422]
+    assert_exponentials(header, dtype, range_, numpy.concatenate([x, near_one, searched]).astype(dtype))
+
+
+@pytest.mark.parametrize("dtype, narrow_bound", [(numpy.float32, 43), (numpy.float64, 350)])
+def test_phi_and_expm1_hold_their_bounds_beside_every_multiple_of_ln2_in_the_narrow_range(header, dtype, narrow_bound):
+    """2^k r is an addition to the exponent of r, which must not be too small for it."""
+    largest = int(narrow_bound / math.log(2))
+    multiples = numpy.arange(-largest, largest + 1) * numpy.log(numpy.longdouble(2))
+    x = multiples.astype(dtype)
+    above, below = numpy.nextafter(x, dtype(numpy.inf)), numpy.nextafter(x, dtype(-numpy.inf))
+    assert_exponentials(header, dtype, "narrow", numpy.concatenate([x, above, below]))
 
 
 def test_phi_and_expm1_hold_their_bounds_over_an_even_sample_of_all_floats_in_range(header):

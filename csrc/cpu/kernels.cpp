@@ -110,13 +110,13 @@ void backward_to_lanes(const Block& block, void* lanes_of_mu, void* lanes_of_log
   }
 }
 
-template <int kTimes, class T>
+template <int power, class T>
 void prepare_q(void* out, const void* log_var_q, std::int64_t numel, Bounds bounds) {
   const math::Clamp<T> clamp = to_clamp<T>(bounds);
   KL_EXT_LOOP
   for (std::int64_t i = 0; i < numel; ++i) {
     const T clamped = math::clamp(static_cast<const T*>(log_var_q)[i], clamp.low, clamp.high);
-    static_cast<T*>(out)[i] = math::inverse_variance<kTimes>(clamped);
+    static_cast<T*>(out)[i] = math::inverse_variance<power>(clamped);
   }
 }
 
@@ -137,6 +137,10 @@ void prepare_q(void* out, const void* log_var_q, std::int64_t numel, Bounds boun
   {{},                                                                   \
    KL_EXT_ARITHMETICS(function, math::PairGivenQ<true>, Range::kNarrow), \
    KL_EXT_ARITHMETICS(function, math::PairGivenQ<false>, Range::kNarrow)}
+#define KL_EXT_PREPARE_Q(power)                                        \
+  {{},                                                                 \
+   KL_EXT_ARITHMETICS(prepare_q, math::PairGivenQ<true>::power),       \
+   KL_EXT_ARITHMETICS(prepare_q, math::PairGivenQ<false>::power)}
 #define KL_EXT_BY_STORAGE(function)                                        \
   {                                                                        \
       {function<math::Half, float>, function<math::Half, double>},         \
@@ -156,8 +160,8 @@ const Kernels kernels = {
     KL_EXT_GIVEN_Q(backward_to_lanes),
     KL_EXT_GIVEN_Q(accumulate),
     KL_EXT_GIVEN_Q(sum_chunks),
-    {{}, KL_EXT_ARITHMETICS(prepare_q, 1), KL_EXT_ARITHMETICS(prepare_q, 1)},
-    {{}, KL_EXT_ARITHMETICS(prepare_q, 2), KL_EXT_ARITHMETICS(prepare_q, 1)},
+    KL_EXT_PREPARE_Q(kForwardPower),
+    KL_EXT_PREPARE_Q(kBackwardPower),
     KL_EXT_BY_STORAGE(load),
     KL_EXT_BY_STORAGE(store),
     {add_to_lanes<float>, add_to_lanes<double>},

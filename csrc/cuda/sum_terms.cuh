@@ -39,7 +39,8 @@ struct Q {
       for (int i = 0; i < 2; ++i) {
         inputs[i][item] = thread.template get<T>(loaded[i], kFirst + i, item);
       }
-      inputs[2][item] = math::inverse_variance<Direction::Loss::kTimes>(math::clamp(inputs[1][item], bounds.low, bounds.high));
+      constexpr int kPower = Direction::Given::kBackwardPower;
+      inputs[2][item] = math::inverse_variance<kPower>(math::clamp(inputs[1][item], bounds.low, bounds.high));
     }
   }
 };

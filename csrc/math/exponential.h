@@ -1,12 +1,19 @@
 // e^x and its relatives in adds, multiplies, fma and bit operations only, without branches or tables: the same bits on every
 // processor, and no cancellation near x = 0.
 //
-//   phi(x) = e^x - 1 - x >= 0      half of it: error <= 2 ulp (largest found: 1.8, over every float with |x| <= 50.5)
-//   expm1(x) = e^x - 1             error <= 1.5 ulp (largest found: 1.42)
+//   phi(x) = e^x - 1 - x >= 0      half of it: error <= 2 ulp (largest found: 1.91)
+//   expm1(x) = e^x - 1             error <= 1.5 ulp (largest found: 1.34)
 //
-// The argument is written x = k ln 2 + r with k = trunc(x / ln 2). Truncation, and not rounding to nearest, is the point: r has
-// the sign of x, and where k is not 0 the terms s (1 + r + phi(r)), s = 2^k, and -1 - x add up without cancelling. In the
-// wide range everything is computed as half its value (with s/2), so that a divergence is finite wherever its value is.
+// (float: over every number with |x| <= 50.5, double: at random.) The argument is written x = k ln 2 + r, s = 2^k.
+//
+// For phi, k = trunc(x / ln 2). Truncation, and not rounding to nearest, is the point: r has the sign of x, and where k is not
+// 0 the terms s (1 + r + phi(r)) and -1 - x add up without cancelling.
+//
+// For expm1, k is the floor for which 3/4 <= e^r <= 3/2: r is smaller, and s expm1(r) + (s - 1) loses least. The worst is next
+// to k = 0, where the sum falls to 1/2 (k = 1) and -1/4 (k = -1) while the ulp of expm1(r) grows with its size: it doubles at
+// -1/4 and 1/2, which are just those ends.
+//
+// In the wide range everything is computed as half its value (with s/2), so that a divergence is finite wherever its value is.
 #pragma once
 
 #include "platform.h"
@@ -16,73 +23,112 @@ namespace kl_ext::math {
 template <class T, int n>
 constexpr T kTwoTo = n < 0 ? T(1) / T(std::uint64_t{1} << -n) : T(std::uint64_t{1} << n);
 
-// c_0 + c_1 x + c_2 x^2 + ..., with 2^(power + i step) c_i in the place of c_i.
+// c_0 + c_2 x^2 + c_4 x^4 + ..., with 2^(power + i step) c_i in the place of c_i.
 template <int power, int step, class T>
-KL_EXT_INLINE T polynomial(T, T c) {
+KL_EXT_INLINE T every_other_term(T, T c) {
+  return kTwoTo<T, power> * c;
+}
+
+template <int power, int step, class T>
+KL_EXT_INLINE T every_other_term(T, T c, T) {
   return kTwoTo<T, power> * c;
 }
 
 template <int power, int step, class T, class... More>
-KL_EXT_INLINE T polynomial(T x, T c, More... more) {
-  return fma(polynomial<power + step, step>(x, more...), x, kTwoTo<T, power> * c);
+KL_EXT_INLINE T every_other_term(T square, T c, T, More... more) {
+  return fma(every_other_term<power + 2 * step, step>(square, more...), square, kTwoTo<T, power> * c);
 }
 
-// ln 2 in two parts (k kLn2High is exact for every k in use), and Q of phi(r) = r/2 (r + r^2 Q(r)) for |r| <= ln 2: minimax.
-// q<power, step>(x) is 2^power Q(2^step x).
+// c_0 + c_1 x + c_2 x^2 + ..., likewise, from x and x^2: as many operations as with x alone, in half the time until the last.
+template <int power, int step, class T, class... More>
+KL_EXT_INLINE T polynomial(T x, T square, T c, More... more) {
+  return fma(every_other_term<power + step, step>(square, more...), x, every_other_term<power, step>(square, c, more...));
+}
+
+// ln 2 in two parts (k kLn2High is exact for every k in use), and minimax polynomials: Q of phi(r) = r/2 (r + r^2 Q(r)) for
+// |r| <= ln 2, and C of expm1(r) = r + r^2 C(r) for e^r from 1/sqrt(2) to 3/2, which takes fewer coefficients.
+// q<step>(x) is 2^step Q(2^step x).
 template <class T>
 struct Constants;
 
 template <>
 struct Constants<float> {
   static constexpr float kLog2E = 0x1.715476p0f;
+  static constexpr float kTwoMinusLog2Of3 = 0x1.a8ff98p-2f;
   static constexpr float kLn2High = 0x1.62e3p-1f;
   static constexpr float kLn2Low = 0x1.2fefa2p-17f;
-  template <int power, int step>
-  KL_EXT_INLINE static float q(float x) {
-    return polynomial<power, step>(x, 0x1.55555ap-2f, 0x1.55555cp-4f, 0x1.110c98p-6f, 0x1.6c1270p-9f, 0x1.a4d838p-12f,
-                                   0x1.a38652p-15f);
+  template <int step>
+  KL_EXT_INLINE static float q(float x, float square) {
+    return polynomial<step, step>(x, square, 0x1.55555ap-2f, 0x1.55555cp-4f, 0x1.110c98p-6f, 0x1.6c1270p-9f, 0x1.a4d838p-12f,
+                                  0x1.a38652p-15f);
+  }
+  KL_EXT_INLINE static float c(float r, float square) {
+    return polynomial<0, 0>(r, square, 0x1p-1f, 0x1.555558p-3f, 0x1.5554d4p-5f, 0x1.110ac8p-7f, 0x1.6d65d2p-10f,
+                            0x1.abbf40p-13f);
   }
 };
 
 template <>
 struct Constants<double> {
   static constexpr double kLog2E = 0x1.71547652b82fep0;
+  static constexpr double kTwoMinusLog2Of3 = 0x1.a8ff971810a5ep-2;
   static constexpr double kLn2High = 0x1.62e42feep-1;
   static constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
-  template <int power, int step>
-  KL_EXT_INLINE static double q(double x) {
-    return polynomial<power, step>(x, 0x1.5555555555554p-2, 0x1.5555555555554p-4, 0x1.11111111115c5p-6, 0x1.6c16c16c17502p-9,
-                                   0x1.a01a019eeb7a7p-12, 0x1.a01a019e21e82p-15, 0x1.71de3c5e2ced0p-18, 0x1.27e4fe4e27ab1p-21,
-                                   0x1.ae60ef78ecf8ep-25, 0x1.1ee9cc0f83e6fp-28, 0x1.63df50ae91eecp-32, 0x1.97fd8e669b391p-36);
+  template <int step>
+  KL_EXT_INLINE static double q(double x, double square) {
+    return polynomial<step, step>(x, square, 0x1.5555555555554p-2, 0x1.5555555555554p-4, 0x1.11111111115c5p-6,
+                                  0x1.6c16c16c17502p-9, 0x1.a01a019eeb7a7p-12, 0x1.a01a019e21e82p-15, 0x1.71de3c5e2ced0p-18,
+                                  0x1.27e4fe4e27ab1p-21, 0x1.ae60ef78ecf8ep-25, 0x1.1ee9cc0f83e6fp-28, 0x1.63df50ae91eecp-32,
+                                  0x1.97fd8e669b391p-36);
+  }
+  KL_EXT_INLINE static double c(double r, double square) {
+    return polynomial<0, 0>(r, square, 0x1p-1, 0x1.555555555555ap-3, 0x1.5555555555609p-5, 0x1.111111110f01bp-7,
+                            0x1.6c16c16bb93a8p-10, 0x1.a01a01b28726ap-13, 0x1.a01a03a312855p-16, 0x1.71ddf20828203p-19,
+                            0x1.27e0726f040c3p-22, 0x1.af68dce57ada4p-26, 0x1.2652d2325babfp-29);
   }
 };
 
-// 2^(k + more) for an integral k, with the sum in the exponent range of normal numbers, and infinity for the one above it.
-// Adding 1.5 * 2^mantissa leaves k in the low bits.
+// An integral k is kept as k + kShift, which has it in its low bits.
+template <class T>
+constexpr T kShift = static_cast<T>(std::uint64_t{3} << (Format<T>::kMantissaBits - 1));
+
+// What adds k to an exponent.
+template <class T>
+KL_EXT_INLINE typename Format<T>::Bits in_exponent(T shifted_k) {
+  return to_bits(shifted_k) << Format<T>::kMantissaBits;
+}
+
+// 2^(k + more) where the sum is in the exponent range of normal numbers, and infinity where it is one above.
 template <int more = 0, class T>
-KL_EXT_INLINE T power_of_two(T k) {
+KL_EXT_INLINE T power_of_two(T shifted_k) {
   using F = Format<T>;
-  constexpr T kShift = static_cast<T>(std::uint64_t{3} << (F::kMantissaBits - 1));
-  constexpr auto kFactor = static_cast<typename F::Bits>(F::kBias + more) << F::kMantissaBits;
-  return from_bits<T>((to_bits<T>(k + kShift) << F::kMantissaBits) + kFactor);
+  return from_bits<T>(in_exponent(shifted_k) + (static_cast<typename F::Bits>(F::kBias + more) << F::kMantissaBits));
+}
+
+// 2^k x for normal x and results, and for any x if k is 0. Of NaN it makes any number.
+template <class T>
+KL_EXT_INLINE T times_power_of_two(T x, T shifted_k) {
+  return from_bits<T>(to_bits(x) + in_exponent(shifted_k));
 }
 
 // 2^(1 - step) phi(r) / r of x = 2^-step r, for |r| <= ln 2.
 template <int step, class T>
 KL_EXT_INLINE T phi_over_r(T x) {
-  return fma(x * x, Constants<T>::template q<step, step>(x), x);
+  const T square = x * x;
+  return fma(square, Constants<T>::template q<step>(x, square), x);
 }
 
-// expm1(r) for |r| <= ln 2.
+// expm1(r) for e^r from 1/sqrt(2) to 3/2.
 template <class T>
 KL_EXT_INLINE T expm1_reduced(T r) {
-  return fma(r, r * fma(Constants<T>::template q<-1, 0>(r), r, T(0.5)), r);
+  const T square = r * r;
+  return fma(square, Constants<T>::c(r, square), r);
 }
 
 // x = k ln 2 + r.
 template <class T>
 struct Reduced {
-  T k;
+  T shifted_k;
   T r;
 };
 
@@ -93,13 +139,17 @@ enum class Range { kNarrow, kWide };
 template <class T>
 constexpr T kNarrowBound = sizeof(T) == 4 ? T(43) : T(350);
 
-// The k of 2^step x = k ln 2 + r, truncated. Wide: where e^x overflows, k stays at the largest exponent and r grows without
-// bound, and with it all that is computed from it.
-template <Range range, int step, class T>
-KL_EXT_INLINE T truncated_quotient(T x) {
-  const T k = trunc(x * (kTwoTo<T, step> * Constants<T>::kLog2E));
+// What the quotient is for: see above.
+enum class For { kPhi, kExpm1 };
+
+// The k of 2^step x = k ln 2 + r. Wide: where e^x overflows, k stays at the largest exponent and r grows without bound, and
+// with it all that is computed from it.
+template <Range range, int step, For purpose, class T>
+KL_EXT_INLINE T quotient(T x) {
+  constexpr T kFactor = kTwoTo<T, step> * Constants<T>::kLog2E;
+  const T k = purpose == For::kPhi ? trunc(x * kFactor) : floor(fma(x, kFactor, Constants<T>::kTwoMinusLog2Of3));
   if constexpr (range == Range::kWide) {
-    constexpr T kLargest = T(Format<T>::kBias + 1);
+    constexpr T kLargest = T(Format<T>::kBias + (purpose == For::kPhi ? 1 : 2));
     return k > kLargest ? kLargest : k;
   }
   return k;
@@ -107,62 +157,70 @@ KL_EXT_INLINE T truncated_quotient(T x) {
 
 // Wide: e^x is lost beside 1 below this x.
 template <class T>
-constexpr T kLowest = T(-0.6875) * T(Format<T>::kBias);
+constexpr T kLowest = T(-0.625) * T(Format<T>::kBias);
 
 // Of 2^step x + 2^step error, where |error| is at most half an ulp of x; r is left as 2^-step r.
-template <Range range, int step = 0, class T>
+template <Range range, int step = 0, For purpose = For::kPhi, class T>
 KL_EXT_INLINE Reduced<T> reduce(T x, T error) {
   constexpr T kUnit = kTwoTo<T, -step>;
   if constexpr (range == Range::kWide) {
     error = x < kUnit * kLowest<T> ? T(0) : error;
     x = x < kUnit * kLowest<T> ? kUnit * kLowest<T> : x;
   }
-  const T k = truncated_quotient<range, step>(x);
-  return {k, fma(-k, kUnit * Constants<T>::kLn2High, x) + fma(-k, kUnit * Constants<T>::kLn2Low, error)};
+  const T k = quotient<range, step, purpose>(x);
+  return {k + kShift<T>, fma(-k, kUnit * Constants<T>::kLn2High, x) + fma(-k, kUnit * Constants<T>::kLn2Low, error)};
 }
 
 // Of 2^step x.
-template <Range range, int step = 0, class T>
+template <Range range, int step = 0, For purpose = For::kPhi, class T>
 KL_EXT_INLINE Reduced<T> reduce(T x) {
   constexpr T kUnit = kTwoTo<T, -step>;
   if constexpr (range == Range::kWide) {
     x = x < kUnit * kLowest<T> ? kUnit * kLowest<T> : x;
   }
-  const T k = truncated_quotient<range, step>(x);
-  return {k, fma(-k, kUnit * Constants<T>::kLn2Low, fma(-k, kUnit * Constants<T>::kLn2High, x))};
+  const T k = quotient<range, step, purpose>(x);
+  return {k + kShift<T>, fma(-k, kUnit * Constants<T>::kLn2Low, fma(-k, kUnit * Constants<T>::kLn2High, x))};
 }
 
 // x = k ln 2 + r with k the nearest integer, |r| <= ln 2 / 2, for |k| < 2^15.
 template <class T>
 KL_EXT_INLINE Reduced<T> reduce_to_nearest(T x) {
   using C = Constants<T>;
-  constexpr T kShift = static_cast<T>(std::uint64_t{3} << (Format<T>::kMantissaBits - 1));
-  const T k = fma(x, C::kLog2E, kShift) - kShift;
-  return {k, fma(-k, C::kLn2Low, fma(-k, C::kLn2High, x))};
+  const T shifted_k = fma(x, C::kLog2E, kShift<T>);
+  const T k = shifted_k - kShift<T>;
+  return {shifted_k, fma(-k, C::kLn2Low, fma(-k, C::kLn2High, x))};
 }
+
+// What x was reduced as: a number alone is so far from every k ln 2 that 2^k r is no subnormal, but for k = 0.
+enum class Argument { kNumber, kNumberWithError };
 
 // Half of phi(x), from half of x and its reduction with step 1: finite x may be infinite where its half is not, and so may 2^k
 // in the wide range. Where k = 0, all but the product is exactly 0.
-template <Range range, class T>
+template <Range range, Argument argument, class T>
 KL_EXT_INLINE T half_phi(T half_x, Reduced<T> half) {
-  const T half_scale = power_of_two<-1>(half.k);
-  const T linear = range == Range::kNarrow ? power_of_two(half.k) * half.r : half_scale * (half.r + half.r);
+  const T half_scale = power_of_two<-1>(half.shifted_k);
+  const T linear = range == Range::kWide           ? half_scale * (half.r + half.r)
+                   : argument == Argument::kNumber ? times_power_of_two(half.r, half.shifted_k)
+                                                   : power_of_two(half.shifted_k) * half.r;
   return fma(linear, phi_over_r<1>(half.r), ((half_scale - T(0.5)) - half_x) + linear);
 }
 
 // phi(x) where 1/2 is added to it, beside which nothing is seen of what this gives for subnormal x. In the narrow range.
 template <class T>
 KL_EXT_INLINE T phi(T x, Reduced<T> reduced) {
-  const T half_linear = power_of_two<-1>(reduced.k) * reduced.r;
-  const T others = ((power_of_two(reduced.k) - T(1)) - x) + (half_linear + half_linear);
+  const T half_linear = power_of_two<-1>(reduced.shifted_k) * reduced.r;
+  const T others = ((power_of_two(reduced.shifted_k) - T(1)) - x) + (half_linear + half_linear);
   return fma(half_linear, phi_over_r<0>(reduced.r), others);
 }
 
-// Half of expm1(x), kTimes: 1 or 2 times.
-template <int kTimes = 1, class T>
+// Half of expm1(x), kTimes: 1 or 2 times, of x reduced for it. Wide: a quarter at first, since half of it is finite up to where
+// half of 2^k is not.
+template <Range range, int kTimes = 1, class T>
 KL_EXT_INLINE T half_expm1(Reduced<T> x) {
-  const T scale = power_of_two<kTimes - 2>(x.k);
-  return fma(scale, expm1_reduced(x.r), scale - T(0.5) * T(kTimes));
+  constexpr int kPower = kTimes - 2 - (range == Range::kWide ? 1 : 0);
+  const T scale = power_of_two<kPower>(x.shifted_k);
+  const T result = fma(scale, expm1_reduced(x.r), scale - kTwoTo<T, kPower>);
+  return range == Range::kWide ? result + result : result;
 }
 
 } // namespace kl_ext::math

@@ -71,23 +71,22 @@ KL_EXT_INLINE T scale_by_power_of_two(T x, T n) {
   using F = Format<T>;
   n = clamp(n, T(-F::kBias - F::kMantissaBits - 8), T(F::kBias + 5));
   const T half = trunc(T(0.5) * n);
-  return (x * power_of_two(half)) * power_of_two(n - half);
+  return (x * power_of_two(half + kShift<T>)) * power_of_two(n - half + kShift<T>);
 }
 
-// kTimes w = kTimes e^-log_var_q, in the narrow range.
-template <int kTimes = 1, class T>
+// 2^power w = 2^power e^-log_var_q, in the narrow range.
+template <int power, class T>
 KL_EXT_INLINE T inverse_variance(T log_var_q) {
   const Reduced<T> x = reduce_to_nearest(-log_var_q);
-  const T scale = power_of_two<kTimes - 1>(x.k);
+  const T scale = power_of_two<power>(x.shifted_k);
   return fma(scale, expm1_reduced(x.r), scale);
 }
 
-// What the difference of the means adds to the divergence, in the narrow range: D^2 w / 2, kTimes: 1 or 2 times. It is infinite
-// where D is.
-template <int kTimes, class T>
-KL_EXT_INLINE T half_square_over(T mu_p, T mu_q, T inverse_var) {
+// D^2 w in the narrow range, of w or half of it. It is infinite where D is.
+template <class T>
+KL_EXT_INLINE T square_over(T mu_p, T mu_q, T inverse_var) {
   const T difference = mu_p - mu_q;
-  return (T(0.5) * T(kTimes) * difference) * (difference * inverse_var);
+  return difference * (difference * inverse_var);
 }
 
 // For the gradients: kTimes D w and kTimes D^2 w / 2. Doubling D w afterwards would double the rounding of one that is
@@ -111,7 +110,7 @@ KL_EXT_INLINE Shift<T> shift_over(T mu_p, T mu_q, T inverse_var) {
 template <Range range, int kTimes = 1, class T>
 KL_EXT_INLINE Shift<T> shift(T mu_p, T mu_q, T log_var_q) {
   if constexpr (range == Range::kNarrow) {
-    return shift_over(mu_p, mu_q, inverse_variance<kTimes>(log_var_q));
+    return shift_over(mu_p, mu_q, inverse_variance<kTimes - 1>(log_var_q));
   } else {
     const T difference = mu_p - mu_q;
     // Significands and exponents apart. Beyond kFar no difference of means brings the product back into range.
@@ -122,17 +121,18 @@ KL_EXT_INLINE Shift<T> shift(T mu_p, T mu_q, T log_var_q) {
     inverse_var = log_var_q == -Format<T>::kInfinity ? Format<T>::kInfinity : inverse_var;
     const bool overflow = is_infinite(difference);
     const Scientific<T> mean = to_scientific(overflow ? T(0.5) * mu_p - T(0.5) * mu_q : difference);
+    const T k = x.shifted_k - kShift<T>;
     const T exponent = mean.exponent + (overflow ? T(1) : T(0));
     const T scaled = (T(kTimes) * mean.significand) * inverse_var;
-    return {scale_by_power_of_two(scaled, x.k + exponent),
-            scale_by_power_of_two((T(0.5) * mean.significand) * scaled, x.k + T(2) * exponent)};
+    return {scale_by_power_of_two(scaled, k + exponent),
+            scale_by_power_of_two((T(0.5) * mean.significand) * scaled, k + T(2) * exponent)};
   }
 }
 
 template <Range range, int kTimes, class T>
 KL_EXT_INLINE T half_square(T mu_p, T mu_q, T log_var_q) {
   if constexpr (range == Range::kNarrow) {
-    return half_square_over<kTimes>(mu_p, mu_q, inverse_variance(log_var_q));
+    return square_over(mu_p, mu_q, inverse_variance<kTimes - 2>(log_var_q));
   } else {
     return shift<range, kTimes>(mu_p, mu_q, log_var_q).half_square;
   }
@@ -146,7 +146,7 @@ struct Difference {
   Reduced<T> reduced;
 };
 
-template <Range range, int step = 0, class T>
+template <Range range, int step = 0, For purpose = For::kPhi, class T>
 KL_EXT_INLINE Difference<T> subtract(T p, T q) {
   const T difference = p - q;
   const T minus_q = difference - p;
@@ -154,21 +154,22 @@ KL_EXT_INLINE Difference<T> subtract(T p, T q) {
   if constexpr (range == Range::kWide) {
     error = error == error ? error : T(0); // NaN where something overflows, be it but on the way
   }
-  return {difference, reduce<range, step>(difference, error)};
+  return {difference, reduce<range, step, purpose>(difference, error)};
 }
 
 // KL(p||q) but for the means.
 template <Range range, class T>
 KL_EXT_INLINE T variances_divergence(T log_var_p, T log_var_q) {
   const Difference<T> half = subtract<range, 1>(T(0.5) * log_var_p, T(0.5) * log_var_q);
-  return half_phi<range>(half.rounded, half.reduced);
+  return half_phi<range, Argument::kNumberWithError>(half.rounded, half.reduced);
 }
 
 // KL(p||N(0, 1)).
 template <Range range, class T>
 KL_EXT_INLINE T divergence(T mu, T log_var) {
   const T half_log_var = T(0.5) * log_var;
-  return fma(T(0.5) * mu, mu, half_phi<range>(half_log_var, reduce<range, 1>(half_log_var)));
+  const T variance = half_phi<range, Argument::kNumber>(half_log_var, reduce<range, 1>(half_log_var));
+  return fma(T(0.5) * mu, mu, variance);
 }
 
 // The losses, for kernels of any kind: inputs in the order of the operators' arguments, log-variances not yet clamped.
@@ -186,7 +187,7 @@ struct SingleLoss {
   KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T> bounds, T (&gradient)[kInputs]) {
     const T log_var = clamp(input[1], bounds.low, bounds.high);
     gradient[0] = grad_output * input[0];
-    gradient[1] = grad_output * half_expm1(reduce<range>(log_var));
+    gradient[1] = grad_output * half_expm1<range>(reduce<range, 0, For::kExpm1>(log_var));
     gradient[1] = clamp_gradient(gradient[1], input[1], bounds.low, bounds.high);
   }
 };
@@ -232,8 +233,8 @@ struct PairOf {
                                       T (&gradient)[kGradients]) {
     const T log_var_p = clamp(input[1], bounds.low, bounds.high);
     const T log_var_q = clamp(input[3], bounds.low, bounds.high);
-    const Reduced<T> difference = subtract<range>(log_var_p, log_var_q).reduced;
-    const T half_ratio = T(kTimes / kTimesOf<range>) * half_expm1<kTimesOf<range>>(difference);
+    const Reduced<T> difference = subtract<range, 0, For::kExpm1>(log_var_p, log_var_q).reduced;
+    const T half_ratio = T(kTimes / kTimesOf<range>) * half_expm1<range, kTimesOf<range>>(difference);
     const Shift<T> shift = means();
     gradient[0] = grad_output * shift.scaled;
     gradient[1] = clamp_gradient(grad_output * half_ratio, input[1], bounds.low, bounds.high);
@@ -243,19 +244,20 @@ struct PairOf {
   }
 };
 
-// The same where q is shared by many p: the last input is what only q decides, inverse_variance of its clamped log-variance,
-// kTimes for gradients. In the narrow range.
+// The same where q is shared by many p: the last input is what only q decides, inverse_variance of its clamped log-variance
+// with the power that the direction has. In the narrow range.
 template <bool documented>
 struct PairGivenQ {
   static constexpr int kInputs = 5;
   static constexpr int kGradients = 4;
   using Pair = PairOf<documented>;
+  static constexpr int kForwardPower = Pair::kTimes - 2;
+  static constexpr int kBackwardPower = Pair::kTimes - 1;
 
   template <Range range, class T>
   KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T> bounds) {
     static_assert(range == Range::kNarrow);
-    return Pair::template value<range>(input, bounds,
-                                       [&] { return half_square_over<Pair::kTimes>(input[0], input[2], input[4]); });
+    return Pair::template value<range>(input, bounds, [&] { return square_over(input[0], input[2], input[4]); });
   }
 
   template <Range range, class T>

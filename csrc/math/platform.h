@@ -53,6 +53,8 @@ KL_EXT_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 KL_EXT_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
 KL_EXT_INLINE float trunc(float x) { return ::truncf(x); }
 KL_EXT_INLINE double trunc(double x) { return ::trunc(x); }
+KL_EXT_INLINE float floor(float x) { return ::floorf(x); }
+KL_EXT_INLINE double floor(double x) { return ::floor(x); }
 KL_EXT_INLINE float abs(float x) { return ::fabsf(x); }
 KL_EXT_INLINE double abs(double x) { return ::fabs(x); }
 #else
@@ -60,6 +62,8 @@ KL_EXT_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b,
 KL_EXT_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 KL_EXT_INLINE float trunc(float x) { return __builtin_truncf(x); }
 KL_EXT_INLINE double trunc(double x) { return __builtin_trunc(x); }
+KL_EXT_INLINE float floor(float x) { return __builtin_floorf(x); }
+KL_EXT_INLINE double floor(double x) { return __builtin_floor(x); }
 KL_EXT_INLINE float abs(float x) { return __builtin_fabsf(x); }
 KL_EXT_INLINE double abs(double x) { return __builtin_fabs(x); }
 #endif
