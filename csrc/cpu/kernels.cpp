@@ -137,9 +137,9 @@ void prepare_q(void* out, const void* log_var_q, std::int64_t numel, Bounds boun
   {{},                                                                   \
    KL_EXT_ARITHMETICS(function, math::PairGivenQ<true>, Range::kNarrow), \
    KL_EXT_ARITHMETICS(function, math::PairGivenQ<false>, Range::kNarrow)}
-#define KL_EXT_PREPARE_Q(power)                                        \
-  {{},                                                                 \
-   KL_EXT_ARITHMETICS(prepare_q, math::PairGivenQ<true>::power),       \
+#define KL_EXT_PREPARE_Q(power)                                  \
+  {{},                                                           \
+   KL_EXT_ARITHMETICS(prepare_q, math::PairGivenQ<true>::power), \
    KL_EXT_ARITHMETICS(prepare_q, math::PairGivenQ<false>::power)}
 #define KL_EXT_BY_STORAGE(function)                                        \
   {                                                                        \
@@ -155,11 +155,13 @@ const Kernels kernels = {
     KL_EXT_BY_LOSS(backward_of_one, KL_EXT_STORAGES),
     KL_EXT_BY_LOSS(accumulate, KL_EXT_ARITHMETICS),
     KL_EXT_BY_LOSS(sum_chunks, KL_EXT_STORAGES),
+    KL_EXT_BY_LOSS(sum_row_chunks, KL_EXT_STORAGES),
     KL_EXT_GIVEN_Q(forward),
     KL_EXT_GIVEN_Q(backward),
     KL_EXT_GIVEN_Q(backward_to_lanes),
     KL_EXT_GIVEN_Q(accumulate),
     KL_EXT_GIVEN_Q(sum_chunks),
+    KL_EXT_GIVEN_Q(sum_row_chunks),
     KL_EXT_PREPARE_Q(kForwardPower),
     KL_EXT_PREPARE_Q(kBackwardPower),
     KL_EXT_BY_STORAGE(load),

@@ -59,6 +59,8 @@ using Accumulate = void (*)(void* lanes, const void* const* inputs, int first, s
 // partials[..] from the chunks of 1024 terms, the last of which may be shorter, from term number begin, which begins one, to end.
 // Operands: the inputs.
 using SumChunks = void (*)(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Bounds bounds);
+// The same where every row is a sum of its own, with chunks of its own: partials[rows, chunks of a row].
+using SumRowChunks = SumChunks;
 // sums[row] from the at most 1024 terms of each row.
 using SumRows = void (*)(void* sums, const void* terms, std::int64_t rows, std::int64_t columns);
 // out[i] from the log_var_q[i] of contiguous numbers, for the kernels that are given q.
@@ -72,12 +74,14 @@ struct Kernels {
   BackwardOfOne backward_of_one[kLosses][2][kStorages];
   Accumulate accumulate[kLosses][2][kArithmetics];
   SumChunks sum_chunks[kLosses][2][kStorages];
+  SumRowChunks sum_row_chunks[kLosses][2][kStorages];
   // Narrow ranges only; none for kSingleLoss.
   Forward forward_given_q[kLosses][kArithmetics];
   Backward backward_given_q[kLosses][kArithmetics];
   BackwardToLanes backward_to_lanes[kLosses][kArithmetics];
   Accumulate accumulate_given_q[kLosses][kArithmetics];
   SumChunks sum_chunks_given_q[kLosses][kArithmetics];
+  SumRowChunks sum_row_chunks_given_q[kLosses][kArithmetics];
   PrepareQ prepare_q[kLosses][kArithmetics]; // of the forward pass
   PrepareQ prepare_q_of_backward[kLosses][kArithmetics];
   Load load[kStorages][kArithmetics];

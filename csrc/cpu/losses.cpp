@@ -41,18 +41,15 @@ at::Tensor forward(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType re
 // In the order of the sum and with one division, then rounded once.
 at::Tensor forward_sum(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result, at::IntArrayRef shape,
                        const Reduction& reduction) {
-  const auto divisor = reduction.divides ? std::optional(reduction.divisor(shape)) : std::nullopt;
-  const auto kept = reduction.kept_shape(shape);
-  if (kept.empty()) {
-    if (auto sum = sum_by_rows(loss, inputs, bounds, result, shape, divisor)) {
-      return *std::move(sum);
-    }
+  if (auto sums = sum_by_rows(loss, inputs, bounds, result, shape, reduction)) {
+    return *std::move(sums);
   }
+  const auto divisor = reduction.divides ? std::optional(reduction.divisor(shape)) : std::nullopt;
   const Arithmetic arithmetic = arithmetic_of(inputs, result);
   const bool wide = is_wide(bounds, arithmetic);
   const Forward kernel = kernels().forward[loss][wide][storage_of(arithmetic)];
   const Accumulate accumulate = kernels().accumulate[loss][wide][arithmetic];
-  const at::Tensor sums(at::detail::empty_cpu(kept, result));
+  const at::Tensor sums(at::detail::empty_cpu(reduction.kept_shape(shape), result));
   c10::SmallVector<SumOperand, kMaxInputs + 1> operands;
   operands.emplace_back(sums, divisor, shape.size());
   for (const auto& input : inputs) {

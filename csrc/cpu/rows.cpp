@@ -3,6 +3,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <memory>
 
 #include "../math/summation.h"
@@ -47,26 +48,39 @@ std::unique_ptr<char[]> add_q(Rows& rows, Arguments inputs, PrepareQ prepare, Bo
   return prepared;
 }
 
+// The sum of all rows, or of each. shape: of the terms.
 at::Tensor sum_chunks(SumChunks kernel, const Rows& rows, Bounds bounds, Arithmetic arithmetic, at::ScalarType result,
-                      std::optional<int64_t> divisor) {
-  const int64_t numel = rows.numel();
+                      at::IntArrayRef shape, const Reduction& reduction) {
+  const auto kept = reduction.kept_shape(shape);
   const int64_t size = size_of(arithmetic);
-  const int64_t chunks = ceil_divide(numel, kChunk);
+  const int64_t sums = c10::multiply_integers(kept);
+  const int64_t terms = rows.numel() / sums; // of each sum
+  const int64_t chunks = ceil_divide(terms, kChunk);
 
   constexpr int64_t kFew = 16;
   alignas(64) char few[kFew * sizeof(double)] = {};
-  const auto many = chunks > kFew ? std::make_unique_for_overwrite<char[]>(chunks * size) : nullptr;
+  const auto many = sums * chunks > kFew ? std::make_unique_for_overwrite<char[]>(sums * chunks * size) : nullptr;
   char* const partials = many ? many.get() : few;
-  at::parallel_for(0, chunks, at::internal::GRAIN_SIZE / kChunk, [&](int64_t begin, int64_t end) {
-    kernel(partials + begin * size, rows.block(), begin * kChunk, std::min(end * kChunk, numel), bounds);
+  const auto first_term = [&](int64_t chunk) { return chunk / chunks * terms + std::min(chunk % chunks * kChunk, terms); };
+  const int64_t grain = std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::clamp<int64_t>(terms, 1, kChunk));
+  at::parallel_for(0, sums * chunks, grain, [&](int64_t begin, int64_t end) {
+    kernel(partials + begin * size, rows.block(), first_term(begin), first_term(end), bounds);
   });
-  finish_sum(partials, chunks, arithmetic);
-  if (divisor) {
-    kernels().divide[arithmetic](partials, 1, *divisor);
+  if (sums == 1) {
+    finish_sum(partials, chunks, arithmetic);
+  } else if (chunks > 1) {
+    for (int64_t sum = 0; sum < sums; ++sum) {
+      finish_sum(partials + sum * chunks * size, chunks, arithmetic);
+      std::copy_n(partials + sum * chunks * size, size, partials + sum * size);
+    }
   }
-  at::Tensor sum(at::detail::empty_cpu({}, result));
-  kernels().store[storage_of(result)][arithmetic](sum.mutable_data_ptr(), partials, Tile{1, 1, 0, 0});
-  return sum;
+  if (reduction.divides) {
+    kernels().divide[arithmetic](partials, sums, reduction.divisor(shape));
+  }
+  at::Tensor out(at::detail::empty_cpu(kept, result));
+  const auto element_size = static_cast<int64_t>(out.element_size());
+  kernels().store[storage_of(result)][arithmetic](out.mutable_data_ptr(), partials, Tile{sums, 1, element_size, 0});
+  return out;
 }
 
 // The gradients of p into their rows, and the sums of those of q. A piece of work is a chunk of rows, or where those are too few
@@ -150,15 +164,22 @@ std::optional<at::Tensor> forward_by_rows(Loss loss, Arguments inputs, Bounds bo
 }
 
 std::optional<at::Tensor> sum_by_rows(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result, at::IntArrayRef shape,
-                                      std::optional<int64_t> divisor) {
+                                      const Reduction& reduction) {
   const Arithmetic arithmetic = arithmetic_of(inputs, result);
-  if (arithmetic != arithmetic_of(inputs)) {
+  const auto first_reduced = std::find(reduction.reduced.begin(), reduction.reduced.end(), true);
+  const size_t kept = first_reduced - reduction.reduced.begin();
+  const bool are_last = std::find(first_reduced, reduction.reduced.end(), false) == reduction.reduced.end();
+  if (arithmetic != arithmetic_of(inputs) || !are_last || (kept > 0 && c10::multiply_integers(shape) == 0)) {
     return std::nullopt;
   }
-  if (Rows rows(inputs); rows) {
+  if (Rows rows(inputs, kept); rows) {
     rows.add_arguments();
-    const SumChunks kernel = kernels().sum_chunks[loss][is_wide(bounds, arithmetic)][storage_of(rows.dtype())];
-    return rows ? std::optional(sum_chunks(kernel, rows, bounds, arithmetic, result, divisor)) : std::nullopt;
+    if (!rows || (kept > 0 && rows.shape().dim != kept)) {
+      return std::nullopt;
+    }
+    const auto& kernel = kept > 0 ? kernels().sum_row_chunks : kernels().sum_chunks;
+    const Storage storage = storage_of(rows.dtype());
+    return sum_chunks(kernel[loss][is_wide(bounds, arithmetic)][storage], rows, bounds, arithmetic, result, shape, reduction);
   }
   const auto first = first_dim_sharing_q(loss, inputs, bounds, shape);
   if (!first) {
@@ -166,11 +187,12 @@ std::optional<at::Tensor> sum_by_rows(Loss loss, Arguments inputs, Bounds bounds
   }
   Rows rows(inputs.slice(0, 2), *first);
   rows.add_arguments();
-  if (!rows || rows.shape().dim != *first) {
+  if (!rows || rows.shape().dim != *first || (kept > 0 && kept != *first)) {
     return std::nullopt;
   }
   const auto prepared = add_q(rows, inputs, kernels().prepare_q[loss][arithmetic], bounds);
-  return sum_chunks(kernels().sum_chunks_given_q[loss][arithmetic], rows, bounds, arithmetic, result, divisor);
+  const auto& kernel = kept > 0 ? kernels().sum_row_chunks_given_q : kernels().sum_chunks_given_q;
+  return sum_chunks(kernel[loss][arithmetic], rows, bounds, arithmetic, result, shape, reduction);
 }
 
 bool backward_by_rows(Loss loss, Arguments arguments, Bounds bounds, const Gradients& gradients) {

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "../backend.h"
+#include "../reduction.h"
 #include "kernels.h"
 
 namespace kl_ext::cpu {
@@ -16,9 +17,9 @@ namespace kl_ext::cpu {
 // Elementwise, of one shape.
 std::optional<at::Tensor> forward_by_rows(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result);
 
-// The sum of everything, divided by the divisor, if there is one. shape: of the terms.
+// The sum of everything, or over the last dimensions, divided. shape: of the terms.
 std::optional<at::Tensor> sum_by_rows(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result, at::IntArrayRef shape,
-                                      std::optional<int64_t> divisor);
+                                      const Reduction& reduction);
 
 // All gradients of one shape, from a grad_output that has the same rows, or one number for each. arguments: grad_output first.
 bool backward_by_rows(Loss loss, Arguments arguments, Bounds bounds, const Gradients& gradients);

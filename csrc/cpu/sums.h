@@ -61,16 +61,33 @@ void accumulate(void* lanes, const void* const* inputs, int first, std::int64_t 
 }
 
 // In the order of math/summation.h: the lanes of each place among themselves, and at last those that are left.
-template <class S, class T>
-KL_EXT_INLINE T fold(T (&lanes)[math::kLanes]) {
+template <class S, int kInUse, class T>
+KL_EXT_INLINE T fold(T (&lanes)[kInUse]) {
   T sums[kGroup<S>];
   for (int n = 0; n < kGroup<S>; ++n) {
-    T* const of_place = lanes + n * kLanesOfPlace<S>;
-    math::fold_lanes(of_place, kLanesOfPlace<S>, 1);
+    T* const of_place = lanes + n * (kInUse / kGroup<S>);
+    math::fold_lanes(of_place, kInUse / kGroup<S>, 1);
     sums[n] = of_place[0];
   }
   math::fold_lanes(sums, kGroup<S>, 1);
   return sums[0];
+}
+
+// The beginning of it: until so many lanes are left.
+template <class S, int kLeft, class T>
+KL_EXT_INLINE void begin_fold(T (&left)[kLeft], T (&lanes)[math::kLanes]) {
+  constexpr int kLeftOfPlace = kLeft / kGroup<S>;
+  for (int n = 0; n < kGroup<S>; ++n) {
+    T* const of_place = lanes + n * kLanesOfPlace<S>;
+    for (int half = kLanesOfPlace<S> / 2; half >= kLeftOfPlace; half /= 2) {
+      for (int i = 0; i < half; ++i) {
+        of_place[i] += of_place[half + i];
+      }
+    }
+    for (int i = 0; i < kLeftOfPlace; ++i) {
+      left[n * kLeftOfPlace + i] = of_place[i];
+    }
+  }
 }
 
 // The terms of a block, row after row from a given one on.
@@ -82,16 +99,18 @@ class Terms {
   KL_EXT_INLINE Terms(const Block& block, std::int64_t begin, Bounds bounds)
       : block_(block), clamp_(to_clamp<T>(bounds)), row_(begin / block.columns), column_(begin % block.columns) {}
 
-  // Adds the next terms to lanes. Where rows consist of whole turns, so does every chunk, and the lanes stay in registers.
-  KL_EXT_INLINE void add_to(T* lanes, std::int64_t numel) {
+  KL_EXT_INLINE std::int64_t left_of_row() const { return block_.columns - column_; }
+
+  // Adds the next terms, at most a chunk, to lanes. Where rows consist of whole turns, so does every chunk, and the lanes stay
+  // in registers.
+  KL_EXT_INLINE void add_to(T (&lanes)[math::kLanes], std::int64_t numel) {
     if (block_.columns % math::kLanes == 0) {
       for (std::int64_t done = 0; done < numel; done += math::kLanes) {
         add_turn<Loss, range>(lanes, next(math::kLanes), clamp_);
       }
     } else {
       for (std::int64_t done = 0; done < numel;) {
-        const std::int64_t left = block_.columns - column_;
-        const std::int64_t run = numel - done < left ? numel - done : left;
+        const std::int64_t run = numel - done < left_of_row() ? numel - done : left_of_row();
         accumulate_row<Loss, range>(lanes, next(run), done % math::kLanes, run, clamp_);
         done += run;
       }
@@ -123,6 +142,31 @@ void sum_chunks(void* partials, const Block& block, std::int64_t begin, std::int
     alignas(64) T lanes[math::kLanes] = {};
     terms.add_to(lanes, end - start < math::kChunk ? end - start : math::kChunk);
     *out++ = fold<S>(lanes);
+  }
+}
+
+// Folding takes as long as a short row: each step waits for the one before. The last ones are taken for some chunks in a row.
+template <class Loss, Range range, class S>
+void sum_row_chunks(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Bounds bounds) {
+  using T = typename ArithmeticOf<S>::Type;
+  constexpr int kChunksAtOnce = 16;
+  constexpr int kLeft = 8;
+  Terms<Loss, range, S> terms(block, begin, bounds);
+  T* out = static_cast<T*>(partials);
+  for (std::int64_t start = begin; start < end;) {
+    T left[kChunksAtOnce][kLeft];
+    int chunks = 0;
+    for (; chunks < kChunksAtOnce && start < end; ++chunks) {
+      const std::int64_t left_of_row = terms.left_of_row();
+      const std::int64_t numel = left_of_row < math::kChunk ? left_of_row : math::kChunk;
+      alignas(64) T lanes[math::kLanes] = {};
+      terms.add_to(lanes, numel);
+      begin_fold<S>(left[chunks], lanes);
+      start += numel;
+    }
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      *out++ = fold<S>(left[chunk]);
+    }
   }
 }
 

@@ -6,10 +6,10 @@
 //
 // Against N(0, 1): mu_q = 0, lq = 0. Error bounds, for finite inputs, in ulps of the result (largest found in brackets):
 //
-//   single                         2.5 (2.2)
-//   KL, documented pair            4.5 (4.02)
-//   gradients                      3 (2.48)
-//   the gradient of log_var_q      6 (4.5) of the larger of its two terms
+//   single                         2.5 (2.3)
+//   KL, documented pair            4.5 (4.4)
+//   gradients                      3 (2.5)
+//   the gradient of log_var_q      6 (5.3) of the larger of its two terms
 //
 // never negative, exactly 0 where p = q, infinite only where the value itself overflows. Infinite inputs give what the plain
 // formulas give, and NaN propagates.
