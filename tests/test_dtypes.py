@@ -221,3 +221,32 @@ def exactly_rounded(x: float, dtype: torch.dtype) -> float:
     place = max(math.frexp(x)[1] - bits, least)
     rounded = math.ldexp(round(Fraction(x) / Fraction(2) ** place), place)
     return rounded if rounded <= largest else math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@LOSSES
+def test_every_nan_of_half_types_stays_nan(loss, dtype, device):
+    """Whatever its sign and payload: in the terms, in sums, and in the gradients it reaches."""
+    exponent = 0x7F80 if dtype is torch.bfloat16 else 0x7C00
+    payloads = torch.arange(exponent + 1, 0x8000, dtype=torch.int32)
+    nans = torch.cat([payloads, payloads + 0x8000]).to(torch.uint16).view(dtype).to(device)
+    count = 2 if loss == "single" else 4
+    for position in range(count):
+        inputs = [torch.zeros_like(nans) for _ in range(count)]
+        inputs[position] = nans
+        leaves = [x.requires_grad_() for x in inputs]
+        value = operator(loss)(*leaves)
+        assert value.isnan().all()
+        assert kl_ext.gaussian_kl_div(*leaves, reduction="sum", dim=0).isnan()
+        gradients = torch.autograd.grad(value, leaves, torch.ones_like(value))
+        assert position % 2 == 1 or gradients[position].isnan().all()  # a clamp passes no gradient to NaN
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("nan", [0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF - 2**32, 0x7FC00000])
+def test_every_nan_as_the_gradient_of_a_sum_stays_nan(dtype, nan, device):
+    inputs = [torch.ones(37, dtype=dtype, device=device) for _ in range(2)]
+    grad = torch.tensor(nan, dtype=torch.int32, device=device).view(torch.float32)
+    backward = torch.ops.kl_ext.gaussian_kl_div_backward.default
+    gradients = backward(grad, *inputs, None, None, -30.0, 20.0, "sum", None, [True, True, False, False])
+    assert gradients[0].isnan().all() and gradients[1].isnan().all()

@@ -71,7 +71,10 @@ void backward(const Block& block, Bounds bounds) {
 
 template <class Loss, Range range, class S>
 void backward_of_one(const Block& block, double grad_output, Bounds bounds) {
-  const auto grad = [one = static_cast<typename ArithmeticOf<S>::Type>(grad_output)](std::int64_t) {
+  using T = typename ArithmeticOf<S>::Type;
+  const T any_nan = static_cast<T>(__builtin_nan("")); // whose lower bits write_group can do without
+  const T one = grad_output == grad_output ? static_cast<T>(grad_output) : any_nan;
+  const auto grad = [one](std::int64_t) {
     return [one](auto& numbers, std::int64_t) KL_EXT_INLINE_LAMBDA {
       KL_EXT_UNROLL
       for (auto& number : numbers) {

@@ -7,11 +7,12 @@
 
 namespace kl_ext::cuda {
 
-// The blocks that are to fit a multiprocessor, for __launch_bounds__: 4 leave a thread 64 registers; 3 leave the kernels that
-// hold most numbers 80, which those would else keep in local memory. A wide range takes registers of its own. Without this
-// bound the compiler sinks loads below the arithmetic.
+// The blocks that are to fit a multiprocessor, for __launch_bounds__: 4 leave a thread 64 registers; 3 and 2 leave the kernels
+// that hold most numbers 80 and 128, which those would else keep in local memory. A wide range takes registers of its own.
+// Without this bound the compiler sinks loads below the arithmetic.
 constexpr int blocks_per_processor(math::Range range, int numbers) {
-  return numbers > (range == math::Range::kWide ? 32 : 64) ? 3 : 4;
+  const int weight = range == math::Range::kWide ? 2 * numbers : numbers;
+  return weight > 128 ? 2 : weight > 64 ? 3 : 4;
 }
 
 template <class Loss, math::Range range, class T, class Input, class Output, class Access>

@@ -28,15 +28,16 @@ KL_EXT_INLINE float widen(float x) { return x; }
 KL_EXT_INLINE double widen(double x) { return x; }
 
 // The bits of x rounded to bfloat16 in the upper 16; the lower 16 mean nothing. Adding just under half a unit of the last kept
-// place, to a number that is a little more where that place is odd, rounds to nearest even; NaN is kept from becoming an
-// infinity.
+// place, to a number that is a little more where that place is odd, rounds to nearest even. NaN stays NaN if its lower 16 bits
+// are 0, as they are of every NaN that arithmetic makes of bfloat16 numbers.
 KL_EXT_INLINE std::uint32_t round_to_bfloat16(float x) {
   const std::uint32_t bits = to_bits(x);
-  const std::uint32_t rounded = (bits | ((bits >> 16) & 1)) + 0x7fff;
-  return x != x ? 0x7fc00000u : rounded;
+  return (bits | ((bits >> 16) & 1)) + 0x7fff;
 }
 
-KL_EXT_INLINE void narrow(BFloat16& out, float x) { out.bits = static_cast<std::uint16_t>(round_to_bfloat16(x) >> 16); }
+KL_EXT_INLINE void narrow(BFloat16& out, float x) {
+  out.bits = static_cast<std::uint16_t>(x != x ? 0x7fc0u : round_to_bfloat16(x) >> 16);
+}
 
 // Normal results round in the bits as above; subnormal ones by adding 1/2, whose last place is the smallest subnormal.
 KL_EXT_INLINE void narrow(Half& out, float x) {
