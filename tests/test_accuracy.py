@@ -113,9 +113,20 @@ def test_bounds_hold_for_whatever_hypothesis_finds(loss, count, width, device):
 
 
 @DTYPES
-def test_bounds_hold_at_the_worst_point_known(dtype, device):
-    columns = [numpy.full(3, x, dtype=dtype) for x in points.WORST_KNOWN]
-    assert_accurate("pair", columns, device, exact=oracle.exact_array(oracle.exact_pair, zip(*columns, strict=True)))
+@pytest.mark.parametrize("point", [points.WORST_KNOWN, points.WORST_KNOWN_GRADIENT], ids=["value", "gradient"])
+@pytest.mark.parametrize("clamps", [(-30.0, 20.0), UNBOUNDED], ids=["narrow", "wide"])
+def test_bounds_hold_at_the_worst_points_known(point, clamps, dtype, device):
+    columns = [numpy.full(3, x, dtype=dtype) for x in point]
+    assert_accurate("pair", columns, device, clamps, oracle.exact_array(oracle.exact_pair, zip(*columns, strict=True)))
+
+
+@DTYPES
+@pytest.mark.parametrize("clamps", [(-30.0, 20.0), UNBOUNDED], ids=["narrow", "wide"])
+def test_the_gradient_of_a_subnormal_log_variance_is_rounded_once(clamps, dtype, device):
+    """expm1(log_var) / 2, which is half of log_var there."""
+    log_var = torch.from_numpy(numpy.arange(1, 40, dtype=dtype) * numpy.finfo(dtype).smallest_subnormal).to(device)
+    _, (_, gradient) = evaluate("single", [torch.zeros_like(log_var).requires_grad_(), log_var.requires_grad_()], clamps)
+    assert torch.equal(gradient, 0.5 * log_var)
 
 
 @DTYPES

@@ -54,32 +54,39 @@ at::Tensor sum_chunks(SumChunks kernel, const Rows& rows, Bounds bounds, Arithme
   const auto kept = reduction.kept_shape(shape);
   const int64_t size = size_of(arithmetic);
   const int64_t sums = c10::multiply_integers(kept);
-  const int64_t terms = rows.numel() / sums; // of each sum
+  const int64_t terms = rows.numel() / sums; // of a sum, and its chunks
   const int64_t chunks = ceil_divide(terms, kChunk);
 
   constexpr int64_t kFew = 16;
   alignas(64) char few[kFew * sizeof(double)] = {};
   const auto many = sums * chunks > kFew ? std::make_unique_for_overwrite<char[]>(sums * chunks * size) : nullptr;
-  char* const partials = many ? many.get() : few;
-  const auto first_term = [&](int64_t chunk) { return chunk / chunks * terms + std::min(chunk % chunks * kChunk, terms); };
-  const int64_t grain = std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::clamp<int64_t>(terms, 1, kChunk));
+  char* const partials = many ? many.get() : few; // [sums, chunks]
+  const auto first_term = [&](int64_t partial) { return partial / chunks * terms + partial % chunks * kChunk; };
+  const int64_t grain = at::internal::GRAIN_SIZE / std::clamp<int64_t>(terms, 1, kChunk);
   at::parallel_for(0, sums * chunks, grain, [&](int64_t begin, int64_t end) {
     kernel(partials + begin * size, rows.block(), first_term(begin), first_term(end), bounds);
   });
-  if (sums == 1) {
-    finish_sum(partials, chunks, arithmetic);
-  } else if (chunks > 1) {
-    for (int64_t sum = 0; sum < sums; ++sum) {
-      finish_sum(partials + sum * chunks * size, chunks, arithmetic);
-      std::copy_n(partials + sum * chunks * size, size, partials + sum * size);
-    }
-  }
-  if (reduction.divides) {
-    kernels().divide[arithmetic](partials, sums, reduction.divisor(shape));
-  }
+
   at::Tensor out(at::detail::empty_cpu(kept, result));
+  char* const data = static_cast<char*>(out.mutable_data_ptr());
   const auto element_size = static_cast<int64_t>(out.element_size());
-  kernels().store[storage_of(result)][arithmetic](out.mutable_data_ptr(), partials, Tile{sums, 1, element_size, 0});
+  const auto write = [&](int64_t sum, char* from, int64_t count) {
+    if (reduction.divides) {
+      kernels().divide[arithmetic](from, count, reduction.divisor(shape));
+    }
+    kernels().store[storage_of(result)][arithmetic](data + sum * element_size, from, Tile{count, 1, element_size, 0});
+  };
+  if (chunks <= 1) {
+    write(0, partials, sums);
+    return out;
+  }
+  at::parallel_for(0, sums, ceil_divide(at::internal::GRAIN_SIZE, chunks), [&](int64_t begin, int64_t end) {
+    for (int64_t sum = begin; sum < end; ++sum) {
+      char* const of_sum = partials + sum * chunks * size;
+      finish_sum(of_sum, chunks, arithmetic);
+      write(sum, of_sum, 1);
+    }
+  });
   return out;
 }
 

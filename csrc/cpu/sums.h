@@ -79,11 +79,7 @@ KL_EXT_INLINE void begin_fold(T (&left)[kLeft], T (&lanes)[math::kLanes]) {
   constexpr int kLeftOfPlace = kLeft / kGroup<S>;
   for (int n = 0; n < kGroup<S>; ++n) {
     T* const of_place = lanes + n * kLanesOfPlace<S>;
-    for (int half = kLanesOfPlace<S> / 2; half >= kLeftOfPlace; half /= 2) {
-      for (int i = 0; i < half; ++i) {
-        of_place[i] += of_place[half + i];
-      }
-    }
+    math::fold_lanes(of_place, kLanesOfPlace<S>, 1, kLeftOfPlace);
     for (int i = 0; i < kLeftOfPlace; ++i) {
       left[n * kLeftOfPlace + i] = of_place[i];
     }

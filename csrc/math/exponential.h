@@ -105,7 +105,7 @@ KL_EXT_INLINE T power_of_two(T shifted_k) {
   return from_bits<T>(in_exponent(shifted_k) + (static_cast<typename F::Bits>(F::kBias + more) << F::kMantissaBits));
 }
 
-// 2^k x for normal x and results, and for any x if k is 0. Of NaN it makes any number.
+// 2^k x for normal x and results, and for any x if k is 0. What it makes of NaN may be a number.
 template <class T>
 KL_EXT_INLINE T times_power_of_two(T x, T shifted_k) {
   return from_bits<T>(to_bits(x) + in_exponent(shifted_k));
@@ -191,11 +191,12 @@ KL_EXT_INLINE Reduced<T> reduce_to_nearest(T x) {
   return {shifted_k, fma(-k, C::kLn2Low, fma(-k, C::kLn2High, x))};
 }
 
-// What x was reduced as: a number alone is so far from every k ln 2 that 2^k r is no subnormal, but for k = 0.
+// Whether x was reduced with an error. Without, it is so far from every k ln 2 that 2^k r is a normal number but for k = 0, and k
+// can be added to its exponent. With an error, r may be 0 or tiny for any k.
 enum class Argument { kNumber, kNumberWithError };
 
 // Half of phi(x), from half of x and its reduction with step 1: finite x may be infinite where its half is not, and so may 2^k
-// in the wide range. Where k = 0, all but the product is exactly 0.
+// in the wide range. Where k = 0, all but the product is exactly 0. The other factor and half_x keep NaN.
 template <Range range, Argument argument, class T>
 KL_EXT_INLINE T half_phi(T half_x, Reduced<T> half) {
   const T half_scale = power_of_two<-1>(half.shifted_k);
@@ -214,13 +215,17 @@ KL_EXT_INLINE T phi(T x, Reduced<T> reduced) {
 }
 
 // Half of expm1(x), kTimes: 1 or 2 times, of x reduced for it. Wide: a quarter at first, since half of it is finite up to where
-// half of 2^k is not.
+// half of 2^k is not; but where k = 0, a quarter might be subnormal.
 template <Range range, int kTimes = 1, class T>
 KL_EXT_INLINE T half_expm1(Reduced<T> x) {
   constexpr int kPower = kTimes - 2 - (range == Range::kWide ? 1 : 0);
   const T scale = power_of_two<kPower>(x.shifted_k);
-  const T result = fma(scale, expm1_reduced(x.r), scale - kTwoTo<T, kPower>);
-  return range == Range::kWide ? result + result : result;
+  const T of_r = expm1_reduced(x.r);
+  const T result = fma(scale, of_r, scale - kTwoTo<T, kPower>);
+  if constexpr (range == Range::kWide) {
+    return x.shifted_k == kShift<T> ? kTwoTo<T, kPower + 1> * of_r : result + result;
+  }
+  return result;
 }
 
 } // namespace kl_ext::math

@@ -42,10 +42,10 @@ KL_EXT_INLINE void add_to_lanes(T* lanes, const T* terms, int first, std::int64_
   }
 }
 
-// The sums are left in the first lane.
+// The sums are left in the first lane, or as many as are to be left unfolded.
 template <class T>
-KL_EXT_INLINE void fold_lanes(T* lanes, int in_use, std::int64_t columns) {
-  for (std::int64_t half = in_use / 2; half > 0; half /= 2) {
+KL_EXT_INLINE void fold_lanes(T* lanes, int in_use, std::int64_t columns, int left = 1) {
+  for (std::int64_t half = in_use / 2; half >= left; half /= 2) {
     const T* upper = lanes + half * columns;
     for (std::int64_t i = 0; i < half * columns; ++i) {
       lanes[i] += upper[i];
