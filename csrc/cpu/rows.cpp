@@ -54,8 +54,8 @@ at::Tensor sum_chunks(SumChunks kernel, const Rows& rows, Bounds bounds, Arithme
   const auto kept = reduction.kept_shape(shape);
   const int64_t size = size_of(arithmetic);
   const int64_t sums = c10::multiply_integers(kept);
-  const int64_t terms = rows.numel() / sums; // of a sum, and its chunks
-  const int64_t chunks = ceil_divide(terms, kChunk);
+  const int64_t terms = rows.numel() / sums;         // of each sum
+  const int64_t chunks = ceil_divide(terms, kChunk); // likewise
 
   constexpr int64_t kFew = 16;
   alignas(64) char few[kFew * sizeof(double)] = {};
