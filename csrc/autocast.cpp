@@ -29,13 +29,14 @@ at::Tensor kl_div_pair_loss(const at::Tensor& mu_p, const at::Tensor& log_var_p,
 
 at::Tensor gaussian_kl_div(const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
                            const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max,
-                           std::string_view reduction, at::OptionalIntArrayRef dim, std::optional<at::ScalarType> dtype) {
+                           std::string_view reduction, at::OptionalIntArrayRef dim, bool keepdim,
+                           std::optional<at::ScalarType> dtype) {
   const c10::impl::ExcludeDispatchKeyGuard guard(kAutocast);
   const Argument inputs[] = {{"mu_p", mu_p},
                              {"log_var_p", log_var_p},
                              {"mu_q", mu_q ? *mu_q : mu_p},
                              {"log_var_q", log_var_q ? *log_var_q : log_var_p}};
-  return ops::gaussian_kl_div(mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim,
+  return ops::gaussian_kl_div(mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, keepdim,
                               dtype.value_or(arithmetic_type(inputs)));
 }
 

@@ -93,7 +93,7 @@ struct Operators {
 
   static at::Tensor gaussian_kl_div(const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
                                     const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max,
-                                    std::string_view reduction, at::OptionalIntArrayRef dim,
+                                    std::string_view reduction, at::OptionalIntArrayRef dim, bool keepdim,
                                     std::optional<at::ScalarType> dtype) {
     const char* const function = "gaussian_kl_div";
     return with_inputs(function, mu_p, log_var_p, mu_q, log_var_q, [&](const Loss& loss, Arguments inputs) {
@@ -101,27 +101,31 @@ struct Operators {
       const at::DimVector shape = broadcast_shape(inputs);
       const Reduction parsed = parse_reduction(function, reduction, dim, static_cast<int64_t>(shape.size()));
       const at::ScalarType result = dtype.value_or(result_type(inputs));
-      return parsed.is_none ? Backend::forward(loss, inputs, {clamp_min, clamp_max}, result)
-                            : Backend::forward_sum(loss, inputs, {clamp_min, clamp_max}, result, shape, parsed);
+      if (parsed.is_none) {
+        return Backend::forward(loss, inputs, {clamp_min, clamp_max}, result);
+      }
+      at::Tensor sums = Backend::forward_sum(loss, inputs, {clamp_min, clamp_max}, result, shape, parsed);
+      return keepdim ? sums.view(parsed.kept_shape(shape, keepdim)) : sums;
     });
   }
 
   static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_div_backward(
       const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
       const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max, std::string_view reduction,
-      at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask) {
+      at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask, bool keepdim) {
     return std::tuple_cat(divergence_backward(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction,
-                                              dim, wanted(output_mask)));
+                                              dim, keepdim, wanted(output_mask)));
   }
 
   static void gaussian_kl_div_backward_out(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,
                                            const std::optional<at::Tensor>& mu_q, const std::optional<at::Tensor>& log_var_q,
                                            double clamp_min, double clamp_max, std::string_view reduction,
-                                           at::OptionalIntArrayRef dim, const std::optional<at::Tensor>& grad_mu_p,
+                                           at::OptionalIntArrayRef dim, bool keepdim,
+                                           const std::optional<at::Tensor>& grad_mu_p,
                                            const std::optional<at::Tensor>& grad_log_var_p,
                                            const std::optional<at::Tensor>& grad_mu_q,
                                            const std::optional<at::Tensor>& grad_log_var_q) {
-    divergence_backward(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim,
+    divergence_backward(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, keepdim,
                         given({grad_mu_p, grad_log_var_p, grad_mu_q, grad_log_var_q}));
   }
 
@@ -138,55 +142,81 @@ struct Operators {
   }
 
  private:
-  // Where gradients go: called with the function's name and the inputs.
-  static auto wanted(Mask mask) {
-    return [mask](const char*, Arguments inputs) {
-      Gradients gradients;
-      for (size_t i = 0; i < inputs.size(); ++i) {
-        if (mask[i]) {
-          gradients[i] = allocate_like(inputs[i].tensor);
+  // Where gradients are computed, and the tensors that were given for them, if any were.
+  struct Destinations {
+    Gradients computed;
+    Gradients given;
+
+    void hand_over() const {
+      for (size_t i = 0; i < kMaxInputs; ++i) {
+        if (given[i].defined() && !given[i].is_same(computed[i])) {
+          given[i].copy_(computed[i]);
         }
       }
-      return gradients;
+    }
+  };
+
+  // Called with the function's name, grad_output, the inputs and the shape of the terms.
+  static auto wanted(Mask mask) {
+    return [mask](const char*, Argument, Arguments inputs, at::IntArrayRef) {
+      Destinations to;
+      for (size_t i = 0; i < inputs.size(); ++i) {
+        if (mask[i]) {
+          to.computed[i] = allocate_like(inputs[i].tensor);
+        }
+      }
+      return to;
     };
   }
 
   static auto given(std::initializer_list<std::optional<at::Tensor>> tensors) {
-    return [gradients = std::vector(tensors)](const char* function, Arguments inputs) {
-      Gradients checked;
-      for (size_t i = 0; i < inputs.size(); ++i) {
-        if (gradients[i]) {
-          check_gradient(function, *gradients[i], inputs[i]);
-          checked[i] = *gradients[i];
-        }
-      }
-      return checked;
-    };
+    return
+        [tensors = std::vector(tensors)](const char* function, Argument grad_output, Arguments inputs, at::IntArrayRef shape) {
+          Destinations to;
+          for (size_t i = 0; i < inputs.size(); ++i) {
+            to.given[i] = tensors[i].value_or(at::Tensor());
+          }
+          check_gradients(function, grad_output, inputs, to.given, shape);
+          for (size_t i = 0; i < inputs.size(); ++i) {
+            const at::Tensor& gradient = to.given[i];
+            if (gradient.defined()) {
+              // A kernel may write a number before it has read all that share its memory, and knows no negative bit.
+              const bool is_beside = gradient.is_neg() || shares_memory(gradient, grad_output.tensor) ||
+                                     std::any_of(inputs.begin(), inputs.end(),
+                                                 [&](const Argument& input) { return shares_memory(gradient, input.tensor); });
+              to.computed[i] = is_beside ? allocate_like(inputs[i].tensor) : gradient;
+            }
+          }
+          return to;
+        };
   }
 
   template <class Where>
   static Gradients backward(const char* function, const Loss& loss, Arguments arguments, double clamp_min, double clamp_max,
                             const Where& where) {
     check_backward(function, arguments, clamp_min, clamp_max);
-    Gradients gradients = where(function, arguments.slice(1));
-    Backend::backward(loss, arguments, {clamp_min, clamp_max}, gradients);
-    return gradients;
+    const Destinations to = where(function, arguments[0], arguments.slice(1), arguments[0].tensor.sizes());
+    Backend::backward(loss, arguments, {clamp_min, clamp_max}, to.computed);
+    to.hand_over();
+    return to.computed;
   }
 
   template <class Where>
   static Gradients divergence_backward(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,
                                        const std::optional<at::Tensor>& mu_q, const std::optional<at::Tensor>& log_var_q,
                                        double clamp_min, double clamp_max, std::string_view reduction,
-                                       at::OptionalIntArrayRef dim, const Where& where) {
+                                       at::OptionalIntArrayRef dim, bool keepdim, const Where& where) {
     const char* const function = "gaussian_kl_div_backward";
     return with_inputs(function, mu_p, log_var_p, mu_q, log_var_q, [&](const Loss& loss, Arguments inputs) {
       check_forward(function, inputs, clamp_min, clamp_max, std::nullopt);
       const at::DimVector shape = broadcast_shape(inputs);
       const Reduction parsed = parse_reduction(function, reduction, dim, static_cast<int64_t>(shape.size()));
-      check_grad_output(function, {"grad_output", grad_output}, inputs, parsed.kept_shape(at::IntArrayRef(shape)));
-      Gradients gradients = where(function, inputs);
-      Backend::backward_sum(loss, grad_output, inputs, {clamp_min, clamp_max}, gradients, shape, parsed);
-      return gradients;
+      check_grad_output(function, {"grad_output", grad_output}, inputs, parsed.kept_shape(shape, keepdim));
+      const Destinations to = where(function, {"grad_output", grad_output}, inputs, shape);
+      const at::Tensor grad = keepdim ? grad_output.reshape(parsed.kept_shape(shape)) : grad_output;
+      Backend::backward_sum(loss, grad, inputs, {clamp_min, clamp_max}, to.computed, shape, parsed);
+      to.hand_over();
+      return to.computed;
     });
   }
 

@@ -7,9 +7,12 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <string>
+
+#include "overlap.h"
 
 namespace kl_ext {
 
@@ -136,6 +139,18 @@ inline void check_grad_output(const char* function, Argument grad_output, Argume
               grad_output.tensor.sizes());
 }
 
+inline Overlap overlap_of(const at::Tensor& a, const at::Tensor& b) {
+  if (!a.storage().is_alias_of(b.storage())) {
+    return Overlap::kNone;
+  }
+  const auto placement = [](const at::Tensor& tensor) {
+    return Placement{tensor.sizes(), tensor.strides(), tensor.storage_offset(), static_cast<int64_t>(tensor.element_size())};
+  };
+  return overlap_of(placement(a), placement(b));
+}
+
+inline bool shares_memory(const at::Tensor& a, const at::Tensor& b) { return overlap_of(a, b) != Overlap::kNone; }
+
 // A tensor that is to hold the gradient of an input.
 inline void check_gradient(const char* function, const at::Tensor& gradient, Argument input) {
   const auto& [name, tensor] = input;
@@ -146,6 +161,32 @@ inline void check_gradient(const char* function, const at::Tensor& gradient, Arg
   TORCH_CHECK(gradient.sizes() == tensor.sizes(), function, ": expected grad_", name, " of shape ", tensor.sizes(), " like ",
               name, ", got shape ", gradient.sizes());
   at::assert_no_internal_overlap(gradient);
+}
+
+// The tensors that are to hold gradients, undefined where one is not wanted. As for torch.add(out=), a gradient may be the very
+// tensor of an argument. One that is summed over terms of a larger shape may not: it is written while they are read.
+inline void check_gradients(const char* function, Argument grad_output, Arguments inputs, c10::ArrayRef<at::Tensor> gradients,
+                            at::IntArrayRef shape) {
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const at::Tensor& gradient = gradients[i];
+    if (!gradient.defined()) {
+      continue;
+    }
+    check_gradient(function, gradient, inputs[i]);
+    const auto check_argument = [&](const Argument& argument) {
+      const Overlap overlap = overlap_of(gradient, argument.tensor);
+      TORCH_CHECK(overlap != Overlap::kPartial, function, ": expected grad_", inputs[i].name, " to be ", argument.name,
+                  " itself or to share no memory with it, got a partial overlap");
+      TORCH_CHECK(overlap == Overlap::kNone || gradient.sizes() == shape, function, ": expected grad_", inputs[i].name,
+                  ", which is a sum, to share no memory with ", argument.name, ", got the same memory");
+    };
+    check_argument(grad_output);
+    std::for_each(inputs.begin(), inputs.end(), check_argument);
+    for (size_t j = 0; j < i; ++j) {
+      TORCH_CHECK(!gradients[j].defined() || !shares_memory(gradient, gradients[j]), function, ": expected grad_",
+                  inputs[i].name, " to share no memory with grad_", inputs[j].name, ", got tensors that overlap");
+    }
+  }
 }
 
 } // namespace kl_ext

@@ -84,27 +84,29 @@ void kl_div_pair_loss_backward_out(const at::Tensor& grad_output, const at::Tens
 
 at::Tensor gaussian_kl_div(const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
                            const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max,
-                           std::string_view reduction, at::OptionalIntArrayRef dim, std::optional<at::ScalarType> dtype) {
+                           std::string_view reduction, at::OptionalIntArrayRef dim, bool keepdim,
+                           std::optional<at::ScalarType> dtype) {
   static const auto handle = find<decltype(gaussian_kl_div)>("kl_ext::gaussian_kl_div");
-  return handle.call(mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, dtype);
+  return handle.call(mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, keepdim, dtype);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_div_backward(
     const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
     const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max, std::string_view reduction,
-    at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask) {
+    at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask, bool keepdim) {
   static const auto handle = find<decltype(gaussian_kl_div_backward)>("kl_ext::gaussian_kl_div_backward");
-  return handle.call(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, output_mask);
+  return handle.call(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, output_mask, keepdim);
 }
 
 void gaussian_kl_div_backward_out(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,
                                   const std::optional<at::Tensor>& mu_q, const std::optional<at::Tensor>& log_var_q,
                                   double clamp_min, double clamp_max, std::string_view reduction, at::OptionalIntArrayRef dim,
-                                  const std::optional<at::Tensor>& grad_mu_p, const std::optional<at::Tensor>& grad_log_var_p,
-                                  const std::optional<at::Tensor>& grad_mu_q, const std::optional<at::Tensor>& grad_log_var_q) {
+                                  bool keepdim, const std::optional<at::Tensor>& grad_mu_p,
+                                  const std::optional<at::Tensor>& grad_log_var_p, const std::optional<at::Tensor>& grad_mu_q,
+                                  const std::optional<at::Tensor>& grad_log_var_q) {
   static const auto handle = find<decltype(gaussian_kl_div_backward_out)>("kl_ext::gaussian_kl_div_backward", "out");
-  handle.call(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, grad_mu_p, grad_log_var_p,
-              grad_mu_q, grad_log_var_q);
+  handle.call(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, keepdim, grad_mu_p,
+              grad_log_var_p, grad_mu_q, grad_log_var_q);
 }
 
 } // namespace ops
@@ -131,6 +133,19 @@ void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
                 tensor.device());
   }
   TORCH_CHECK(false, function, ": expected tensors that hold their numbers, on ", devices);
+}
+
+// Inputs with the negative bit, for operators that write where they are told: torch's own fallback, which serves all others, fails
+// for those that return nothing. What is written to keeps its bit.
+void resolve_negative_inputs(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    c10::IValue& value = *(stack->end() - static_cast<std::ptrdiff_t>(arguments.size() - i));
+    if (value.isTensor() && arguments[i].alias_info() == nullptr) {
+      value = value.toTensor().resolve_neg();
+    }
+  }
+  op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::Negative), stack);
 }
 
 } // namespace
@@ -166,16 +181,17 @@ TORCH_LIBRARY(kl_ext, m) {
       compliant);
   m.def(
       "gaussian_kl_div(Tensor mu_p, Tensor log_var_p, Tensor? mu_q=None, Tensor? log_var_q=None, *, float clamp_min=-30.0,"
-      " float clamp_max=20.0, str reduction=\"none\", int[]? dim=None, ScalarType? dtype=None) -> Tensor",
+      " float clamp_max=20.0, str reduction=\"none\", int[]? dim=None, bool keepdim=False, ScalarType? dtype=None) -> Tensor",
       compliant);
   m.def(
       "gaussian_kl_div_backward(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor? mu_q, Tensor? log_var_q,"
-      " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] output_mask)"
+      " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] output_mask, *, bool keepdim=False)"
       " -> (Tensor, Tensor, Tensor, Tensor)",
       compliant);
   m.def(
       "gaussian_kl_div_backward.out(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor? mu_q, Tensor? log_var_q,"
-      " float clamp_min, float clamp_max, str reduction, int[]? dim, *, Tensor(a!)? grad_mu_p, Tensor(b!)? grad_log_var_p,"
+      " float clamp_min, float clamp_max, str reduction, int[]? dim, *, bool keepdim=False, Tensor(a!)? grad_mu_p, Tensor(b!)? "
+      "grad_log_var_p,"
       " Tensor(c!)? grad_mu_q, Tensor(d!)? grad_log_var_q) -> ()",
       compliant);
 }
@@ -185,5 +201,12 @@ TORCH_LIBRARY_IMPL(kl_ext, CompositeExplicitAutograd, m) {
                            "kl_div_pair_loss", "kl_div_pair_loss_backward", "kl_div_pair_loss_backward.out", "gaussian_kl_div",
                            "gaussian_kl_div_backward", "gaussian_kl_div_backward.out"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&kl_ext::refuse>());
+  }
+}
+
+TORCH_LIBRARY_IMPL(kl_ext, Negative, m) {
+  for (const char* name :
+       {"kl_div_single_loss_backward.out", "kl_div_pair_loss_backward.out", "gaussian_kl_div_backward.out"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&kl_ext::resolve_negative_inputs>());
   }
 }

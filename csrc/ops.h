@@ -38,17 +38,19 @@ void kl_div_pair_loss_backward_out(const at::Tensor& grad_output, const at::Tens
 
 at::Tensor gaussian_kl_div(const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
                            const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max,
-                           std::string_view reduction, at::OptionalIntArrayRef dim, std::optional<at::ScalarType> dtype);
+                           std::string_view reduction, at::OptionalIntArrayRef dim, bool keepdim,
+                           std::optional<at::ScalarType> dtype);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_div_backward(
     const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
     const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max, std::string_view reduction,
-    at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask);
+    at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask, bool keepdim);
 
 void gaussian_kl_div_backward_out(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,
                                   const std::optional<at::Tensor>& mu_q, const std::optional<at::Tensor>& log_var_q,
                                   double clamp_min, double clamp_max, std::string_view reduction, at::OptionalIntArrayRef dim,
-                                  const std::optional<at::Tensor>& grad_mu_p, const std::optional<at::Tensor>& grad_log_var_p,
-                                  const std::optional<at::Tensor>& grad_mu_q, const std::optional<at::Tensor>& grad_log_var_q);
+                                  bool keepdim, const std::optional<at::Tensor>& grad_mu_p,
+                                  const std::optional<at::Tensor>& grad_log_var_p, const std::optional<at::Tensor>& grad_mu_q,
+                                  const std::optional<at::Tensor>& grad_log_var_q);
 
 } // namespace kl_ext::ops

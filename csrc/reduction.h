@@ -17,18 +17,18 @@ struct Reduction {
   bool divides = false; // by the number of terms of a sum, or by the first size for batchmean
   bool by_first = false;
 
-  // Shape is of int64_t or SymInt.
-  template <class Shape>
-  auto kept_shape(const Shape& shape) const {
-    c10::SmallVector<std::decay_t<decltype(shape[0])>, 8> kept;
+  // With keepdim, a reduced dimension stays with size 1.
+  at::DimVector kept_shape(at::IntArrayRef shape, bool keepdim = false) const {
+    at::DimVector kept;
     for (size_t dim = 0; dim < reduced.size(); ++dim) {
-      if (!reduced[dim]) {
-        kept.push_back(shape[dim]);
+      if (!reduced[dim] || keepdim) {
+        kept.push_back(reduced[dim] ? 1 : shape[dim]);
       }
     }
     return kept;
   }
 
+  // Shape is of int64_t or SymInt.
   template <class Shape>
   auto divisor(const Shape& shape) const {
     std::decay_t<decltype(shape[0])> count = 1;

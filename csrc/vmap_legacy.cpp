@@ -71,7 +71,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_div_pair_loss_back
 
 // The gradient of the terms from that of their reduction, in operators that batch.
 at::Tensor unreduce(const at::Tensor& grad_output, at::TensorList inputs, std::string_view reduction,
-                    at::OptionalIntArrayRef dim) {
+                    at::OptionalIntArrayRef dim, bool keepdim) {
   at::DimVector shape(inputs[0].sizes());
   bool is_double = grad_output.scalar_type() == at::kDouble;
   for (const auto& input : inputs) {
@@ -80,24 +80,25 @@ at::Tensor unreduce(const at::Tensor& grad_output, at::TensorList inputs, std::s
   }
   const Reduction how = parse_reduction("gaussian_kl_div_backward", reduction, dim, static_cast<int64_t>(shape.size()));
   const at::Tensor grad = grad_output.to(is_double ? at::kDouble : at::kFloat);
-  return how.unsqueeze(how.divides ? quotient(grad, how.divisor(at::IntArrayRef(shape))) : grad).expand(shape);
+  const at::Tensor divided = how.divides ? quotient(grad, how.divisor(at::IntArrayRef(shape))) : grad;
+  return (keepdim ? divided : how.unsqueeze(divided)).expand(shape);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_div_backward(
     const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
     const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max, std::string_view reduction,
-    at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask) {
+    at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask, bool keepdim) {
   const auto operation = [&](const at::Tensor& grad_terms, const at::Tensor& mean, const at::Tensor& log_var,
                              const auto&... q) {
     const std::array<std::optional<at::Tensor>, 2> optional_q = {q...};
     return ops::gaussian_kl_div_backward(grad_terms, mean, log_var, optional_q[0], optional_q[1], clamp_min, clamp_max, "none",
-                                         std::nullopt, output_mask);
+                                         std::nullopt, output_mask, /*keepdim=*/false);
   };
   if (!mu_q) {
-    return backward(operation, unreduce(grad_output, {mu_p, log_var_p}, reduction, dim), mu_p, log_var_p);
+    return backward(operation, unreduce(grad_output, {mu_p, log_var_p}, reduction, dim, keepdim), mu_p, log_var_p);
   }
-  return backward(operation, unreduce(grad_output, {mu_p, log_var_p, *mu_q, *log_var_q}, reduction, dim), mu_p, log_var_p,
-                  *mu_q, *log_var_q);
+  return backward(operation, unreduce(grad_output, {mu_p, log_var_p, *mu_q, *log_var_q}, reduction, dim, keepdim), mu_p,
+                  log_var_p, *mu_q, *log_var_q);
 }
 
 TORCH_LIBRARY_IMPL(kl_ext, Batched, m) {

@@ -5,12 +5,12 @@ documented elementwise losses. The operators behind them are `torch.ops.kl_ext.g
 holds the same formulas in plain torch.
 """
 
-from ._library import build_facts, load
+from . import _library
 
-load()
+_library.load()
 
-from . import _fake, _vmap  # noqa: E402, F401
+from . import _fake, _vmap, reference  # noqa: E402, F401
 from .functional import gaussian_kl_div, kl_div_pair_loss, kl_div_single_loss  # noqa: E402
 
 __all__ = ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss"]
-__version__ = build_facts().version
+__version__ = _library.build_facts().version

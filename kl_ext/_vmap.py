@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import check_together, reduced_dims
 from ._fake import arithmetic_dtype, result_dtype
-from ._reduction import check_together, reduced_dims
 
 InDims = Sequence[int | None]
 Gradients = tuple[Tensor | None, ...]
@@ -96,6 +96,7 @@ def _(
     clamp_max: float = 20.0,
     reduction: str = "none",
     dim: Sequence[int] | None = None,
+    keepdim: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, int]:
     """The batch is never reduced: dimensions count from behind it."""
@@ -109,12 +110,12 @@ def _(
     reduced = reduced_dims("gaussian_kl_div", reduction, dim, len(shape))
     if not reduced:
         return _ops.gaussian_kl_div(*batched, **clamp, dtype=dtype), 0
-    behind = [index + 1 for index in reduced]
+    how: dict[str, Any] = {"dim": [index + 1 for index in reduced], "keepdim": keepdim}
     if reduction == "batchmean":
         wide = torch.float64 if dtype == torch.float64 else arithmetic_dtype(tensors)
-        sums = _ops.gaussian_kl_div(*batched, **clamp, reduction="sum", dim=behind, dtype=wide)
+        sums = _ops.gaussian_kl_div(*batched, **clamp, reduction="sum", **how, dtype=wide)
         return _divide(sums, shape[0]).to(dtype or wide), 0
-    return _ops.gaussian_kl_div(*batched, **clamp, reduction=reduction, dim=behind, dtype=dtype), 0
+    return _ops.gaussian_kl_div(*batched, **clamp, reduction=reduction, **how, dtype=dtype), 0
 
 
 @torch.library.register_vmap("kl_ext::gaussian_kl_div_backward")
@@ -131,6 +132,8 @@ def _(
     reduction: str,
     dim: Sequence[int] | None,
     output_mask: Sequence[bool],
+    *,
+    keepdim: bool = False,
 ) -> Any:
     """By way of the gradient of the terms, which is a view of the reduced one."""
     check_together("gaussian_kl_div_backward", mu_q, log_var_q)
@@ -144,7 +147,7 @@ def _(
         if reduction != "sum":
             count = shape[0] if reduction == "batchmean" else math.prod(shape[index] for index in reduced)
             grad = _divide(grad.to(arithmetic_dtype([grad, *tensors])), count)
-        for index in reduced:
+        for index in () if keepdim else reduced:
             grad = grad.unsqueeze(index + (grad_dim is not None))
         grad = grad.expand(*(grad.shape[:1] if grad_dim is not None else ()), *shape)
         grad_dim = None if grad_dim is None else 0

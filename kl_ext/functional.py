@@ -1,12 +1,15 @@
 """The public functions: documented signatures over the operators."""
 
-from collections.abc import Sequence
-from numbers import Real
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _bindings
+from ._arguments import as_clamp, as_dims, as_dtype, as_flag, as_number, as_reduction, check_are_tensors
+from ._checks import check_together
 from ._fake import result_dtype
 
 # torch.compile knows that this is true, and so sees the operators and not the bindings.
@@ -16,7 +19,9 @@ _kl_div_pair_loss = torch.ops.kl_ext.kl_div_pair_loss.default
 _gaussian_kl_div = torch.ops.kl_ext.gaussian_kl_div.default
 
 
-def kl_div_single_loss(mu: Tensor, log_var: Tensor, *, clamp_min: float = -30.0, clamp_max: float = 20.0) -> Tensor:
+def kl_div_single_loss(
+    mu: Tensor, log_var: Tensor, *, clamp_min: float | None = -30.0, clamp_max: float | None = 20.0
+) -> Tensor:
     r"""The divergence of a Gaussian from the standard normal, per element, in nats.
 
     .. math::
@@ -30,14 +35,16 @@ def kl_div_single_loss(mu: Tensor, log_var: Tensor, *, clamp_min: float = -30.0,
     Args:
         mu: Means, of any shape.
         log_var: Logarithms of the variances, of any shape that broadcasts with that of ``mu``.
-        clamp_min: Log-variances below it count as this number, and get no gradient.
-        clamp_max: Log-variances above it count as this number, and get no gradient.
+        clamp_min: Log-variances below it count as this number, and get no gradient. None: no bound.
+        clamp_max: Log-variances above it count as this number, and get no gradient. None: no bound. At the bounds themselves
+            the gradient passes, in every version of torch.
 
     Returns:
         The terms, in the broadcast shape and the promoted dtype (float32 under autocast; float64 stays float64).
 
     Raises:
-        TypeError: An argument is not a strided tensor of dtype float16, bfloat16, float32 or float64.
+        TypeError: A tensor is not strided, or not of dtype float16, bfloat16, float32 or float64; another argument is of a
+            type that torch would not take.
         RuntimeError: The shapes do not broadcast, or the devices differ.
         ValueError: ``clamp_min`` is not at most ``clamp_max``.
 
@@ -52,11 +59,11 @@ def kl_div_single_loss(mu: Tensor, log_var: Tensor, *, clamp_min: float = -30.0,
         result = _bindings.kl_div_single_loss(mu, log_var, clamp_min, clamp_max)
         if result is not None:
             return result
-    try:
-        return _kl_div_single_loss(mu, log_var, clamp_min=clamp_min, clamp_max=clamp_max)  # type: ignore[no-any-return]
-    except RuntimeError as error:
-        _explain(error, "kl_div_single_loss", mu=mu, log_var=log_var)
-        raise
+    name, tensors = "kl_div_single_loss", {"mu": mu, "log_var": log_var}
+    if has_torch_function((mu, log_var)):
+        return _overridden(kl_div_single_loss, tensors, clamp_min=clamp_min, clamp_max=clamp_max)
+    check_are_tensors(name, **tensors)
+    return _call(_kl_div_single_loss, name, tensors, **as_clamp(name, clamp_min, clamp_max))
 
 
 def kl_div_pair_loss(
@@ -65,8 +72,8 @@ def kl_div_pair_loss(
     mu_q: Tensor,
     log_var_q: Tensor,
     *,
-    clamp_min: float = -30.0,
-    clamp_max: float = 20.0,
+    clamp_min: float | None = -30.0,
+    clamp_max: float | None = 20.0,
 ) -> Tensor:
     r"""The documented loss between two Gaussians, per element, in nats.
 
@@ -84,14 +91,16 @@ def kl_div_pair_loss(
         log_var_p: Logarithms of the variances of p.
         mu_q: Means of q.
         log_var_q: Logarithms of the variances of q.
-        clamp_min: Log-variances below it count as this number, and get no gradient.
-        clamp_max: Log-variances above it count as this number, and get no gradient.
+        clamp_min: Log-variances below it count as this number, and get no gradient. None: no bound.
+        clamp_max: Log-variances above it count as this number, and get no gradient. None: no bound. At the bounds themselves
+            the gradient passes, in every version of torch.
 
     Returns:
         The terms, in the broadcast shape and the promoted dtype (float32 under autocast; float64 stays float64).
 
     Raises:
-        TypeError: An argument is not a strided tensor of dtype float16, bfloat16, float32 or float64.
+        TypeError: A tensor is not strided, or not of dtype float16, bfloat16, float32 or float64; another argument is of a
+            type that torch would not take.
         RuntimeError: The shapes do not broadcast, or the devices differ.
         ValueError: ``clamp_min`` is not at most ``clamp_max``.
 
@@ -107,13 +116,11 @@ def kl_div_pair_loss(
         result = _bindings.kl_div_pair_loss(mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max)
         if result is not None:
             return result
-    try:
-        return _kl_div_pair_loss(  # type: ignore[no-any-return]
-            mu_p, log_var_p, mu_q, log_var_q, clamp_min=clamp_min, clamp_max=clamp_max
-        )
-    except RuntimeError as error:
-        _explain(error, "kl_div_pair_loss", mu_p=mu_p, log_var_p=log_var_p, mu_q=mu_q, log_var_q=log_var_q)
-        raise
+    name, tensors = "kl_div_pair_loss", {"mu_p": mu_p, "log_var_p": log_var_p, "mu_q": mu_q, "log_var_q": log_var_q}
+    if has_torch_function((mu_p, log_var_p, mu_q, log_var_q)):
+        return _overridden(kl_div_pair_loss, tensors, clamp_min=clamp_min, clamp_max=clamp_max)
+    check_are_tensors(name, **tensors)
+    return _call(_kl_div_pair_loss, name, tensors, **as_clamp(name, clamp_min, clamp_max))
 
 
 def gaussian_kl_div(
@@ -122,10 +129,11 @@ def gaussian_kl_div(
     mu_q: Tensor | float | None = None,
     log_var_q: Tensor | float | None = None,
     *,
-    clamp_min: float = -30.0,
-    clamp_max: float = 20.0,
+    clamp_min: float | None = -30.0,
+    clamp_max: float | None = 20.0,
     reduction: str = "none",
     dim: int | Sequence[int] | None = None,
+    keepdim: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""The Kullback-Leibler divergence of Gaussians, in nats, reduced in the pass that computes it.
@@ -144,11 +152,13 @@ def gaussian_kl_div(
         log_var_p: Logarithms of the variances of p.
         mu_q: Means of q, a tensor or a number. Without q: against the standard normal.
         log_var_q: Logarithms of the variances of q, a tensor or a number.
-        clamp_min: Log-variances below it count as this number, and get no gradient.
-        clamp_max: Log-variances above it count as this number, and get no gradient.
+        clamp_min: Log-variances below it count as this number, and get no gradient. None: no bound.
+        clamp_max: Log-variances above it count as this number, and get no gradient. None: no bound. At the bounds themselves
+            the gradient passes, in every version of torch.
         reduction: ``"none"``; ``"sum"`` or ``"mean"`` over ``dim``; or ``"batchmean"``, the sum of everything divided by the
             size of the first dimension, which is the loss of a variational autoencoder.
         dim: The dimensions to reduce, all of them by default.
+        keepdim: Whether reduced dimensions stay, with size 1.
         dtype: Of the result. Terms are computed and summed in float64 if an input or ``dtype`` is float64, else in float32, and
             the result is rounded once.
 
@@ -156,7 +166,8 @@ def gaussian_kl_div(
         The terms or their reduction, in the promoted dtype of the inputs (float32 under autocast) unless ``dtype`` is given.
 
     Raises:
-        TypeError: An argument is not a strided tensor of dtype float16, bfloat16, float32 or float64.
+        TypeError: A tensor is not strided, or not of dtype float16, bfloat16, float32 or float64; another argument is of a
+            type that torch would not take.
         RuntimeError: The shapes do not broadcast, the devices differ, or a dimension is named twice.
         IndexError: A dimension is out of range.
         ValueError: ``clamp_min`` is not at most ``clamp_max``; ``reduction`` is not one of the four; ``dim`` is given with
@@ -170,56 +181,73 @@ def gaussian_kl_div(
         tensor(1.2500)
     """
     if not _is_compiling():
-        result = _bindings.gaussian_kl_div(mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, dtype)
+        result = _bindings.gaussian_kl_div(
+            mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, keepdim, dtype
+        )
         if result is not None:
             return result
-    if isinstance(dim, int):
-        dim = (dim,)
-    if isinstance(mu_q, Real) or isinstance(log_var_q, Real):
-        mu_q, log_var_q, dtype = _with_tensors_for_numbers(mu_p, log_var_p, mu_q, log_var_q, dtype)
-    try:
-        return _gaussian_kl_div(  # type: ignore[no-any-return]
-            mu_p,
-            log_var_p,
-            mu_q,
-            log_var_q,
+    name, tensors = "gaussian_kl_div", {"mu_p": mu_p, "log_var_p": log_var_p, "mu_q": mu_q, "log_var_q": log_var_q}
+    if has_torch_function((mu_p, log_var_p, mu_q, log_var_q)):
+        return _overridden(
+            gaussian_kl_div,
+            tensors,
             clamp_min=clamp_min,
             clamp_max=clamp_max,
             reduction=reduction,
             dim=dim,
+            keepdim=keepdim,
             dtype=dtype,
         )
-    except RuntimeError as error:
-        _explain(error, "gaussian_kl_div", mu_p=mu_p, log_var_p=log_var_p)
-        for name, argument in (("mu_q", mu_q), ("log_var_q", log_var_q)):
-            if not (argument is None or isinstance(argument, Tensor)):
-                raise TypeError(
-                    f"gaussian_kl_div: expected {name} to be a Tensor or a number, got {type(argument).__name__}"
-                ) from error
-        raise
+    check_are_tensors(name, mu_p=mu_p, log_var_p=log_var_p)
+    dims, kind = as_dims(name, dim), as_dtype(name, dtype)
+    how = {
+        **as_clamp(name, clamp_min, clamp_max),
+        "reduction": as_reduction(name, reduction, dims),
+        "dim": dims,
+        "keepdim": as_flag(name, "keepdim", keepdim),
+    }
+    q, kind = _as_q(mu_p, log_var_p, mu_q, log_var_q, kind)
+    return _call(_gaussian_kl_div, name, {"mu_p": mu_p, "log_var_p": log_var_p, **q}, **how, dtype=kind)
 
 
 _Q = Tensor | float | None
 
 
-def _with_tensors_for_numbers(
+def _as_q(
     mu_p: Tensor, log_var_p: Tensor, mu_q: _Q, log_var_q: _Q, dtype: torch.dtype | None
-) -> tuple[_Q, _Q, torch.dtype | None]:
-    """Numbers as 0-dim tensors, precise as the arithmetic and without weight in the promotion. They are filled on the device of
-    the first tensor: nothing is copied to it, so that a CUDA graph can hold the call."""
+) -> tuple[dict[str, Tensor | None], torch.dtype | None]:
+    """Tensors for q, and the dtype of the result. Numbers become 0-dim tensors, precise as the arithmetic and without weight in
+    the promotion. They are filled on the device of mu_p: nothing is copied to it, so that a CUDA graph can hold the call."""
+    given = {"mu_q": mu_q, "log_var_q": log_var_q}
+    check_together("gaussian_kl_div", mu_q, log_var_q)
     tensors = [x for x in (mu_p, log_var_p, mu_q, log_var_q) if isinstance(x, Tensor)]
-    if not tensors:
-        return mu_q, log_var_q, dtype
+    q = {name: x for name, x in given.items() if x is None or isinstance(x, Tensor)}
+    if len(q) == 2:
+        return q, dtype
     is_double = dtype == torch.float64 or any(tensor.dtype == torch.float64 for tensor in tensors)
-    if dtype is None and not any(tensor.dim() for tensor in tensors) and not torch.is_autocast_enabled(tensors[0].device.type):
-        dtype = result_dtype(tensors)  # of 0-dim tensors all have weight
-    kind = {"dtype": torch.float64 if is_double else torch.float32, "device": tensors[0].device}
-    mu_q, log_var_q = (torch.full((), float(x), **kind) if isinstance(x, Real) else x for x in (mu_q, log_var_q))
-    return mu_q, log_var_q, dtype
+    if dtype is None and not any(tensor.dim() for tensor in tensors) and not torch.is_autocast_enabled(mu_p.device.type):
+        dtype = result_dtype(tensors)  # 0-dim tensors beside nothing else all have weight
+    for name, x in given.items():
+        if name not in q:
+            number = as_number("gaussian_kl_div", name, x, "a Tensor or a number")
+            q[name] = torch.full((), number, dtype=torch.float64 if is_double else torch.float32, device=mu_p.device)
+    return {name: q[name] for name in given}, dtype
 
 
-def _explain(error: RuntimeError, function: str, **arguments: object) -> None:
-    """The dispatcher refuses what is not a tensor before any check of ours sees it."""
-    for name, argument in arguments.items():
-        if not isinstance(argument, Tensor):
-            raise TypeError(f"{function}: expected {name} to be a Tensor, got {type(argument).__name__}") from error
+def _overridden(function: Callable[..., Tensor], tensors: dict[str, Any], **others: Any) -> Tensor:
+    """What a class or mode with __torch_function__ makes of the call."""
+    return handle_torch_function(function, tuple(tensors.values()), *tensors.values(), **others)
+
+
+def _call(operator: Callable[..., Tensor], function: str, tensors: dict[str, Any], **others: Any) -> Tensor:
+    """Refuses a tensor by its name whose class does not know the operator, which torch answers with a list of classes."""
+    try:
+        return operator(*tensors.values(), **others)
+    except TypeError as error:
+        if str(error).startswith("Multiple dispatch failed"):
+            for name, tensor in tensors.items():
+                if tensor is not None and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+                    raise TypeError(
+                        f"{function}: expected {name} to be of a class that knows the operator, got {type(tensor).__name__}"
+                    ) from error
+        raise

@@ -245,5 +245,5 @@ def test_a_grad_output_without_kernels_or_elsewhere(device: torch.device) -> Non
         TypeError, f"{NAME}_backward: expected grad_output to be a float16, bfloat16, float32 or float64 tensor, got int64"
     ):
         BACKWARD(x.long(), *arguments)
-    with raises(RuntimeError, f"{NAME}_backward: expected mu_p on meta like grad_output, got {x.device}"):
+    with raises(RuntimeError, f"{NAME}_backward: expected grad_output on {x.device} like mu_p, got meta"):
         BACKWARD(x.to("meta"), *arguments)

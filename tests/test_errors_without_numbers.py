@@ -1,0 +1,157 @@
+"""Meta and fake tensors are refused as real ones are, with the same type of error and the same words, in every mode.
+
+The real tensors are the oracle here: tests/test_errors.py and tests/test_gaussian_kl_div_errors.py test what they get."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import kl_ext
+
+ops = torch.ops.kl_ext
+MODES = {"default": nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+INF, NAN = float("inf"), float("nan")
+
+Make = Callable[..., Tensor]  # a shape, and a dtype: a tensor of whatever kind
+Call = Callable[..., Any]
+
+# A name, how many tensors it takes, and a call with them.
+PUBLIC: dict[str, tuple[int, Call]] = {
+    "kl_div_single_loss": (2, kl_ext.kl_div_single_loss),
+    "kl_div_pair_loss": (4, kl_ext.kl_div_pair_loss),
+    "gaussian_kl_div": (4, kl_ext.gaussian_kl_div),
+    "gaussian_kl_div, standard": (2, kl_ext.gaussian_kl_div),
+}
+OPERATORS: dict[str, tuple[int, Call]] = {
+    f"torch.ops.{name}": (count, getattr(ops, name.split(",")[0])) for name, (count, _) in PUBLIC.items()
+}
+
+
+def backward(name: str, count: int, reduction: tuple[Any, ...] = (), q: tuple[None, ...] = ()) -> Call:
+    def call(*tensors: Tensor, clamp_min: float = -30.0, clamp_max: float = 20.0, **how: Any) -> Any:
+        given = (how.get("reduction", "none"), how.get("dim")) if reduction else ()
+        return getattr(ops, f"{name}_backward")(*tensors, *q, clamp_min, clamp_max, *given, [True] * count)
+
+    return call
+
+
+BACKWARD: dict[str, tuple[int, Call]] = {
+    "kl_div_single_loss_backward": (3, backward("kl_div_single_loss", 2)),
+    "kl_div_pair_loss_backward": (5, backward("kl_div_pair_loss", 4)),
+    "gaussian_kl_div_backward": (5, backward("gaussian_kl_div", 4, ("none", None))),
+    "gaussian_kl_div_backward, standard": (3, backward("gaussian_kl_div", 4, ("none", None), (None, None))),
+}
+EVERY = {**PUBLIC, **OPERATORS, **BACKWARD}
+
+
+def bad_tensors(count: int, make: Make) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
+    """Dtypes that have no kernels, in the place of each tensor."""
+    for position in range(count):
+        for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint8):
+            yield [make((2, 3), dtype if i == position else torch.float32) for i in range(count)], {}
+
+
+def bad_clamps(count: int, make: Make) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
+    for low, high in ((1.0, 0.0), (NAN, 20.0), (-30.0, NAN), (INF, -INF), (0.5, 0.25), (1e-7, -123456789.0)):
+        yield [make((2, 3)) for _ in range(count)], {"clamp_min": low, "clamp_max": high}
+
+
+def bad_dtypes(count: int, make: Make) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
+    for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e5m2):
+        yield [make((2, 3)) for _ in range(count)], {"dtype": dtype}
+
+
+def bad_shapes(count: int, make: Make) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
+    for position in range(1, count):
+        for shape in ((4,), (3, 3), (2, 2, 2), (0, 3)):
+            yield [make(shape if i == position else (2, 3)) for i in range(count)], {}
+
+
+def bad_reductions(count: int, make: Make) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
+    for how in (
+        {"reduction": "median"},
+        {"reduction": "batchmean", "dim": [0]},
+        {"dim": [0]},
+        {"reduction": "sum", "dim": [2]},
+        {"reduction": "mean", "dim": [-3]},
+        {"reduction": "sum", "dim": [0, -2]},
+    ):
+        yield [make((2, 3)) for _ in range(count)], how
+    yield [make(()) for _ in range(count)], {"reduction": "batchmean"}
+
+
+@contextlib.contextmanager
+def refusal() -> Iterator[list[tuple[type, str]]]:
+    """The type and the first line of the error that comes."""
+    caught: list[tuple[type, str]] = []
+    with pytest.raises(Exception) as raised:
+        yield caught
+    caught.append((raised.type, str(raised.value).splitlines()[0]))
+
+
+def real(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape).to(dtype)
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape, dtype=dtype, device="meta")
+
+
+def assert_alike(call: Call, count: int, cases: Callable[[int, Make], Any], fake: bool = True) -> None:
+    with FakeTensorMode():
+        fakes = list(cases(count, real))
+    for (tensors, how), (on_meta, _), (faked, _) in zip(cases(count, real), cases(count, meta), fakes, strict=True):
+        with refusal() as expected:
+            call(*tensors, **how)
+        with refusal() as actual:
+            call(*on_meta, **how)
+        assert actual == expected
+        if fake:
+            with refusal() as actual, faked[0].fake_mode:  # type: ignore[attr-defined]
+                call(*faked, **how)
+            assert actual == expected
+
+
+@pytest.fixture(params=MODES, autouse=True)
+def mode(request: pytest.FixtureRequest) -> Iterator[None]:
+    with MODES[request.param]():
+        yield
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("cases", [bad_tensors, bad_clamps], ids=lambda f: f.__name__)
+def test_tensors_and_clamps(name: str, cases: Any) -> None:
+    count, call = EVERY[name]
+    assert_alike(call, count, cases)
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, *OPERATORS])
+def test_result_dtypes(name: str) -> None:
+    if name in ("kl_div_single_loss", "kl_div_pair_loss"):
+        name = f"torch.ops.{name}"  # the documented functions take none
+    count, call = EVERY[name]
+    assert_alike(call, count, bad_dtypes)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_shapes(name: str) -> None:
+    """Not of fake tensors in backward passes: compiled autograd captures those with stand-ins of another shape."""
+    count, call = EVERY[name]
+    assert_alike(call, count, bad_shapes, fake=name not in BACKWARD)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if "gaussian_kl_div" in name])
+def test_reductions(name: str) -> None:
+    """In backward passes, of fake tensors, what does not depend on a shape."""
+    count, call = EVERY[name]
+    assert_alike(call, count, bad_reductions, fake=name not in BACKWARD)
+    if name in BACKWARD:
+        assert_alike(call, count, lambda *given: list(bad_reductions(*given))[:3])
