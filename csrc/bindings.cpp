@@ -87,7 +87,7 @@ bool read(PyObject* object, std::string_view& text) {
     return false;
   }
   text = std::string_view(data, size);
-  return true;
+  return text.find('\0') == text.npos; // an error message would end there
 }
 
 bool read(PyObject* object, int64_t& number) {

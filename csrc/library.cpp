@@ -185,12 +185,12 @@ TORCH_LIBRARY(kl_ext, m) {
       compliant);
   m.def(
       "gaussian_kl_div_backward(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor? mu_q, Tensor? log_var_q,"
-      " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] output_mask, *, bool keepdim=False)"
+      " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] output_mask, bool keepdim=False)"
       " -> (Tensor, Tensor, Tensor, Tensor)",
       compliant);
   m.def(
       "gaussian_kl_div_backward.out(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor? mu_q, Tensor? log_var_q,"
-      " float clamp_min, float clamp_max, str reduction, int[]? dim, *, bool keepdim=False, Tensor(a!)? grad_mu_p, Tensor(b!)? "
+      " float clamp_min, float clamp_max, str reduction, int[]? dim, bool keepdim=False, *, Tensor(a!)? grad_mu_p, Tensor(b!)? "
       "grad_log_var_p,"
       " Tensor(c!)? grad_mu_q, Tensor(d!)? grad_log_var_q) -> ()",
       compliant);

@@ -8,7 +8,7 @@ import operator
 import torch
 from torch import Tensor
 
-from ._checks import check_reduction
+from ._checks import check_clamp, check_reduction, check_result_dtype
 
 _TORCH_DTYPES = {float: torch.float64, int: torch.int64, bool: torch.bool, complex: torch.complex128}
 
@@ -40,10 +40,11 @@ def as_number(function: str, name: str, value: object, expected: str = "a number
 
 def as_clamp(function: str, clamp_min: object, clamp_max: object) -> dict[str, float]:
     """None is no bound, as in torch.clamp."""
-    return {
-        "clamp_min": -math.inf if clamp_min is None else as_number(function, "clamp_min", clamp_min),
-        "clamp_max": math.inf if clamp_max is None else as_number(function, "clamp_max", clamp_max),
-    }
+    low = -math.inf if clamp_min is None else as_number(function, "clamp_min", clamp_min)
+    high = math.inf if clamp_max is None else as_number(function, "clamp_max", clamp_max)
+    if isinstance(low, float) and isinstance(high, float):  # a symbol may have no value yet
+        check_clamp(function, low, high)
+    return {"clamp_min": low, "clamp_max": high}
 
 
 def as_dims(function: str, dim: object) -> list[int] | None:
@@ -56,7 +57,7 @@ def as_dims(function: str, dim: object) -> list[int] | None:
             dims.append(value)
             continue
         try:
-            if isinstance(value, bool):
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError
             dims.append(operator.index(value))
         except (TypeError, ValueError, RuntimeError):
@@ -73,12 +74,13 @@ def as_flag(function: str, name: str, value: object) -> bool:
 
 def as_dtype(function: str, dtype: object) -> torch.dtype | None:
     """A dtype, or the Python type that torch takes for one."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
     for kind, meant in _TORCH_DTYPES.items():
         if dtype is kind:
-            return meant
-    raise _refuse(function, "dtype", "a torch.dtype", dtype)
+            dtype = meant
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise _refuse(function, "dtype", "a torch.dtype", dtype)
+    check_result_dtype(function, dtype)
+    return dtype
 
 
 def as_reduction(function: str, reduction: object, dims: list[int] | None) -> str:

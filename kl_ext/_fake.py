@@ -206,7 +206,6 @@ def _(
     reduction: str,
     dim: Sequence[int] | None,
     output_mask: Sequence[bool],
-    *,
     keepdim: bool = False,
 ) -> tuple[Tensor | None, ...]:
     check_together("gaussian_kl_div_backward", mu_q, log_var_q)
@@ -227,14 +226,16 @@ def _register_given(name: str) -> None:
         if argument.name.startswith("grad_") and argument.kwarg_only
     }
 
-    def fake(*values: Any, keepdim: bool = False, **gradients: Tensor | None) -> None:
-        given = dict(zip(positional, values, strict=True))
+    def fake(*values: Any, **gradients: Tensor | None) -> None:
+        given = dict(zip(positional, values))  # without keepdim, where it is left out
         if "mu_q" in of_input:
             check_together(name, given["mu_q"], given["log_var_q"])
         grad_output, clamp = given.pop("grad_output"), (given.pop("clamp_min"), given.pop("clamp_max"))
         inputs = {key: given[key] for key in of_input if given[key] is not None}
         if "reduction" in given:
-            _check_backward_of_divergence(name, grad_output, inputs, *clamp, given["reduction"], given["dim"], keepdim)
+            _check_backward_of_divergence(
+                name, grad_output, inputs, *clamp, given["reduction"], given["dim"], given.get("keepdim", False)
+            )
             shape = common_shape(name, inputs)
         else:
             _check_backward(name, grad_output, inputs, *clamp)

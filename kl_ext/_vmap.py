@@ -132,7 +132,6 @@ def _(
     reduction: str,
     dim: Sequence[int] | None,
     output_mask: Sequence[bool],
-    *,
     keepdim: bool = False,
 ) -> Any:
     """By way of the gradient of the terms, which is a view of the reduced one."""

@@ -11,6 +11,7 @@ from . import _bindings
 from ._arguments import as_clamp, as_dims, as_dtype, as_flag, as_number, as_reduction, check_are_tensors
 from ._checks import check_together
 from ._fake import result_dtype
+from ._types import Bound
 
 # torch.compile knows that this is true, and so sees the operators and not the bindings.
 _is_compiling = torch.compiler.is_compiling
@@ -20,7 +21,7 @@ _gaussian_kl_div = torch.ops.kl_ext.gaussian_kl_div.default
 
 
 def kl_div_single_loss(
-    mu: Tensor, log_var: Tensor, *, clamp_min: float | None = -30.0, clamp_max: float | None = 20.0
+    mu: Tensor, log_var: Tensor, *, clamp_min: Bound = -30.0, clamp_max: Bound = 20.0
 ) -> Tensor:
     r"""The divergence of a Gaussian from the standard normal, per element, in nats.
 
@@ -59,9 +60,11 @@ def kl_div_single_loss(
         result = _bindings.kl_div_single_loss(mu, log_var, clamp_min, clamp_max)
         if result is not None:
             return result
+        if has_torch_function((mu, log_var)):
+            return handle_torch_function(
+                kl_div_single_loss, (mu, log_var), mu, log_var, clamp_min=clamp_min, clamp_max=clamp_max
+            )
     name, tensors = "kl_div_single_loss", {"mu": mu, "log_var": log_var}
-    if has_torch_function((mu, log_var)):
-        return _overridden(kl_div_single_loss, tensors, clamp_min=clamp_min, clamp_max=clamp_max)
     check_are_tensors(name, **tensors)
     return _call(_kl_div_single_loss, name, tensors, **as_clamp(name, clamp_min, clamp_max))
 
@@ -72,8 +75,8 @@ def kl_div_pair_loss(
     mu_q: Tensor,
     log_var_q: Tensor,
     *,
-    clamp_min: float | None = -30.0,
-    clamp_max: float | None = 20.0,
+    clamp_min: Bound = -30.0,
+    clamp_max: Bound = 20.0,
 ) -> Tensor:
     r"""The documented loss between two Gaussians, per element, in nats.
 
@@ -116,9 +119,10 @@ def kl_div_pair_loss(
         result = _bindings.kl_div_pair_loss(mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max)
         if result is not None:
             return result
+        given = (mu_p, log_var_p, mu_q, log_var_q)
+        if has_torch_function(given):
+            return handle_torch_function(kl_div_pair_loss, given, *given, clamp_min=clamp_min, clamp_max=clamp_max)
     name, tensors = "kl_div_pair_loss", {"mu_p": mu_p, "log_var_p": log_var_p, "mu_q": mu_q, "log_var_q": log_var_q}
-    if has_torch_function((mu_p, log_var_p, mu_q, log_var_q)):
-        return _overridden(kl_div_pair_loss, tensors, clamp_min=clamp_min, clamp_max=clamp_max)
     check_are_tensors(name, **tensors)
     return _call(_kl_div_pair_loss, name, tensors, **as_clamp(name, clamp_min, clamp_max))
 
@@ -186,18 +190,20 @@ def gaussian_kl_div(
         )
         if result is not None:
             return result
-    name, tensors = "gaussian_kl_div", {"mu_p": mu_p, "log_var_p": log_var_p, "mu_q": mu_q, "log_var_q": log_var_q}
-    if has_torch_function((mu_p, log_var_p, mu_q, log_var_q)):
-        return _overridden(
-            gaussian_kl_div,
-            tensors,
-            clamp_min=clamp_min,
-            clamp_max=clamp_max,
-            reduction=reduction,
-            dim=dim,
-            keepdim=keepdim,
-            dtype=dtype,
-        )
+        given = (mu_p, log_var_p, mu_q, log_var_q)
+        if has_torch_function(given):
+            return handle_torch_function(
+                gaussian_kl_div,
+                given,
+                *given,
+                clamp_min=clamp_min,
+                clamp_max=clamp_max,
+                reduction=reduction,
+                dim=dim,
+                keepdim=keepdim,
+                dtype=dtype,
+            )
+    name = "gaussian_kl_div"
     check_are_tensors(name, mu_p=mu_p, log_var_p=log_var_p)
     dims, kind = as_dims(name, dim), as_dtype(name, dtype)
     how = {
@@ -232,11 +238,6 @@ def _as_q(
             number = as_number("gaussian_kl_div", name, x, "a Tensor or a number")
             q[name] = torch.full((), number, dtype=torch.float64 if is_double else torch.float32, device=mu_p.device)
     return {name: q[name] for name in given}, dtype
-
-
-def _overridden(function: Callable[..., Tensor], tensors: dict[str, Any], **others: Any) -> Tensor:
-    """What a class or mode with __torch_function__ makes of the call."""
-    return handle_torch_function(function, tuple(tensors.values()), *tensors.values(), **others)
 
 
 def _call(operator: Callable[..., Tensor], function: str, tensors: dict[str, Any], **others: Any) -> Tensor:

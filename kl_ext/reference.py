@@ -1,7 +1,7 @@
 """The losses and the divergence written out in plain torch, the way a training script would write them.
 
 This is the baseline: the benchmarks and the demo run it beside the operators. It has the same names, signatures, shapes,
-result types and gradients (torch's own autograd differentiates it), and it needs nothing of this package but torch. What it
+result types and gradients (torch's own autograd differentiates it), and it needs nothing that is compiled but torch. What it
 does not have is the accuracy: ``exp(x) - 1 - x`` cancels where a distribution approaches its prior, so that in float32 the
 smallest losses come out as zero or negative. It also checks nothing that torch does not check.
 """
@@ -12,10 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._types import Bound
+
 __all__ = ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss"]
 
 
-def kl_div_single_loss(mu: Tensor, log_var: Tensor, *, clamp_min: float = -30.0, clamp_max: float = 20.0) -> Tensor:
+def _clamp(x: Tensor, low: float | None, high: float | None) -> Tensor:
+    """torch.clamp, which asks for at least one bound."""
+    return x if low is None and high is None else x.clamp(low, high)
+
+
+def kl_div_single_loss(
+    mu: Tensor, log_var: Tensor, *, clamp_min: Bound = -30.0, clamp_max: Bound = 20.0
+) -> Tensor:
     r"""The KL divergence of N(mu, exp(log_var)) from the standard normal, in nats, one term per element.
 
     .. math:: \frac{1}{2} \left( \mu^2 + \sigma^2 - \log \sigma^2 - 1 \right)
@@ -23,8 +32,8 @@ def kl_div_single_loss(mu: Tensor, log_var: Tensor, *, clamp_min: float = -30.0,
     Args:
         mu: The means, of any shape and floating dtype.
         log_var: The logarithms of the variances; its shape broadcasts with that of ``mu``.
-        clamp_min: The smallest log-variance used; smaller ones count as this and receive no gradient.
-        clamp_max: The largest log-variance used; larger ones count as this and receive no gradient.
+        clamp_min: The smallest log-variance used; smaller ones count as this and receive no gradient. None: no bound.
+        clamp_max: The largest log-variance used; larger ones count as this and receive no gradient. None: no bound.
 
     Returns:
         The terms, in the broadcast shape and the promoted dtype. Their sum over the dimensions of the distribution, which is
@@ -35,7 +44,7 @@ def kl_div_single_loss(mu: Tensor, log_var: Tensor, *, clamp_min: float = -30.0,
         >>> kl_div_single_loss(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))
         tensor([0.0000, 0.5000])
     """
-    log_var = log_var.clamp(clamp_min, clamp_max)
+    log_var = _clamp(log_var, clamp_min, clamp_max)
     return 0.5 * (mu.square() + log_var.exp() - log_var - 1.0)
 
 
@@ -45,8 +54,8 @@ def kl_div_pair_loss(
     mu_q: Tensor,
     log_var_q: Tensor,
     *,
-    clamp_min: float = -30.0,
-    clamp_max: float = 20.0,
+    clamp_min: Bound = -30.0,
+    clamp_max: Bound = 20.0,
 ) -> Tensor:
     r"""The documented loss of p = N(mu_p, exp(log_var_p)) against q = N(mu_q, exp(log_var_q)), one term per element.
 
@@ -61,7 +70,9 @@ def kl_div_pair_loss(
         mu_q: The means of q.
         log_var_q: The logarithms of the variances of q. All four shapes broadcast together.
         clamp_min: The smallest log-variance used, for p and q; smaller ones count as this and receive no gradient.
+            None: no bound.
         clamp_max: The largest log-variance used, for p and q; larger ones count as this and receive no gradient.
+            None: no bound.
 
     Returns:
         The terms, in the broadcast shape and the promoted dtype; their sum is left to the caller.
@@ -72,8 +83,8 @@ def kl_div_pair_loss(
         >>> kl_div_pair_loss(one, zero, zero, zero), kl_div_pair_loss(zero, zero, zero, zero)
         (tensor(1.5000), tensor(0.5000))
     """
-    log_var_p = log_var_p.clamp(clamp_min, clamp_max)
-    log_var_q = log_var_q.clamp(clamp_min, clamp_max)
+    log_var_p = _clamp(log_var_p, clamp_min, clamp_max)
+    log_var_q = _clamp(log_var_q, clamp_min, clamp_max)
     return log_var_q - log_var_p + (log_var_p.exp() + (mu_p - mu_q).square()) / log_var_q.exp() - 0.5
 
 
@@ -83,10 +94,11 @@ def gaussian_kl_div(
     mu_q: Tensor | float | None = None,
     log_var_q: Tensor | float | None = None,
     *,
-    clamp_min: float = -30.0,
-    clamp_max: float = 20.0,
+    clamp_min: float | None = -30.0,
+    clamp_max: float | None = 20.0,
     reduction: str = "none",
     dim: int | Sequence[int] | None = None,
+    keepdim: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""The KL divergence of p = N(mu_p, exp(log_var_p)) from q = N(mu_q, exp(log_var_q)), in nats, and its reduction after it.
@@ -103,9 +115,12 @@ def gaussian_kl_div(
         mu_q: The means of q, a tensor or a number; without q, q is the standard normal. All shapes broadcast together.
         log_var_q: The logarithms of the variances of q, a tensor or a number.
         clamp_min: The smallest log-variance used, for p and q; smaller ones count as this and receive no gradient.
+            None: no bound.
         clamp_max: The largest log-variance used, for p and q; larger ones count as this and receive no gradient.
+            None: no bound.
         reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``, the sum over the size of the first dimension.
         dim: What ``"sum"`` and ``"mean"`` reduce, everything by default.
+        keepdim: Whether reduced dimensions stay, with size 1.
         dtype: Of the result. The terms are computed in the promoted dtype all the same; only torch's sum is in this one.
 
     Returns:
@@ -119,24 +134,25 @@ def gaussian_kl_div(
     """
     if (mu_q is None) != (log_var_q is None):
         raise ValueError("gaussian_kl_div: expected mu_q and log_var_q together")
-    log_var_p = log_var_p.clamp(clamp_min, clamp_max)
+    log_var_p = _clamp(log_var_p, clamp_min, clamp_max)
     if mu_q is None or log_var_q is None:
         terms = 0.5 * (mu_p.square() + log_var_p.exp() - log_var_p - 1.0)
     else:
         if isinstance(log_var_q, Tensor):
-            log_var_q = log_var_q.clamp(clamp_min, clamp_max)
+            log_var_q = _clamp(log_var_q, clamp_min, clamp_max)
             var_q: Tensor | float = log_var_q.exp()
         else:
-            log_var_q = min(max(log_var_q, clamp_min), clamp_max)
+            log_var_q = max(log_var_q, -math.inf if clamp_min is None else clamp_min)
+            log_var_q = min(log_var_q, math.inf if clamp_max is None else clamp_max)
             var_q = math.exp(log_var_q)
         terms = 0.5 * (log_var_q - log_var_p + (log_var_p.exp() + (mu_p - mu_q).square()) / var_q - 1.0)
     dims = dim if dim is None or isinstance(dim, int) else tuple(dim)
     if reduction == "none":
         return terms if dtype is None else terms.to(dtype)
     if reduction == "sum":
-        return terms.sum(dims, dtype=dtype)
+        return terms.sum(dims, keepdim, dtype=dtype)
     if reduction == "mean":
-        return terms.mean(dims, dtype=dtype)
+        return terms.mean(dims, keepdim, dtype=dtype)
     if reduction == "batchmean":
-        return terms.sum(dtype=dtype) / terms.shape[0]
+        return terms.sum(None, keepdim, dtype=dtype) / terms.shape[0]
     raise ValueError(f"gaussian_kl_div: expected reduction to be none, sum, mean or batchmean, got {reduction!r}")

@@ -15,6 +15,9 @@ CALLS = {
     "gaussian_kl_div": lambda x, y: kl_ext.gaussian_kl_div(x, y),
     "gaussian_kl_div, q": lambda x, y: kl_ext.gaussian_kl_div(x, y, y, x, reduction="batchmean"),
     "gaussian_kl_div, a dim": lambda x, y: kl_ext.gaussian_kl_div(x, y, reduction="sum", dim=1),
+    "gaussian_kl_div, a list of dims": lambda x, y: kl_ext.gaussian_kl_div(x, y, reduction="sum", dim=[0, 1], keepdim=True),
+    "gaussian_kl_div, numbers": lambda x, y: kl_ext.gaussian_kl_div(x, y, 0, 0.5, clamp_min=-8, clamp_max=None),
+    "gaussian_kl_div, a number": lambda x, y: kl_ext.gaussian_kl_div(x, y, y, -0.5, dtype=torch.float64),
     "gaussian_kl_div, dims": lambda x, y: kl_ext.gaussian_kl_div(x, y, reduction="mean", dim=(-1, 0), dtype=torch.float64),
 }
 each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
@@ -57,6 +60,21 @@ def test_tensors_parameters_and_buffers_go_straight_to_the_dispatcher(call, kind
 
 
 @each_call
+@pytest.mark.parametrize("how", ["torch.device", "set_default_device"])
+def test_a_default_device_does_not_change_the_way(call, how, device, without_torch_ops):
+    x, y = torch.randn(2, 3, device=device), torch.randn(2, 3, device=device)
+    if how == "torch.device":
+        with torch.device(device):
+            call(x, y)
+        return
+    try:
+        torch.set_default_device(device)
+        call(x, y)
+    finally:
+        torch.set_default_device(None)
+
+
+@each_call
 def test_both_ways_give_the_same_values_and_gradients(call, device, request):
     x, y = (torch.randn(2, 3, device=device, requires_grad=True) for _ in range(2))
     straight = call(x, y)
@@ -73,7 +91,7 @@ def test_both_ways_give_the_same_values_and_gradients(call, device, request):
 def test_a_subclass_and_a_mode_see_the_public_function(call, device):
     x, y = torch.randn(2, 3, device=device), torch.randn(2, 3, device=device)
     assert type(call(x.as_subclass(Subclass), y)) is Subclass
-    with Recorder() as recorder:
+    with Recorder() as recorder, torch.device(device):
         assert same_bits(call(x, y), call(x, y))
     assert {kl_ext.kl_div_single_loss, kl_ext.kl_div_pair_loss, kl_ext.gaussian_kl_div} & set(recorder.seen)
 

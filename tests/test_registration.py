@@ -28,7 +28,7 @@ SCHEMAS = {
     "gaussian_kl_div": "(Tensor mu_p, Tensor log_var_p, Tensor? mu_q=None, Tensor? log_var_q=None, *, float clamp_min=-30.0,"
     ' float clamp_max=20.0, str reduction="none", int[]? dim=None, bool keepdim=False, ScalarType? dtype=None) -> Tensor',
     "gaussian_kl_div_backward": "(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor? mu_q, Tensor? log_var_q,"
-    " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] output_mask, *, bool keepdim=False)"
+    " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] output_mask, bool keepdim=False)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 }
 # The gradients go where they are told.
@@ -39,7 +39,7 @@ OUT_SCHEMAS = {
     " float clamp_min, float clamp_max, *, Tensor(a!)? grad_mu_p, Tensor(b!)? grad_log_var_p, Tensor(c!)? grad_mu_q,"
     " Tensor(d!)? grad_log_var_q) -> ()",
     "gaussian_kl_div_backward": "(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor? mu_q, Tensor? log_var_q,"
-    " float clamp_min, float clamp_max, str reduction, int[]? dim, *, bool keepdim=False, Tensor(a!)? grad_mu_p,"
+    " float clamp_min, float clamp_max, str reduction, int[]? dim, bool keepdim=False, *, Tensor(a!)? grad_mu_p,"
     " Tensor(b!)? grad_log_var_p,"
     " Tensor(c!)? grad_mu_q, Tensor(d!)? grad_log_var_q) -> ()",
 }
@@ -125,7 +125,7 @@ def test_the_public_functions_have_exactly_the_documented_signature(function: An
     ]
     assert typing.get_type_hints(function) == {
         **dict.fromkeys(tensors, Tensor),
-        **dict.fromkeys(("clamp_min", "clamp_max"), float | None),
+        **dict.fromkeys(("clamp_min", "clamp_max"), float),
         "return": Tensor,
     }
 

@@ -48,7 +48,7 @@ def code() -> dict[str, str]:
 
 @pytest.mark.parametrize("capability", VECTORS)
 def test_the_formulas_are_computed_in_whole_vectors(code, capability):
-    if capability not in kl_ext.build_facts().cpu_capabilities:
+    if capability not in _library.build_facts().cpu_capabilities:
         pytest.skip(f"built without {capability}")
     for kernel, expected in KERNELS.items():
         [body] = [

@@ -1,0 +1,9 @@
+"""Types of arguments that several modules name."""
+
+from typing import TYPE_CHECKING
+
+# A bound of the clamp. Type checkers see that None, no bound, is taken too; help() shows the documented signature.
+if TYPE_CHECKING:
+    Bound = float | None
+else:
+    Bound = float
