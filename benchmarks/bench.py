@@ -39,6 +39,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 # Once for each number of threads.
 SUITES = {
     "overhead": suites.overhead,
+    "forms": suites.forms,
     "floor": suites.floor,
     "peak": suites.peak,
     "ratios": suites.ratios,

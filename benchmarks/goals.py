@@ -98,6 +98,7 @@ GOALS = [
     Goal("a call without gradients / torch.add", AT_MOST, 1.3, "overhead", KL_EXT, lambda row: row["pass"] == "no grad"),
     Goal("a call that records / torch.add", AT_MOST, 1.3, "overhead", KL_EXT, lambda row: row["pass"] == FORWARD),
     Goal("a call and its backward / torch.mul", AT_MOST, 1.3, "overhead", KL_EXT, lambda row: row["pass"] == BOTH),
+    Goal("a call as people write it / a fast form", AT_MOST, 1.5, "forms", KL_EXT),
     Goal(
         "plain formula in a compiled step, static", AT_LEAST, 1.0, "compiled step", EAGER, lambda row: row["shapes"] == "static"
     ),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import kl_ext
 import timing
+from forms import ELEMENTS, FAST, FORMS, form_tensors
 from timing import Effort, Row, Timed
 from workloads import DIFFUSERS, DISTRIBUTIONS, EAGER, KL_EXT, PEERS, WORKLOADS
 
@@ -208,6 +209,28 @@ def overhead(plan: Plan) -> Iterator[Case]:
 
     for name in calls:
         yield Case(f"overhead of {name}", lambda name=name: measure(name))
+
+
+def forms(plan: Plan) -> Iterator[Case]:
+    """Calls as people write them, against a form that is fast."""
+
+    def measure(name: str) -> list[Row]:
+        form = FORMS[name]
+        contenders = {KL_EXT: timing.forward_of(form.written), FAST: timing.forward_of(form.fast)}
+        prepare: dict[str, Callable[[], None]] = {}
+        if form.default_device:
+            prepare = {
+                KL_EXT: lambda: torch.set_default_device(plan.effort.device),
+                FAST: lambda: torch.set_default_device(None),
+            }
+        try:
+            measured = timing.time_in_turn(contenders, [form_tensors(plan.effort.device)], plan.effort, FAST, prepare)
+        finally:
+            torch.set_default_device(None)
+        return [row("forms", name, FORWARD, ELEMENTS, measured, threads=torch.get_num_threads())]
+
+    for name in FORMS:
+        yield Case(f"form: {name}", lambda name=name: measure(name))
 
 
 def compiled_step(plan: Plan) -> Iterator[Case]:

@@ -216,7 +216,7 @@ def values() -> str:
     return table(["p", "q", "KL(p, q)", "pair loss", "single loss of p"], rows)
 
 
-SUITES = ["ratios", "floor", "overhead", "compiled step", "dtypes", "threads", "linear", "exponent", "subnormals"]
+SUITES = ["ratios", "floor", "overhead", "forms", "compiled step", "dtypes", "threads", "linear", "exponent", "subnormals"]
 KINDS: dict[str, Callable[[Result], str]] = {
     "machine": machine,
     "goals": goals,
