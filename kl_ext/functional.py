@@ -20,9 +20,7 @@ _kl_div_pair_loss = torch.ops.kl_ext.kl_div_pair_loss.default
 _gaussian_kl_div = torch.ops.kl_ext.gaussian_kl_div.default
 
 
-def kl_div_single_loss(
-    mu: Tensor, log_var: Tensor, *, clamp_min: Bound = -30.0, clamp_max: Bound = 20.0
-) -> Tensor:
+def kl_div_single_loss(mu: Tensor, log_var: Tensor, *, clamp_min: Bound = -30.0, clamp_max: Bound = 20.0) -> Tensor:
     r"""The divergence of a Gaussian from the standard normal, per element, in nats.
 
     .. math::

@@ -22,9 +22,7 @@ def _clamp(x: Tensor, low: float | None, high: float | None) -> Tensor:
     return x if low is None and high is None else x.clamp(low, high)
 
 
-def kl_div_single_loss(
-    mu: Tensor, log_var: Tensor, *, clamp_min: Bound = -30.0, clamp_max: Bound = 20.0
-) -> Tensor:
+def kl_div_single_loss(mu: Tensor, log_var: Tensor, *, clamp_min: Bound = -30.0, clamp_max: Bound = 20.0) -> Tensor:
     r"""The KL divergence of N(mu, exp(log_var)) from the standard normal, in nats, one term per element.
 
     .. math:: \frac{1}{2} \left( \mu^2 + \sigma^2 - \log \sigma^2 - 1 \right)

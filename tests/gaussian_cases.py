@@ -30,6 +30,7 @@ REDUCTIONS: dict[str, dict[str, Any]] = {
     "mean": {"reduction": "mean"},
     "mean of 1": {"reduction": "mean", "dim": [1]},
     "mean of -1 and 0": {"reduction": "mean", "dim": (-1, 0)},
+    "mean of 0 and 1, kept": {"reduction": "mean", "dim": (0, 1), "keepdim": True},
     "batchmean": {"reduction": "batchmean"},
 }
 each_reduction = pytest.mark.parametrize("how", REDUCTIONS.values(), ids=REDUCTIONS.keys())
@@ -61,7 +62,9 @@ def random_inputs(
     return [x.to(device=device, dtype=dtype).requires_grad_(requires_grad) for x in drawn]
 
 
-def reduced_dims(rank: int, reduction: str = "none", dim: int | Sequence[int] | None = None) -> list[int]:
+def reduced_dims(
+    rank: int, reduction: str = "none", dim: int | Sequence[int] | None = None, keepdim: bool = False
+) -> list[int]:
     if reduction == "none":
         return []
     if dim is None:
@@ -69,14 +72,21 @@ def reduced_dims(rank: int, reduction: str = "none", dim: int | Sequence[int] | 
     return sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim))
 
 
-def divisor(shape: Sequence[int], reduction: str = "none", dim: int | Sequence[int] | None = None) -> int:
+def divisor(
+    shape: Sequence[int], reduction: str = "none", dim: int | Sequence[int] | None = None, keepdim: bool = False
+) -> int:
     if reduction == "batchmean":
         return shape[0]
     return math.prod(shape[d] for d in reduced_dims(len(shape), reduction, dim)) if reduction == "mean" else 1
 
 
 def formula(
-    *inputs: Tensor, clamp_min: float = -30.0, clamp_max: float = 20.0, reduction: str = "none", dim: Any = None
+    *inputs: Tensor,
+    clamp_min: float = -30.0,
+    clamp_max: float = 20.0,
+    reduction: str = "none",
+    dim: Any = None,
+    keepdim: bool = False,
 ) -> Tensor:
     """The divergence in plain torch, reduced by plain torch: an oracle in float64, for inputs that do not make it cancel."""
     mu_p, log_var_p = inputs[0], clamp(inputs[1], clamp_min, clamp_max)
@@ -88,8 +98,8 @@ def formula(
     if reduction == "none":
         return terms
     if reduction == "batchmean":
-        return terms.sum() / terms.shape[0]
-    return getattr(terms, reduction)() if dim is None else getattr(terms, reduction)(dim)
+        return terms.sum(None, keepdim) / terms.shape[0]
+    return getattr(terms, reduction)(dim, keepdim)
 
 
 def backward_operator(grad_output: Tensor, *inputs: Tensor, mask: Sequence[bool] | None = None, **how: Any) -> list[Tensor]:
@@ -99,7 +109,8 @@ def backward_operator(grad_output: Tensor, *inputs: Tensor, mask: Sequence[bool]
     dim = [dim] if isinstance(dim, int) else dim
     bounds = how.get("clamp_min", -30.0), how.get("clamp_max", 20.0)
     mask = list(mask or [True] * len(inputs)) + [False] * (4 - len(inputs))
-    return list(BACKWARD(grad_output, *inputs[:2], *q, *bounds, how.get("reduction", "none"), dim, mask))[: len(inputs)]
+    reduction, keepdim = how.get("reduction", "none"), how.get("keepdim", False)
+    return list(BACKWARD(grad_output, *inputs[:2], *q, *bounds, reduction, dim, mask, keepdim))[: len(inputs)]
 
 
 def reduced_with(how: dict[str, Any]) -> Callable[..., Tensor]:
@@ -131,22 +142,30 @@ def widened(inputs: Sequence[Tensor], *others: Tensor) -> list[Tensor]:
     return [x.to(wide) for x in inputs]
 
 
-def ordered_value(inputs: Sequence[Tensor], reduction: str, dim: int | Sequence[int] | None = None) -> Tensor:
+def ordered_value(
+    inputs: Sequence[Tensor], reduction: str, dim: int | Sequence[int] | None = None, keepdim: bool = False
+) -> Tensor:
     """What the definition gives: elementwise terms in the arithmetic type, S, one division, one rounding."""
     terms = kl_ext.gaussian_kl_div(*widened(inputs))
     total = reduced_sum(terms, reduced_dims(terms.dim(), reduction, dim))
     total = total / torch.tensor(divisor(terms.shape, reduction, dim), dtype=total.dtype)
+    for d in reduced_dims(terms.dim(), reduction, dim) if keepdim else []:
+        total = total.unsqueeze(d)
     return total.to(kl_ext.gaussian_kl_div(*inputs).dtype)
 
 
 def ordered_gradients(
-    grad_output: Tensor, inputs: Sequence[Tensor], reduction: str = "none", dim: int | Sequence[int] | None = None
+    grad_output: Tensor,
+    inputs: Sequence[Tensor],
+    reduction: str = "none",
+    dim: int | Sequence[int] | None = None,
+    keepdim: bool = False,
 ) -> list[Tensor]:
     """Elementwise gradients of expanded inputs in the arithmetic type, S over what was broadcast, one rounding."""
     shape = torch.broadcast_shapes(*(x.shape for x in inputs))
     grad = widened([grad_output], *inputs)[0]
     grad = grad / torch.tensor(divisor(shape, reduction, dim), dtype=grad.dtype)
-    for d in reduced_dims(len(shape), reduction, dim):
+    for d in [] if keepdim else reduced_dims(len(shape), reduction, dim):
         grad = grad.unsqueeze(d)
     terms = backward_operator(grad.expand(shape), *(x.expand(shape) for x in widened(inputs, grad)))
     return [sum_to_shape(t, x.shape).to(x.dtype) for t, x in zip(terms, inputs, strict=True)]

@@ -282,6 +282,7 @@ def test_fake_results_have_the_shapes_dtypes_and_strides_of_the_real_ones(symbol
         how: dict[str, Any] = {"reduction": random.choice(["none", "sum", "mean", "batchmean" if rank else "sum"])}
         if how["reduction"] in ("sum", "mean"):
             how["dim"] = random.choice([None, random.sample(range(-rank, 0), random.randint(0, rank))])
+            how["keepdim"] = random.choice([False, True])
         how["dtype"] = random.choice([None, *DTYPES])
         value = gaussian_kl_div(*inputs, **how)
         grad_output = torch.randn_like(value)

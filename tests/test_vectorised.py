@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-import kl_ext
 from emulated_kernels import ROOT
 from kl_ext import _library
 
