@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -25,13 +26,24 @@ def described(version: str, cuda: str | None) -> str:
 def build_facts() -> ModuleType:
     """The compiled module `_C`, which needs neither torch nor libkl_ext.so."""
     try:
+        # In this folder alone: the import hook of another checkout would offer that one's.
+        if PathFinder.find_spec("kl_ext._C", [str(PACKAGE)]) is None:
+            raise ImportError("there is no _C module in it")
         return importlib.import_module("kl_ext._C")
     except ImportError as error:
-        raise ImportError(
-            f"kl_ext: {PACKAGE} has no compiled part for this Python ({error}).\n"
-            f"Install the package from its source folder: {sys.executable} -m pip install .\n"
-            "Where it is installed already, Python took this folder for it: start Python in another one."
-        ) from error
+        raise ImportError(f"kl_ext: {PACKAGE} has no compiled part for this Python ({error}).\n{_advice()}") from error
+
+
+def _advice() -> str:
+    """What to do where this folder has no compiled part."""
+    others = [entry for entry in sys.path if Path(entry).resolve() != PACKAGE.parent]
+    installed = PathFinder.find_spec("kl_ext", others)
+    if installed is not None and installed.origin is not None:
+        return f"Python took it for the package, which is installed in {Path(installed.origin).parent}: start Python elsewhere."
+    return (
+        f"Install the package from its source folder: {sys.executable} -m pip install .\n"
+        "Where it is installed already, Python took this folder for it: start Python elsewhere."
+    )
 
 
 def check() -> None:
@@ -67,6 +79,10 @@ def _is_report() -> bool:
 
 def load() -> None:
     """Makes torch.ops.kl_ext available. `python -m kl_ext` reports what is wrong where that fails, and ends there."""
+    if _is_report() and sys.argv[1:]:
+        from .__main__ import parse
+
+        parse(sys.argv[1:])  # needs no library
     try:
         _load()
     except ImportError as error:

@@ -14,7 +14,7 @@ import torch
 
 import kl_ext
 from kl_ext import __main__ as report
-from kl_ext import _library
+from kl_ext import _library, _self_check
 
 SINGLE = "(mu: torch.Tensor, log_var: torch.Tensor, *, clamp_min: float = -30.0, clamp_max: float = 20.0) -> torch.Tensor"
 PAIR = (
@@ -70,17 +70,72 @@ def test_the_report_names_versions_build_and_capability_and_checks_itself(tmp_pa
         assert fact in completed.stdout
 
 
-@pytest.mark.parametrize("formula", ["kl_div_single_loss", "kl_div_pair_loss"])
-def test_the_self_check_fails_where_a_number_is_wrong(formula, monkeypatch, capsys):
-    arity, right = report._LOSSES[formula]
+@pytest.mark.parametrize("options", [("--version",), ("--help",)], ids=" ".join)
+def test_the_report_has_options(options, tmp_path):
+    completed = run_python("-m", "kl_ext", *options, cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    assert "self-check" not in completed.stdout
+    if options == ("--version",):
+        assert completed.stdout.split() == ["kl_ext", kl_ext.__version__, "in", str(_library.PACKAGE)]
+    else:
+        assert completed.stdout.startswith("usage: python -m kl_ext")
+        assert "--version" in completed.stdout
+
+
+def test_the_report_refuses_other_options(tmp_path):
+    completed = run_python("-m", "kl_ext", "--verison", cwd=tmp_path)
+    assert completed.returncode == 2
+    assert "unrecognized arguments: --verison" in completed.stderr
+
+
+NUMBERS = [
+    (name, arity, number)
+    for name, (_, arities) in _self_check.OPERATORS.items()
+    for arity in arities
+    for number in range(arity + 1)
+]
+
+
+@pytest.mark.parametrize("name, arity, number", NUMBERS)
+def test_the_self_check_fails_where_a_number_is_wrong(name, arity, number, monkeypatch, capsys):
+    """The loss or any gradient, at one point of all."""
+    right, arities = _self_check.OPERATORS[name]
+    place = _self_check.POINTS[-1][:arity]
 
     def wrong(*point: float) -> tuple[float, ...]:
-        loss, *gradients = right(*point)
-        return (loss, *gradients[:-1], gradients[-1] + 1e-4)
+        numbers = list(right(*point))
+        if point == place:
+            numbers[number] += 1e-3
+        return tuple(numbers)
 
-    monkeypatch.setitem(report._LOSSES, formula, (arity, wrong))
+    monkeypatch.setitem(_self_check.OPERATORS, name, (wrong, arities))
     assert report.main() == 1
-    assert f"cpu: failed: {formula} torch.float32 at" in capsys.readouterr().out
+    what = f"gradient {number - 1}" if number else "the result"
+    assert f"cpu: failed: {name} torch.float32 {{}} with separate tensors: {what} is " in capsys.readouterr().out
+
+
+def test_the_self_check_calls_every_operator_that_is_registered(monkeypatch):
+    """Under a dispatch mode halves are not written at once. A profiler tells overloads by their numbers of arguments."""
+    reductions = {options.get("reduction", "none") for options in _self_check.REDUCTIONS}
+    assert reductions == {"none", "sum", "mean", "batchmean"}
+    monkeypatch.setattr(_self_check, "REDUCTIONS", [{}])  # the profiler takes its time
+    monkeypatch.setattr(_self_check, "TOLERANCES", {torch.float32: 1e-5})
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        assert list(_self_check.errors("cpu")) == []
+    called = {(event.name, len(event.input_shapes)) for event in profile.events() if event.name.startswith("kl_ext::")}
+    schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("kl_ext::")]
+    assert called == {(schema.name, len(schema.arguments)) for schema in schemas}
+    assert len(called) == len(schemas)
+
+
+def test_the_self_check_fails_where_it_does_not_cover_an_operator(capsys):
+    library = torch.library.Library("kl_ext", "FRAGMENT")
+    library.define("another_loss(Tensor mu) -> Tensor")
+    try:
+        assert report.main() == 1
+    finally:
+        library._destroy()
+    assert "cpu: failed: kl_ext::another_loss: the self-check does not cover it" in capsys.readouterr().out
 
 
 def build_facts(monkeypatch, torch_version: str, torch_cuda_version: str | None) -> None:
@@ -139,20 +194,52 @@ def copied_package(tmp_path) -> Path:
 
 def assert_explained(package: Path, message: str) -> None:
     """Both by the import and by the report, which says what it can."""
-    # Without the site module, whose hook for an editable package would find what is missing in its source folder.
-    packages = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
-    imported = run_python("-S", "-c", "import kl_ext", cwd=package.parent, path=packages)
+    imported = run_python("-c", "import kl_ext", cwd=package.parent)
     assert imported.returncode == 1
     assert "ImportError: " + message in imported.stderr
-    reported = run_python("-S", "-m", "kl_ext", cwd=package.parent, path=packages)
+    reported = run_python("-m", "kl_ext", cwd=package.parent)
     assert reported.returncode == 1
     assert reported.stderr == ""
     for fact in (torch.__version__, platform.python_version(), "The library cannot be loaded.\n" + message):
         assert fact in reported.stdout
+    for option, said in (("--version", f" in {package}"), ("--help", "usage: python -m kl_ext")):
+        asked = run_python("-m", "kl_ext", option, cwd=package.parent)
+        assert (asked.returncode, asked.stderr) == (0, "")
+        assert said in asked.stdout
+
+
+def test_a_folder_that_python_took_for_the_installed_package_is_explained(copied_package):
+    assert_explained(
+        copied_package,
+        f"kl_ext: {copied_package} has no compiled part for this Python (there is no _C module in it).\n"
+        f"Python took it for the package, which is installed in {_library.PACKAGE}: start Python elsewhere.",
+    )
 
 
 def test_a_package_without_its_compiled_part_is_explained(copied_package):
-    assert_explained(copied_package, f"kl_ext: {copied_package} has no compiled part for this Python")
+    """Where no other is installed: without the site module, which reads the path files of editable installs."""
+    packages = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
+    imported = run_python("-S", "-c", "import kl_ext", cwd=copied_package.parent, path=packages)
+    advice = f"Install the package from its source folder: {sys.executable} -m pip install .\n"
+    assert f"{copied_package} has no compiled part for this Python (there is no _C module in it).\n{advice}" in imported.stderr
+
+
+HOOK = """
+import sys
+from importlib.machinery import PathFinder
+class Hook:
+    def find_spec(name, path=None, target=None):
+        if name.startswith("kl_ext."):
+            return PathFinder.find_spec(name, [{package!r}])
+sys.meta_path.append(Hook)
+import kl_ext
+"""
+
+
+def test_the_import_hook_of_another_checkout_is_not_asked_for_the_compiled_part(copied_package):
+    """As setuptools writes them for editable installs that are no path entries."""
+    imported = run_python("-c", HOOK.format(package=str(_library.PACKAGE)), cwd=copied_package.parent)
+    assert f"kl_ext: {copied_package} has no compiled part for this Python" in imported.stderr
 
 
 def test_a_library_that_does_not_load_is_explained(copied_package):
