@@ -15,7 +15,8 @@ py::object text_or_none(const char* text) { return *text == '\0' ? py::object(py
 
 } // namespace
 
-PYBIND11_MODULE(_C, module) {
+// Nothing here changes after import, so that it needs no GIL.
+PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.doc() = "What this build of kl_ext is.";
   module.attr("version") = KL_EXT_VERSION;
   module.attr("torch_version") = KL_EXT_TORCH_VERSION;
