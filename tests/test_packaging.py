@@ -64,3 +64,24 @@ def test_find_package_looks_at_the_version(wanted, is_found, tmp_path):
     said = run("cmake", "-S", ".", "-B", "build", f"-DCMAKE_PREFIX_PATH={_library.PACKAGE}", cwd=tmp_path)
     assert said.returncode == 0, said.stdout
     assert f"FOUND={int(is_found)}\n" in said.stdout
+
+
+# Type checkers, and the source folder on the path.
+
+
+def test_mypy_finds_the_installed_package(tmp_path):
+    pytest.importorskip("mypy", reason="the extra `check` has it")
+    (tmp_path / "user.py").write_text("import kl_ext\n\nreveal_type(kl_ext.kl_div_single_loss)\n")
+    # torch takes mypy half a minute and is not the question.
+    (tmp_path / "mypy.ini").write_text("[mypy]\ncache_dir = /dev/null\n[mypy-torch.*]\nfollow_imports = skip\n")
+    said = run(sys.executable, "-m", "mypy", "user.py", cwd=tmp_path)
+    assert said.returncode == 0, said.stdout
+    assert "(mu: Any, log_var: Any, *, clamp_min: float" in said.stdout.replace("builtins.", "")
+
+
+def test_the_source_folder_on_the_path_offers_nothing_but_the_package():
+    """An editable install puts it there. Folders without __init__.py give way to a package anywhere on the path."""
+    assert {module.name for module in pkgutil.iter_modules([str(SOURCE)])} == {"kl_ext", "setup"}
+    import cmake
+
+    assert not Path(cmake.__file__).is_relative_to(SOURCE / "cmake")
