@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,14 @@ def test_import_adds_at_most_50_ms_to_torchs(tmp_path):
         if seconds[-1] <= 0.05:
             return
     pytest.fail(f"importing kl_ext after torch took {seconds} seconds")
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python always has a GIL")
+def test_importing_leaves_the_gil_switched_off(tmp_path):
+    """A module that does not declare that it needs none switches it on, with a warning."""
+    script = "import torch, sys; before = sys._is_gil_enabled(); import kl_ext; print(before, sys._is_gil_enabled())"
+    completed = run_python("-c", script, cwd=tmp_path)
+    assert (completed.stdout, completed.stderr) == ("False False\n", "")
 
 
 def test_the_report_names_versions_build_and_capability_and_checks_itself(tmp_path):
