@@ -6,7 +6,6 @@ Environment: MAX_JOBS (compilers at a time), KL_EXT_CMAKE_ARGS (more arguments f
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -18,26 +17,13 @@ import setuptools
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "cmake"))
+import build_requirements
 import torch_info
 
 SOURCE = Path(__file__).resolve().parent
 
 # The environment's own CMake and Ninja, where it is used without being activated.
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
-
-
-def check_build_requirements() -> None:
-    """With --no-build-isolation they are the user's to install, and pip does not look."""
-    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
-    missing += ["setuptools>=77"] if int(setuptools.__version__.split(".")[0]) < 77 else []
-    if missing:
-        listed = re.search(r"^requires = \[(.*)\]", (SOURCE / "pyproject.toml").read_text(), re.MULTILINE)
-        requirements = listed[1].replace(",", "").replace('"', "'") if listed else ""
-        sys.exit(
-            "kl_ext: --no-build-isolation takes the build requirements from your environment, which lacks "
-            f"{', '.join(missing)}.\n"
-            f"Install them ({sys.executable} -m pip install {requirements}), or leave --no-build-isolation out."
-        )
 
 
 class CMakeBuild(build_ext):
@@ -77,7 +63,7 @@ class CMakeBuild(build_ext):
 if "sdist" in sys.argv:
     requirement = f"torch>={torch_info.MINIMUM}"
 else:
-    check_build_requirements()
+    build_requirements.check_tools()
     requirement = f"torch=={torch_info.require()['minor']}.*"  # a binary serves the minor version it was built against
 
 for leftover in (SOURCE / "build").glob("lib*"):  # setuptools would pack modules that have been deleted since

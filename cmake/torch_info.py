@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 import re
 import runpy
@@ -58,6 +59,16 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
+def is_pip() -> bool:
+    """Whether pip runs this build: it marks the environment of each."""
+    return "PIP_BUILD_TRACKER" in os.environ
+
+
+def installer() -> str:
+    """The user's own, as a command: an environment that uv made has no pip. uv names itself to what it starts."""
+    return "uv pip install" if "UV" in os.environ and not is_pip() else f"{sys.executable} -m pip install"
+
+
 def find() -> TorchInfo | None:
     """The torch to build against, None where there is none. Exits where kl_ext cannot be built."""
     if sys.platform != "linux" or platform.machine() not in MACHINES:
@@ -66,7 +77,7 @@ def find() -> TorchInfo | None:
     if torch is not None and _release(torch["version"]) < _release(MINIMUM):
         sys.exit(
             f"kl_ext needs torch >= {MINIMUM} and found torch {torch['version']} in {Path(torch['lib']).parent}.\n"
-            f"Upgrade it first: {sys.executable} -m pip install --upgrade 'torch>={MINIMUM}'"
+            f"Upgrade it first: {installer()} --upgrade 'torch>={MINIMUM}'"
         )
     return torch
 
@@ -75,8 +86,13 @@ def require() -> TorchInfo:
     torch = find()
     if torch is None:
         sys.exit(
-            f"kl_ext is built against torch, and {sys.executable} has none.\n"
-            f"Install it first ({sys.executable} -m pip install 'torch>={MINIMUM}'), or build without --no-build-isolation."
+            f"kl_ext is built against torch, and {sys.executable} has none.\nInstall it first: {installer()} 'torch>={MINIMUM}'"
+        )
+    wanted = os.environ.get("KL_EXT_TORCH_VERSION")
+    if wanted and _release(wanted) != _release(torch["version"]):
+        sys.exit(
+            f"kl_ext: KL_EXT_TORCH_VERSION asks for torch {wanted}, and {sys.executable} has torch {torch['version']}.\n"
+            "Unset it to build against that one."
         )
     return torch
 

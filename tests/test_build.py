@@ -164,8 +164,25 @@ def test_torch_becomes_a_build_requirement_only_where_none_is_visible(monkeypatc
     assert f"building against torch {torch.__version__} in " in capsys.readouterr().out
     assert kl_ext_build.get_requires_for_build_sdist() == []
     hide_torch(monkeypatch)
+    monkeypatch.setenv("PIP_BUILD_TRACKER", "a folder")
     assert kl_ext_build.get_requires_for_build_editable() == [f"torch>={torch_info.MINIMUM}"]
     assert "--no-build-isolation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("uv", [False, True])
+def test_only_pip_may_fetch_torch_unasked(uv, monkeypatch):
+    """tests/test_packaging.py asks uv and pip themselves."""
+    hide_torch(monkeypatch)
+    for name in ("PIP_BUILD_TRACKER", "KL_EXT_TORCH_VERSION", "UV"):
+        monkeypatch.delenv(name, raising=False)
+    if uv:
+        monkeypatch.setenv("UV", "/somewhere/uv")
+    with pytest.raises(SystemExit, match="does not see your torch") as raised:
+        kl_ext_build.get_requires_for_build_wheel()
+    command = "uv pip install --no-build-isolation ." if uv else "python -m pip wheel --no-deps ."
+    assert f"{command}\n" in str(raised.value)
+    monkeypatch.setenv("KL_EXT_TORCH_VERSION", "2.14.1")
+    assert kl_ext_build.get_requires_for_build_wheel() == ["torch==2.14.1"]
 
 
 def test_kl_ext_torch_version_fixes_which(monkeypatch):
@@ -177,10 +194,27 @@ def test_kl_ext_torch_version_fixes_which(monkeypatch):
     assert kl_ext_build.get_requires_for_build_wheel() == ["torch==2.11.99"]
 
 
-def test_no_torch_is_said(monkeypatch):
+@pytest.mark.parametrize("uv", [False, True])
+def test_no_torch_is_said(uv, monkeypatch):
     hide_torch(monkeypatch)
-    with pytest.raises(SystemExit, match=r"has none\.\nInstall it first .*or build without --no-build-isolation"):
+    monkeypatch.delenv("PIP_BUILD_TRACKER", raising=False)
+    monkeypatch.delenv("UV", raising=False)
+    if uv:
+        monkeypatch.setenv("UV", "/somewhere/uv")
+    installer = "uv pip install" if uv else f"{sys.executable} -m pip install"
+    with pytest.raises(SystemExit) as raised:
         torch_info.require()
+    assert f"has none.\nInstall it first: {installer} 'torch>=2.11'" in str(raised.value)
+
+
+def test_another_torch_than_the_one_asked_for_is_said(monkeypatch):
+    """Where the build is not isolated, nothing fetches the one that is asked for."""
+    monkeypatch.setenv("KL_EXT_TORCH_VERSION", "2.99.1")
+    expected = f"KL_EXT_TORCH_VERSION asks for torch 2.99.1, and {sys.executable} has torch {torch.__version__}"
+    with pytest.raises(SystemExit, match=re.escape(expected)):
+        torch_info.require()
+    monkeypatch.setenv("KL_EXT_TORCH_VERSION", ".".join(torch.__version__.split(".")[:2]) + ".*")
+    assert torch_info.require()["version"] == torch.__version__
 
 
 @pytest.mark.parametrize("system, machine", [("darwin", "arm64"), ("win32", "AMD64"), ("linux", "armv7l")])

@@ -1,10 +1,12 @@
 """Installing in every documented way, in fresh virtual environments: minutes each, so `make nightly` runs them."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 
 SOURCE = Path(__file__).resolve().parent.parent
 MINOR = ".".join(torch.__version__.split(".")[:2])
-DROPPED = ("PYTHONPATH", "KL_EXT_TORCH_VERSION", "KL_EXT_CMAKE_ARGS")
+DROPPED = ("PYTHONPATH", "KL_EXT_TORCH_VERSION", "KL_EXT_CMAKE_ARGS", "PIP_BUILD_TRACKER", "UV")
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in DROPPED}
 ENVIRONMENT["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 
@@ -77,10 +79,18 @@ def test_pip_install_builds_against_the_torch_there_is(with_torch, sources):
     assert_torch_untouched(with_torch)
 
 
-def test_pip_install_editable(with_torch, sources):
+def test_pip_install_editable(with_torch, sources, tmp_path):
     with_torch.pip("install", "-e", sources)
     assert f" in {sources}/kl_ext\n" in with_torch.check()
     assert_torch_untouched(with_torch)
+    pytest.importorskip("mypy", reason="the extra `check` has it")
+    typed = "import kl_ext; reveal_type(kl_ext.kl_div_single_loss)"
+    options = ("--cache-dir", os.devnull, "--python-executable", with_torch.python)
+    assert "(mu: torch._tensor.Tensor" in run(sys.executable, "-m", "mypy", *options, "-c", typed, cwd=tmp_path)
+    shutil.copytree(SOURCE / "kl_ext", tmp_path / "kl_ext", ignore=shutil.ignore_patterns("*.so", "lib", "share"))
+    elsewhere = subprocess.run([with_torch.python, "-c", "import kl_ext"], cwd=tmp_path, capture_output=True, text=True)
+    assert f"the package, which is installed in {sources}/kl_ext: start Python elsewhere." in elsewhere.stderr
+    assert "Rebuild" not in elsewhere.stderr
     for built in ("lib", "share"):
         shutil.rmtree(sources / "kl_ext" / built)
     for built in (sources / "kl_ext").glob("*.so"):
@@ -103,7 +113,35 @@ def test_missing_build_requirements_are_named_without_build_isolation(with_torch
         text=True,
     )
     assert completed.returncode == 1
-    assert "takes the build requirements from your environment, which lacks" in completed.stdout + completed.stderr
+    said = completed.stdout + completed.stderr
+    assert "the build requirements come from your environment, which lacks setuptools>=77" in said
+    assert f"Install them first: {with_torch.python} -m pip install 'setuptools>=77' 'cmake>=3.25' 'ninja'" in said
+
+
+@pytest.fixture
+def with_torch_for_uv(with_torch) -> Environment:
+    """uv takes for installed what has its metadata in the environment itself."""
+    for metadata in Path(sysconfig.get_path("purelib")).glob("*.dist-info"):
+        if not metadata.name.startswith(("kl_ext-", "setuptools-", "cmake-", "ninja-", "pip-")):
+            (with_torch.packages / metadata.name).symlink_to(metadata)
+    return with_torch
+
+
+def test_the_command_that_uv_is_told_builds_against_the_torch_there_is(with_torch_for_uv, sources, tmp_path):
+    environment = with_torch_for_uv
+    variables = {"VIRTUAL_ENV": str(environment.python.parent.parent), "UV_CACHE_DIR": str(tmp_path / "cache")}
+    refused = subprocess.run(
+        ["uv", "pip", "install", sources], cwd=tmp_path, env={**ENVIRONMENT, **variables}, capture_output=True, text=True
+    )
+    assert refused.returncode != 0
+    (command,) = re.findall(r"^ +(uv pip install .* && .*)$", refused.stderr, re.MULTILINE)
+    run("bash", "-c", command, cwd=sources, **variables)
+    environment.check()
+    assert_torch_untouched(environment)
+    # With the requirements there, the plain command is enough in the source folder.
+    run("uv", "pip", "install", "--reinstall-package", "kl_ext", ".", cwd=sources, **variables)
+    environment.check()
+    assert_torch_untouched(environment)
 
 
 def test_a_wheel_is_built_from_the_sdist_and_installs(with_torch, sources, tmp_path):
@@ -121,6 +159,21 @@ def test_a_wheel_is_built_from_the_sdist_and_installs(with_torch, sources, tmp_p
     assert not {file for file in files if not file.startswith("kl_ext")}
     with_torch.pip("install", "--no-deps", wheel)
     with_torch.check()
+    with tarfile.open(tmp_path / name) as archive:
+        archive.extractall(tmp_path)
+    run_tests_of_the_tree(with_torch, tmp_path / name.removesuffix(".tar.gz"))
+
+
+def run_tests_of_the_tree(environment: Environment, unpacked: Path) -> None:
+    """Those that read its files, against the installed package; without those that compile for minutes or install."""
+    tests = [
+        file
+        for file in (unpacked / "tests").glob("test_*.py")
+        if "__file__" in file.read_text() and "emulation" not in file.name and file.name != Path(__file__).name
+    ]
+    assert len(tests) > 5
+    # Not from the folder, which `python -m` would put first on the path: its kl_ext is not compiled.
+    run(environment.python, "-m", "pytest", "-p", "no:cacheprovider", *tests, cwd="/")
 
 
 def test_pip_install_fetches_torch_where_there_is_none(environment, sources):
@@ -142,7 +195,7 @@ def test_a_cpp_program_finds_the_package_and_keeps_its_operators(with_torch, sou
     )
     lib = Path(torch.__file__).parent / "lib"
     (tmp_path / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.25)\nproject(program LANGUAGES CXX)\nfind_package(kl_ext REQUIRED)\n"
+        "cmake_minimum_required(VERSION 3.25)\nproject(program LANGUAGES CXX)\nfind_package(kl_ext 0.1 REQUIRED)\n"
         "add_executable(program main.cpp)\ntarget_compile_features(program PRIVATE cxx_std_20)\n"
         f"target_include_directories(program PRIVATE {lib.parent}/include)\n"
         f"target_link_options(program PRIVATE LINKER:--as-needed -L{lib} LINKER:-rpath,{lib} LINKER:--allow-shlib-undefined)\n"

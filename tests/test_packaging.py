@@ -85,3 +85,104 @@ def test_the_source_folder_on_the_path_offers_nothing_but_the_package():
     import cmake
 
     assert not Path(cmake.__file__).is_relative_to(SOURCE / "cmake")
+
+
+# uv and pip, without a network. A wheel with metadata alone is enough where nothing is built.
+
+
+def write_metadata(packages: Path, name: str, version: str) -> None:
+    folder = packages / f"{name}-{version}.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (folder / "WHEEL").write_text("Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+    (folder / "RECORD").write_text("".join(f"{folder.name}/{file},,\n" for file in ("METADATA", "WHEEL", "RECORD")))
+
+
+def write_wheel(folder: Path, root: Path, files: list[Path], name: str, version: str) -> None:
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        for file in files:
+            wheel.write(root / file, file)
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory) -> Path:
+    """What the build requires: this environment's setuptools, which the build backend imports, and names of tools."""
+    folder = tmp_path_factory.mktemp("wheels")
+    setuptools = importlib.metadata.distribution("setuptools")
+    files = [Path(file) for file in setuptools.files or [] if ".." not in file.parts and file.suffix != ".pyc"]
+    write_wheel(folder, Path(str(setuptools.locate_file(""))), files, "setuptools", setuptools.version)
+    for name, version in (("cmake", "4.0"), ("ninja", "1.11")):
+        root = tmp_path_factory.mktemp(name)
+        write_metadata(root, name, version)
+        write_wheel(folder, root, [file.relative_to(root) for file in root.glob("*/*")], name, version)
+    return folder
+
+
+class Environment:
+    """Made by uv, with what passes for a torch 2.13.0, or with none."""
+
+    def __init__(self, folder: Path, wheels: Path, with_torch: bool = True) -> None:
+        self.folder = folder
+        self.wheels = wheels
+        self.python = folder / "bin" / "python"
+        self.packages = folder / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+        made = self.uv("venv", "--python", sys.executable, folder, cwd=folder.parent)
+        assert made.returncode == 0, made.stdout
+        if with_torch:
+            write_metadata(self.packages, "torch", "2.13.0")
+            (self.packages / "torch").mkdir()
+            (self.packages / "torch" / "__init__.py").touch()
+            (self.packages / "torch" / "version.py").write_text("__version__ = '2.13.0+cpu'\ncuda = None\n")
+        self.before = self.holds()
+
+    def holds(self) -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in self.packages.rglob("*") if file.is_file()}
+
+    def uv(self, *command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        offline = {"UV_OFFLINE": "1", "UV_NO_INDEX": "1", "UV_FIND_LINKS": str(self.wheels)}
+        environment = {**offline, "UV_CACHE_DIR": str(self.folder.parent / "cache"), **environment}
+        return run("uv", *command, cwd=cwd, VIRTUAL_ENV=str(self.folder), **environment)
+
+
+@pytest.fixture
+def environment(tmp_path, wheels) -> Environment:
+    return Environment(tmp_path / "environment", wheels)
+
+
+REQUIREMENTS = "'setuptools>=77' 'cmake>=3.25' 'ninja'"
+
+
+@pytest.mark.parametrize("command", [("pip", "install"), ("pip", "install", "-e"), ("build", "--wheel")], ids=" ".join)
+def test_uv_is_refused_where_its_isolation_hides_torch(command, environment, tmp_path):
+    said = environment.uv(*command, SOURCE, cwd=tmp_path)
+    assert said.returncode != 0
+    assert "isolated in an environment that does not see your torch" in said.stdout
+    advice = f"    uv pip install {REQUIREMENTS} && uv pip install --no-build-isolation .\n"
+    assert advice in said.stdout
+    assert advice in (SOURCE / "README.md").read_text()
+    assert "KL_EXT_TORCH_VERSION" in said.stdout
+    assert environment.holds() == environment.before
+
+
+def test_uv_in_the_source_folder_uses_the_environment_and_says_what_it_lacks(environment):
+    said = environment.uv("pip", "install", ".", cwd=SOURCE)
+    assert said.returncode != 0
+    assert "come from your environment, which lacks setuptools>=77" in said.stdout
+    assert f"Install them first: uv pip install {REQUIREMENTS}\n" in said.stdout
+    assert environment.holds() == environment.before
+
+
+def test_uv_goes_on_where_the_torch_to_fetch_is_named(environment, tmp_path):
+    said = environment.uv("pip", "install", SOURCE, cwd=tmp_path, KL_EXT_TORCH_VERSION="2.14.1")
+    assert said.returncode != 0
+    assert "torch==2.14.1" in said.stdout.replace("\n", " ")
+    assert "does not see your torch" not in said.stdout
+
+
+def test_pip_goes_on_where_there_is_no_torch(tmp_path, wheels):
+    python = Environment(tmp_path / "environment", wheels, with_torch=False).python
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-v", "--no-index", "--find-links", wheels]
+    said = run(*pip, SOURCE, cwd=tmp_path)
+    assert said.returncode != 0
+    assert "building against torch>=2.11, fetched for this build" in said.stdout
+    assert "No matching distribution found for torch>=2.11" in said.stdout
