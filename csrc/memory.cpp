@@ -40,7 +40,10 @@ size_t environment(const char* name, size_t value) {
   return value;
 }
 
-size_t most_kept() { return environment("KL_EXT_KEEP_MEMORY", 512) * kMiB; }
+// Read while the library is loaded and never again: a thread that sets a variable may move the environment, and another that
+// reads it then reads freed memory.
+const size_t kMostKept = environment("KL_EXT_KEEP_MEMORY", 512) * kMiB;
+const bool kHugePages = environment("KL_EXT_HUGE_PAGES", 1) != 0;
 
 struct Block {
   char* data;
@@ -73,8 +76,7 @@ char* map_huge(size_t size) {
   if (data < start + kHugePage) {
     munmap(data + size, start + kHugePage - data);
   }
-  static const bool huge = environment("KL_EXT_HUGE_PAGES", 1) != 0;
-  if (huge) {
+  if (kHugePages) {
     madvise(data, size, MADV_HUGEPAGE); // best effort: an error changes nothing
   }
   return data;
@@ -104,7 +106,6 @@ class Kept {
   }
 
   void give(const Block& block) {
-    const size_t most = most_kept();
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) {
       return unmap(block);
@@ -112,7 +113,7 @@ class Kept {
     by_size_.emplace(block.size, recent_.insert(recent_.end(), block));
     size_ += block.size;
     recent_size_ += block.size;
-    while (size_ > most) {
+    while (size_ > kMostKept) {
       const Block& oldest = (offered_.empty() ? recent_ : offered_).front();
       unmap(remove(by_size_.lower_bound(oldest.size)));
     }
@@ -151,15 +152,13 @@ class Kept {
   size_t recent_size_ = 0;
 };
 
-// Never destroyed: tensors may outlive whatever ends with the process.
-Kept& kept() {
-  static Kept& kept = *new Kept;
-  return kept;
-}
+// Never destroyed: tensors may outlive whatever ends with the process. Made while the library is loaded: the guard of a static
+// in a function is a lock, which a fork at the first call would leave held.
+Kept& kept = *new Kept;
 
 struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(size_t size) override {
-    std::optional<Block> block = kept().take(size);
+    std::optional<Block> block = kept.take(size);
     if (!block) {
       const size_t whole = rounded(size);
       char* const data = whole < kHugePage ? map(whole) : map_huge(whole);
@@ -177,7 +176,7 @@ struct Allocator final : c10::Allocator {
   static void release(void* context) {
     const std::unique_ptr<Block> block(static_cast<Block*>(context));
     c10::profiledCPUMemoryReporter().Delete(block->data);
-    kept().give(*block);
+    kept.give(*block);
   }
 };
 
@@ -187,7 +186,7 @@ Allocator allocator;
 // only huge pages are better than what the C library has.
 bool is_ours(int64_t nbytes) {
   const auto size = static_cast<size_t>(nbytes);
-  return size >= kSmallest && (size >= kHugePage || most_kept() > 0) && c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator();
+  return size >= kSmallest && (size >= kHugePage || kMostKept > 0) && c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator();
 }
 
 constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);

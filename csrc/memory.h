@@ -5,6 +5,8 @@
 // that an earlier one has left, and fresh memory of 2 MiB and more is of huge pages, as that of NumPy's arrays is. What is kept
 // for that, but for the last 64 MiB, is the system's to take back where it runs short.
 //
+// Two environment variables, read when the library is loaded:
+//
 //   KL_EXT_KEEP_MEMORY   the most MiB that are kept (512); 0: results below 2 MiB are torch's
 //   KL_EXT_HUGE_PAGES    0: ordinary pages
 #pragma once

@@ -35,12 +35,10 @@ def left_by(numel: int) -> int:
 
 
 @pytest.fixture
-def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def nothing_kept() -> None:
     """At the start; what is freed from then on is kept."""
-    monkeypatch.setenv("KL_EXT_KEEP_MEMORY", "0")
-    loss_of(LARGE)  # when it is freed, all else goes
-    monkeypatch.delenv("KL_EXT_KEEP_MEMORY")
-    return monkeypatch
+    zeros = torch.zeros(513 * MIB // 4)
+    kl_ext.kl_div_single_loss(zeros, zeros)  # more than is kept: as it goes, all else goes
 
 
 @pytest.mark.parametrize("numel", [SMALLEST, MEDIUM, MIB // 2 - 1, LARGE])
@@ -49,37 +47,21 @@ def test_a_result_gets_the_memory_that_an_earlier_one_left(numel: int) -> None:
     assert loss_of(numel).data_ptr() == address
 
 
-def test_less_than_128_KiB_is_left_to_torch(nothing_kept: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("nothing_kept")
+def test_less_than_128_KiB_is_left_to_torch() -> None:
     """Which does not know of what is kept, though it would do."""
     address = left_by(SMALLEST)
     assert loss_of(SMALLEST - 1).data_ptr() != address
     assert loss_of(SMALLEST).data_ptr() == address
 
 
-def test_where_nothing_is_kept_so_is_less_than_2_MiB(nothing_kept: pytest.MonkeyPatch) -> None:
-    address = left_by(MEDIUM)
-    nothing_kept.setenv("KL_EXT_KEEP_MEMORY", "0")
-    assert loss_of(MEDIUM).data_ptr() != address
-    nothing_kept.setenv("KL_EXT_KEEP_MEMORY", "1")
-    assert loss_of(MEDIUM).data_ptr() == address
-
-
+@pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.parametrize("block", [MEDIUM, 2 * LARGE])
-def test_memory_serves_results_that_leave_at_most_a_quarter_of_it(block: int, nothing_kept: pytest.MonkeyPatch) -> None:
+def test_memory_serves_results_that_leave_at_most_a_quarter_of_it(block: int) -> None:
     address = left_by(block)
     assert loss_of(block // 4 * 3).data_ptr() == address
     assert loss_of(block // 4 * 3 - 1).data_ptr() != address
     assert loss_of(block + 1).data_ptr() != address
-
-
-def test_beyond_the_limit_the_oldest_goes_and_the_newest_serves_first(nothing_kept: pytest.MonkeyPatch) -> None:
-    nothing_kept.setenv("KL_EXT_KEEP_MEMORY", "1")
-    results = [loss_of(MEDIUM) for _ in range(5)]  # of which 1 MiB keeps four
-    addresses = [result.data_ptr() for result in results]
-    while results:
-        del results[0]
-    results = [loss_of(MEDIUM) for _ in range(4)]
-    assert [result.data_ptr() for result in results] == addresses[:0:-1]
 
 
 @pytest.mark.parametrize("numel", [MEDIUM, LARGE])
@@ -201,6 +183,39 @@ def numbers_of(code: str, *arguments: int, **environment: object) -> list[int]:
     variables = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     output = subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout
     return [int(number) for number in output.split()]
+
+
+PLACE = """
+import sys, torch, kl_ext
+print(kl_ext.kl_div_single_loss(*torch.zeros(2, int(sys.argv[1]))).data_ptr())
+"""
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_where_nothing_is_kept_less_than_2_MiB_is_left_to_torch(keep: int) -> None:
+    """Whose results begin behind what the C library notes there, not at a page."""
+    (address,) = numbers_of(PLACE, MEDIUM, KL_EXT_KEEP_MEMORY=keep)
+    assert (address % PAGE == 0) == (keep > 0)
+
+
+OLDEST = """
+import sys, torch, kl_ext
+numel, count = map(int, sys.argv[1:])
+x = torch.zeros(2, numel)
+def losses(count):
+    return [kl_ext.kl_div_single_loss(*x) for _ in range(count)]
+results = losses(count + 1)
+addresses = [result.data_ptr() for result in results]
+while results:
+    del results[0]
+results = losses(count)
+print(*(addresses.index(result.data_ptr()) for result in results))
+"""
+
+
+def test_beyond_the_limit_the_oldest_goes_and_the_newest_serves_first() -> None:
+    """Of five results 1 MiB keeps four."""
+    assert numbers_of(OLDEST, MEDIUM, 4, KL_EXT_KEEP_MEMORY=1) == [4, 3, 2, 1]
 
 
 KEEPING = """

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/clamp.h>
 #include <ATen/ops/exp.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -14,6 +13,12 @@ namespace kl_ext::autograd {
 // Where the clamp lets a gradient pass.
 inline at::Tensor inside(const at::Tensor& row, const at::Tensor& log_var, double clamp_min, double clamp_max) {
   return at::where((log_var >= clamp_min).logical_and(log_var <= clamp_max), row, 0.0);
+}
+
+// The log-variance that is used. Not by at::clamp, whose own derivatives at the bounds are 0 from torch 2.14 on: here they pass
+// in every version and every order.
+inline at::Tensor clamped(const at::Tensor& log_var, double clamp_min, double clamp_max) {
+  return at::where(log_var < clamp_min, clamp_min, at::where(log_var > clamp_max, clamp_max, log_var));
 }
 
 // Against the standard normal. The Hessian is diagonal: 1 for mu, e^log_var / 2 for log_var within the clamp.
@@ -28,7 +33,7 @@ struct SingleFormula {
     if (!v[1].defined()) {
       return {v[0], v[1]};
     }
-    const at::Tensor log_var = at::clamp(x[1], clamp_min, clamp_max);
+    const at::Tensor log_var = clamped(x[1], clamp_min, clamp_max);
     return {v[0], inside(0.5 * at::exp(log_var) * v[1], x[1], clamp_min, clamp_max)};
   }
 };
@@ -46,8 +51,8 @@ struct PairFormula {
   double clamp_max = 0;
 
   Tensors<4> curvature(const Tensors<4>& x, const Tensors<4>& v) const {
-    const at::Tensor lp = at::clamp(x[1], clamp_min, clamp_max);
-    const at::Tensor lq = at::clamp(x[3], clamp_min, clamp_max);
+    const at::Tensor lp = clamped(x[1], clamp_min, clamp_max);
+    const at::Tensor lq = clamped(x[3], clamp_min, clamp_max);
     const at::Tensor w = at::exp(-lq);
     const at::Tensor scaled = (x[0] - x[2]) * w;
     const auto passing = [&](const at::Tensor& row, const at::Tensor& log_var) {

@@ -17,6 +17,7 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/new_zeros.h>
 #include <ATen/ops/ones.h>
@@ -171,7 +172,7 @@ struct Backward : SavingNode<Op, Op::kInputs> {
   // Writes the gradients of halves into that of the whole, where nobody can tell; false if there are none.
   bool apply_to_halves(const at::Tensor& grad_output, const Tensors<N>& inputs, const std::array<bool, N>& wanted,
                        variable_list& result) {
-    if (this->num_outputs() == N || at::GradMode::is_enabled() || at::areAnyTensorSubclassLike({grad_output}) ||
+    if (this->num_outputs() == N || is_result_observed(*this) || at::GradMode::is_enabled() || at::areAnyTensorSubclassLike({grad_output}) ||
         at::areAnyTensorSubclassLike(inputs) || grad_output._fw_grad(/*level=*/0).defined() ||
         any(defined(tangents_of(inputs)))) {
       return false;
@@ -181,8 +182,11 @@ struct Backward : SavingNode<Op, Op::kInputs> {
     bool any_whole = false;
     for (size_t pair = 0; pair < N / 2; ++pair) {
       const size_t i = 2 * pair;
+      const auto& of_mu = this->next_edge(i);
+      const auto& of_log_var = this->next_edge(i + 1);
       if (halves[pair] && this->task_should_compute_output(edge++) && wanted[i] && wanted[i + 1] &&
-          !is_observed(*this->next_edge(i).function) && !is_observed(*this->next_edge(i + 1).function)) {
+          are_unchanged(inputs[i], inputs[i + 1], of_mu, of_log_var) && !is_observed(*of_mu.function) &&
+          !is_observed(*of_log_var.function)) {
         std::tie(result[edge - 1], gradients[i], gradients[i + 1]) = std::tuple_cat(halves[pair]->allocate(inputs[i]));
         any_whole = true;
       }

@@ -8,17 +8,24 @@
 
 namespace kl_ext::cpu {
 
-const Kernels& kernels() {
+namespace {
+
+// torch chooses by the processor and by the environment variable ATEN_CPU_CAPABILITY.
+const Kernels& choose() {
 #if defined(__x86_64__)
-  static const Kernels* const chosen = [] {
-    const std::string capability = at::get_cpu_capability();
-    return capability.starts_with("AVX512") ? &AVX512::kernels : capability == "AVX2" ? &AVX2::kernels : &DEFAULT::kernels;
-  }();
-  return *chosen;
+  const std::string capability = at::get_cpu_capability();
+  return capability.starts_with("AVX512") ? AVX512::kernels : capability == "AVX2" ? AVX2::kernels : DEFAULT::kernels;
 #else
   return DEFAULT::kernels;
 #endif
 }
+
+// Chosen while the library is loaded: beside a call, another thread may be changing the environment.
+const Kernels& chosen = choose();
+
+} // namespace
+
+const Kernels& kernels() { return chosen; }
 
 bool is_wide(Bounds bounds, Arithmetic arithmetic) {
   const double bound = arithmetic == kDouble ? math::kNarrowBound<double> : math::kNarrowBound<float>;
