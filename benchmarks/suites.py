@@ -5,9 +5,9 @@ A row says what was timed (suite, case, pass, elements, threads) and holds what 
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from torch import Tensor
 import kl_ext
 import timing
 from forms import ELEMENTS, FAST, FORMS, form_tensors
+from kl_ext import _library
 from timing import Effort, Row, Timed
 from workloads import DIFFUSERS, DISTRIBUTIONS, EAGER, KL_EXT, PEERS, WORKLOADS
 
@@ -147,14 +148,21 @@ def floor(plan: Plan) -> Iterator[Case]:
         yield Case(f"floor of {name}, {elements}", lambda name=name, elements=elements: measure(name, elements))
 
 
+def set_kept(mib: int) -> int:
+    """How much the library keeps, from the next large result on that is freed; returns what was set before."""
+    function = ctypes.CDLL(str(_library.LIBRARY)).kl_ext_keep_memory
+    function.argtypes, function.restype = [ctypes.c_uint64], ctypes.c_uint64
+    return int(function(mib))
+
+
 def keep_memory() -> None:
     """As it is where nobody has set it."""
-    os.environ.pop("KL_EXT_KEEP_MEMORY", None)
+    set_kept(512)
 
 
 def keep_nothing() -> None:
-    """From the next large result on that is freed."""
-    os.environ["KL_EXT_KEEP_MEMORY"] = "0"
+    """Every large result gets fresh memory."""
+    set_kept(0)
 
 
 def peak(plan: Plan) -> Iterator[Case]:

@@ -7,6 +7,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
 
+#include <atomic>
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
@@ -42,7 +43,7 @@ size_t environment(const char* name, size_t value) {
 
 // Read while the library is loaded and never again: a thread that sets a variable may move the environment, and another that
 // reads it then reads freed memory.
-const size_t kMostKept = environment("KL_EXT_KEEP_MEMORY", 512) * kMiB;
+std::atomic<size_t> most_kept = environment("KL_EXT_KEEP_MEMORY", 512) * kMiB;
 const bool kHugePages = environment("KL_EXT_HUGE_PAGES", 1) != 0;
 
 struct Block {
@@ -113,7 +114,7 @@ class Kept {
     by_size_.emplace(block.size, recent_.insert(recent_.end(), block));
     size_ += block.size;
     recent_size_ += block.size;
-    while (size_ > kMostKept) {
+    while (size_ > most_kept) {
       const Block& oldest = (offered_.empty() ? recent_ : offered_).front();
       unmap(remove(by_size_.lower_bound(oldest.size)));
     }
@@ -186,7 +187,7 @@ Allocator allocator;
 // only huge pages are better than what the C library has.
 bool is_ours(int64_t nbytes) {
   const auto size = static_cast<size_t>(nbytes);
-  return size >= kSmallest && (size >= kHugePage || kMostKept > 0) && c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator();
+  return size >= kSmallest && (size >= kHugePage || most_kept > 0) && c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator();
 }
 
 constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
@@ -215,3 +216,8 @@ at::Tensor allocate_like(const at::Tensor& tensor) {
 }
 
 } // namespace kl_ext
+
+// Sets how many MiB are kept, and returns how many were: for benchmarks, which compare one with the other in one process.
+extern "C" __attribute__((visibility("default"))) std::uint64_t kl_ext_keep_memory(std::uint64_t mib) {
+  return kl_ext::most_kept.exchange(mib * kl_ext::kMiB) / kl_ext::kMiB;
+}

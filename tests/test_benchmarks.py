@@ -75,12 +75,12 @@ def test_what_bounds_the_goals_is_measured_beside_them(run):
         assert set(row["us"]) == {KL_EXT, EAGER, NO_DIVERGENCE}
 
 
-def test_a_row_may_do_without_kept_memory_and_leaves_the_setting_as_it_was(monkeypatch):
-    monkeypatch.delenv("KL_EXT_KEEP_MEMORY", raising=False)
+def test_a_row_may_do_without_kept_memory_and_leaves_the_setting_as_it_was(run):
+    assert suites.set_kept(512) == 512
     suites.keep_nothing()
-    assert os.environ["KL_EXT_KEEP_MEMORY"] == "0"
+    assert suites.set_kept(7) == 0
     suites.keep_memory()
-    assert "KL_EXT_KEEP_MEMORY" not in os.environ
+    assert suites.set_kept(512) == 512
 
 
 def test_a_result_says_where_it_comes_from(run):

@@ -139,8 +139,8 @@ std::optional<Halves> find_halves(const at::Tensor& mu, const at::Tensor& log_va
   }
   const bool mu_is_first = first->begin == 0;
   const auto& [lower, upper] = mu_is_first ? std::tie(*first, *second) : std::tie(*second, *first);
-  const bool are_halves = lower.begin == 0 && lower.end == upper.begin && upper.end == 2 * lower.end &&
-                          first->sizes[first->dim] == upper.end;
+  const bool are_halves =
+      lower.begin == 0 && lower.end == upper.begin && upper.end == 2 * lower.end && first->sizes[first->dim] == upper.end;
   return are_halves ? std::optional(Halves{first->dim, mu_is_first}) : std::nullopt;
 }
 

@@ -172,9 +172,9 @@ struct Backward : SavingNode<Op, Op::kInputs> {
   // Writes the gradients of halves into that of the whole, where nobody can tell; false if there are none.
   bool apply_to_halves(const at::Tensor& grad_output, const Tensors<N>& inputs, const std::array<bool, N>& wanted,
                        variable_list& result) {
-    if (this->num_outputs() == N || is_result_observed(*this) || at::GradMode::is_enabled() || at::areAnyTensorSubclassLike({grad_output}) ||
-        at::areAnyTensorSubclassLike(inputs) || grad_output._fw_grad(/*level=*/0).defined() ||
-        any(defined(tangents_of(inputs)))) {
+    if (this->num_outputs() == N || is_result_observed(*this) || at::GradMode::is_enabled() ||
+        at::areAnyTensorSubclassLike({grad_output}) || at::areAnyTensorSubclassLike(inputs) ||
+        grad_output._fw_grad(/*level=*/0).defined() || any(defined(tangents_of(inputs)))) {
       return false;
     }
     Tensors<N> gradients;
