@@ -226,9 +226,8 @@ def test_a_folder_that_python_took_for_the_installed_package_is_explained(copied
 
 
 def test_a_package_without_its_compiled_part_is_explained(copied_package):
-    """Where no other is installed: without the site module, which reads the path files of editable installs."""
-    packages = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
-    imported = run_python("-S", "-c", "import kl_ext", cwd=copied_package.parent, path=packages)
+    """Where no other is installed: without the site module, nothing is that does not come with Python."""
+    imported = run_python("-S", "-c", "import kl_ext", cwd=copied_package.parent, path=str(copied_package.parent))
     advice = f"Install the package from its source folder: {sys.executable} -m pip install .\n"
     assert f"{copied_package} has no compiled part for this Python (there is no _C module in it).\n{advice}" in imported.stderr
 
