@@ -47,6 +47,7 @@ REDUCTIONS: list[dict[str, Any]] = [
     {"reduction": "sum", "dim": [1]},
     {"reduction": "mean"},
     {"reduction": "mean", "dim": [1]},
+    {"reduction": "sum", "dim": [1], "keepdim": True},
     {"reduction": "batchmean"},
 ]
 # Halves of one tensor take a backward operator of their own; a q of one row is shared by all rows.
@@ -61,10 +62,12 @@ POINTS = [
 ]
 
 
-def _reduced(terms: Tensor, reduction: str = "none", dim: list[int] | None = None) -> Tensor:
+def _reduced(terms: Tensor, reduction: str = "none", dim: list[int] | None = None, keepdim: bool = False) -> Tensor:
+    if reduction == "none":
+        return terms
     if reduction == "batchmean":
         return terms.sum() / len(terms)
-    return {"none": lambda: terms, "sum": lambda: terms.sum(dim), "mean": lambda: terms.mean(dim)}[reduction]()
+    return terms.sum(dim, keepdim) if reduction == "sum" else terms.mean(dim, keepdim)
 
 
 def _join(tensors: Sequence[Tensor], layout: str, join_rows: Callable[[Tensor], Tensor]) -> list[Tensor]:
