@@ -26,6 +26,8 @@ HALVES: dict[str, Halve] = {
     "split": lambda h: h.split([3, 3], 1),
     "slices": lambda h: (h[:, :3], h[:, 3:]),
     "slices, log_var first": lambda h: (h[:, 3:], h[:, :3]),
+    "slices that count from the end": lambda h: (h[:, :-3], h[:, -3:]),
+    "slices to beyond the end": lambda h: (h[:, -9:3], h[:, 3:9]),
     "narrow": lambda h: (h.narrow(2, 0, 2), h.narrow(2, 2, 2)),
     "chunk of a channels-last tensor": lambda h: h.contiguous(memory_format=torch.channels_last).chunk(2, 1),
     "chunk of a transposed tensor": lambda h: h.transpose(0, 1).chunk(2),
@@ -40,6 +42,9 @@ OTHERS: dict[str, Halve] = {
     "halves of an expanded dimension": lambda h: h[:, :1].expand(-1, 6, -1, -1).chunk(2, 1),
     "halves of different tensors": lambda h: (h.chunk(2, 1)[0], (h + 0).chunk(2, 1)[1]),
     "halves of half a tensor": lambda h: h[:, :4].chunk(2, 1),
+    "slices that leave out the middle": lambda h: (h[:, :2], h[:, 4:]),
+    "slices of halves": lambda h: (h[:, :3][:, :2], h[:, 3:][:, :2]),
+    "two dimensions of two": lambda h: (h.chunk(2, 0)[0][:, :3], h.chunk(2, 0)[1][:, :3]),
     "slices along two dimensions": lambda h: (h[:2, :3], h[2:, 3:]),
     "a half changed in place": lambda h: (h[:, :3].clone().mul_(2), h[:, 3:]),
 }
