@@ -95,7 +95,9 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_no_call_asks_the_environment(shim: Path) -> None:
     environment = {**os.environ, "LD_PRELOAD": str(shim)}
-    said = subprocess.run([sys.executable, "-c", CALLS], env=environment, check=True, capture_output=True, text=True).stderr
+    said = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CALLS], env=environment, check=True, capture_output=True, text=True
+    ).stderr
     at_load, after_it = said.split("loaded\n")
     assert "asked for KL_EXT_KEEP_MEMORY" in at_load
     assert "asked for KL_EXT_HUGE_PAGES" in at_load

@@ -165,7 +165,7 @@ def test_a_wheel_is_built_from_the_sdist_and_installs(with_torch, sources, tmp_p
 
 
 def run_tests_of_the_tree(environment: Environment, unpacked: Path) -> None:
-    """Those that read its files, against the installed package; not those that install or compile for minutes."""
+    """Those that read its files and need no build, against the installed package."""
     others = re.compile("install|gpu_check|emulation")
     files = (unpacked / "tests").glob("test_*.py")
     tests = [file for file in files if "__file__" in file.read_text() and not others.search(file.name)]
