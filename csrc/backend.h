@@ -1,27 +1,33 @@
-// The operators as every backend registers them: arguments named and checked, then handed to what the backend makes of them.
-// Backend has
+// The operators as every backend registers them: arguments checked, then handed to what the backend makes of them. Backend has
 //
-//   Loss, kSingleLoss, kPairLoss, kDivergence     which formula
-//   Bounds                                        the clamp
-//   forward(loss, inputs, bounds, dtype)                              the terms, in this dtype
-//   forward_sum(loss, inputs, bounds, dtype, shape, reduction)        their sums, shape: of the terms
-//   backward(loss, arguments, bounds, gradients)                      arguments: grad_output of each term, then the inputs
-//   backward_sum(loss, grad_output, inputs, bounds, gradients, shape, reduction)      grad_output: of the sums
+//   forward(terms, dtype)                                      the terms, in this dtype
+//   forward_sum(terms, dtype, shape, reduction)                their sums, shape: of the terms
+//   backward(terms, grad_output, gradients)                    grad_output of each term
+//   backward_sum(terms, grad_output, gradients, shape, reduction)      grad_output of the sums
 //
 // Gradients go where the backend is told; those that are not wanted are undefined.
 #pragma once
 
-#include <torch/library.h>
-
 #include "memory.h"
+#include "operators.h"
 #include "plan.h"
 #include "reduction.h"
 
 namespace kl_ext {
 
-constexpr size_t kMaxInputs = 4;
-using Gradients = std::array<at::Tensor, kMaxInputs>;
-using Mask = c10::ArrayRef<bool>; // of the gradients that are wanted
+using Settings = math::Settings<double>;
+
+// The terms of a formula.
+struct Terms {
+  // How many inputs there are that may have gradients.
+  size_t inputs() const { return operands.size() - (is_weighted ? 1 : 0); }
+
+  int formula; // kFormula of math/formulas.h
+  bool is_weighted;
+  Arguments operands; // the inputs, and behind them the weight
+  Settings settings;
+  at::Device device;
+};
 
 // The dimensions of a shape along which an input is broadcast.
 inline c10::SmallVector<bool, 8> broadcast_dims(at::IntArrayRef input, at::IntArrayRef shape) {
@@ -32,113 +38,116 @@ inline c10::SmallVector<bool, 8> broadcast_dims(at::IntArrayRef input, at::IntAr
   return dims;
 }
 
-template <class Backend>
-struct Operators {
-  using Loss = typename Backend::Loss;
+// The gradients of broadcast inputs are summed in the pass that computes them: one pass for each way of being broadcast, of which
+// there is hardly ever more than one; what is elementwise is written in the first.
+struct SumPass {
+  enum Role { kAbsent, kElementwise, kSummed };
 
-  static at::Tensor kl_div_single_loss(const at::Tensor& mu, const at::Tensor& log_var, double clamp_min, double clamp_max,
-                                       std::optional<at::ScalarType> dtype) {
-    const Argument inputs[] = {{"mu", mu}, {"log_var", log_var}};
-    check_forward("kl_div_single_loss", inputs, clamp_min, clamp_max, dtype);
-    return Backend::forward(Backend::kSingleLoss, Arguments(inputs), {clamp_min, clamp_max},
-                            dtype.value_or(result_type(inputs)));
+  c10::SmallVector<bool, 8> reduced;
+  std::array<Role, kMaxInputs> roles{};
+};
+
+inline c10::SmallVector<SumPass, 1> sum_passes(Arguments inputs, const Gradients& gradients, at::IntArrayRef shape) {
+  c10::SmallVector<SumPass, 1> passes;
+  c10::SmallVector<size_t, kMaxInputs> elementwise;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (!gradients[i].defined()) {
+      continue;
+    }
+    const auto reduced = broadcast_dims(inputs[i].tensor.sizes(), shape);
+    if (std::find(reduced.begin(), reduced.end(), true) == reduced.end()) {
+      elementwise.push_back(i);
+      continue;
+    }
+    auto pass = std::find_if(passes.begin(), passes.end(), [&](const SumPass& other) { return other.reduced == reduced; });
+    if (pass == passes.end()) {
+      passes.push_back({reduced, {}});
+      pass = passes.end() - 1;
+    }
+    pass->roles[i] = SumPass::kSummed;
+  }
+  for (const size_t i : elementwise) {
+    passes.front().roles[i] = SumPass::kElementwise;
+  }
+  return passes;
+}
+
+// Where the sums of a gradient go, which the backends write one behind the other.
+class SumTargets {
+ public:
+  const at::Tensor& add(const at::Tensor& gradient) {
+    targets_.emplace_back(gradient, gradient.is_contiguous() ? gradient : at::empty(gradient.sizes(), gradient.options()));
+    return targets_.back().second;
   }
 
-  static std::tuple<at::Tensor, at::Tensor> kl_div_single_loss_backward(const at::Tensor& grad_output, const at::Tensor& mu,
-                                                                        const at::Tensor& log_var, double clamp_min,
-                                                                        double clamp_max, std::array<bool, 2> output_mask) {
-    const Argument arguments[] = {{"grad_output", grad_output}, {"mu", mu}, {"log_var", log_var}};
-    const char* const function = "kl_div_single_loss_backward";
-    auto gradients = backward(function, Backend::kSingleLoss, arguments, clamp_min, clamp_max, wanted(output_mask));
-    return {std::move(gradients[0]), std::move(gradients[1])};
-  }
-
-  static void kl_div_single_loss_backward_out(const at::Tensor& grad_output, const at::Tensor& mu, const at::Tensor& log_var,
-                                              double clamp_min, double clamp_max, const std::optional<at::Tensor>& grad_mu,
-                                              const std::optional<at::Tensor>& grad_log_var) {
-    const Argument arguments[] = {{"grad_output", grad_output}, {"mu", mu}, {"log_var", log_var}};
-    const char* const function = "kl_div_single_loss_backward";
-    backward(function, Backend::kSingleLoss, arguments, clamp_min, clamp_max, given({grad_mu, grad_log_var}));
-  }
-
-  static at::Tensor kl_div_pair_loss(const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
-                                     const at::Tensor& log_var_q, double clamp_min, double clamp_max,
-                                     std::optional<at::ScalarType> dtype) {
-    const Argument inputs[] = {{"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", mu_q}, {"log_var_q", log_var_q}};
-    check_forward("kl_div_pair_loss", inputs, clamp_min, clamp_max, dtype);
-    return Backend::forward(Backend::kPairLoss, Arguments(inputs), {clamp_min, clamp_max}, dtype.value_or(result_type(inputs)));
-  }
-
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_div_pair_loss_backward(
-      const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
-      const at::Tensor& log_var_q, double clamp_min, double clamp_max, std::array<bool, 4> output_mask) {
-    const Argument arguments[] = {
-        {"grad_output", grad_output}, {"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", mu_q}, {"log_var_q", log_var_q}};
-    const char* const function = "kl_div_pair_loss_backward";
-    return std::tuple_cat(backward(function, Backend::kPairLoss, arguments, clamp_min, clamp_max, wanted(output_mask)));
-  }
-
-  static void kl_div_pair_loss_backward_out(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,
-                                            const at::Tensor& mu_q, const at::Tensor& log_var_q, double clamp_min,
-                                            double clamp_max, const std::optional<at::Tensor>& grad_mu_p,
-                                            const std::optional<at::Tensor>& grad_log_var_p,
-                                            const std::optional<at::Tensor>& grad_mu_q,
-                                            const std::optional<at::Tensor>& grad_log_var_q) {
-    const Argument arguments[] = {
-        {"grad_output", grad_output}, {"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", mu_q}, {"log_var_q", log_var_q}};
-    const char* const function = "kl_div_pair_loss_backward";
-    backward(function, Backend::kPairLoss, arguments, clamp_min, clamp_max,
-             given({grad_mu_p, grad_log_var_p, grad_mu_q, grad_log_var_q}));
-  }
-
-  static at::Tensor gaussian_kl_div(const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
-                                    const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max,
-                                    std::string_view reduction, at::OptionalIntArrayRef dim, bool keepdim,
-                                    std::optional<at::ScalarType> dtype) {
-    const char* const function = "gaussian_kl_div";
-    return with_inputs(function, mu_p, log_var_p, mu_q, log_var_q, [&](const Loss& loss, Arguments inputs) {
-      check_forward(function, inputs, clamp_min, clamp_max, dtype);
-      const at::DimVector shape = broadcast_shape(inputs);
-      const Reduction parsed = parse_reduction(function, reduction, dim, static_cast<int64_t>(shape.size()));
-      const at::ScalarType result = dtype.value_or(result_type(inputs));
-      if (parsed.is_none) {
-        return Backend::forward(loss, inputs, {clamp_min, clamp_max}, result);
+  void hand_over() const {
+    for (const auto& [gradient, sums] : targets_) {
+      if (!gradient.is_same(sums)) {
+        gradient.copy_(sums);
       }
-      at::Tensor sums = Backend::forward_sum(loss, inputs, {clamp_min, clamp_max}, result, shape, parsed);
-      return keepdim ? sums.view(parsed.kept_shape(shape, keepdim)) : sums;
-    });
+    }
   }
 
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_div_backward(
-      const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
-      const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max, std::string_view reduction,
-      at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask, bool keepdim) {
-    return std::tuple_cat(divergence_backward(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction,
-                                              dim, keepdim, wanted(output_mask)));
+ private:
+  c10::SmallVector<std::pair<at::Tensor, at::Tensor>, kMaxInputs> targets_;
+};
+
+template <class Backend>
+struct Layer {
+  static at::Tensor forward(const Call& call) {
+    const Description& d = call.op->description;
+    const Checked checked(call, d.name);
+    const at::ScalarType result = call.dtype.value_or(result_type(call.tensors));
+    if (!d.reduces) {
+      return Backend::forward(checked.terms, result);
+    }
+    const at::IntArrayRef shape = checked.shape;
+    const Reduction reduction = parse_reduction(d.name, call.reduction, call.dim, static_cast<int64_t>(shape.size()));
+    if (reduction.is_none) {
+      return Backend::forward(checked.terms, result);
+    }
+    at::Tensor sums;
+    if (reduction.divides_by_weights(call.has_weight)) {
+      const at::ScalarType arithmetic = arithmetic_type(call.tensors, result);
+      sums = Backend::forward_sum(checked.terms, arithmetic, shape, reduction.sum());
+      sums = sums.div_(sum_of_weights(checked, arithmetic, reduction)).to(result);
+    } else {
+      sums = Backend::forward_sum(checked.terms, result, shape, reduction);
+    }
+    return call.keepdim ? sums.view(reduction.kept_shape(shape, true)) : sums;
   }
 
-  static void gaussian_kl_div_backward_out(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,
-                                           const std::optional<at::Tensor>& mu_q, const std::optional<at::Tensor>& log_var_q,
-                                           double clamp_min, double clamp_max, std::string_view reduction,
-                                           at::OptionalIntArrayRef dim, bool keepdim,
-                                           const std::optional<at::Tensor>& grad_mu_p,
-                                           const std::optional<at::Tensor>& grad_log_var_p,
-                                           const std::optional<at::Tensor>& grad_mu_q,
-                                           const std::optional<at::Tensor>& grad_log_var_q) {
-    divergence_backward(grad_output, mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, keepdim,
-                        given({grad_mu_p, grad_log_var_p, grad_mu_q, grad_log_var_q}));
+  static Gradients backward(const at::Tensor& grad_output, const Call& call, Mask mask) {
+    const auto allocate_wanted = [&](Arguments inputs, Arguments, at::IntArrayRef) {
+      Destinations to;
+      for (size_t i = 0; i < inputs.size(); ++i) {
+        if (mask[i]) {
+          to.computed[i] = allocate_like(inputs[i].tensor);
+        }
+      }
+      return to;
+    };
+    return backward_into(grad_output, call, allocate_wanted);
   }
 
-  static void register_in(torch::Library& m) {
-    m.impl("kl_div_single_loss", kl_div_single_loss);
-    m.impl("kl_div_single_loss_backward", kl_div_single_loss_backward);
-    m.impl("kl_div_single_loss_backward.out", kl_div_single_loss_backward_out);
-    m.impl("kl_div_pair_loss", kl_div_pair_loss);
-    m.impl("kl_div_pair_loss_backward", kl_div_pair_loss_backward);
-    m.impl("kl_div_pair_loss_backward.out", kl_div_pair_loss_backward_out);
-    m.impl("gaussian_kl_div", gaussian_kl_div);
-    m.impl("gaussian_kl_div_backward", gaussian_kl_div_backward);
-    m.impl("gaussian_kl_div_backward.out", gaussian_kl_div_backward_out);
+  static void backward_out(const at::Tensor& grad_output, const Call& call, const Gradients& gradients) {
+    const auto use_given = [&](Arguments inputs, Arguments read, at::IntArrayRef shape) {
+      Destinations to;
+      to.given = gradients;
+      check_gradients(call.op->backward_name, inputs, read, gradients, shape);
+      for (size_t i = 0; i < inputs.size(); ++i) {
+        const at::Tensor& gradient = gradients[i];
+        if (gradient.defined()) {
+          // A kernel may write a number before it has read all that share its memory, and knows no negative bit.
+          const bool is_beside = gradient.is_neg() || std::any_of(read.begin(), read.end(), [&](const Argument& argument) {
+                                   return shares_memory(gradient, argument.tensor);
+                                 });
+          to.computed[i] = is_beside ? allocate_like(inputs[i].tensor) : gradient;
+        }
+      }
+      return to;
+    };
+    backward_into(grad_output, call, use_given);
   }
 
  private:
@@ -156,81 +165,80 @@ struct Operators {
     }
   };
 
-  // Called with the function's name, grad_output, the inputs and the shape of the terms.
-  static auto wanted(Mask mask) {
-    return [mask](const char*, Argument, Arguments inputs, at::IntArrayRef) {
-      Destinations to;
-      for (size_t i = 0; i < inputs.size(); ++i) {
-        if (mask[i]) {
-          to.computed[i] = allocate_like(inputs[i].tensor);
-        }
+  // What a call's tensors are, once they have been looked at.
+  struct Checked {
+    Checked(const Call& call, const char* function)
+        : terms{call.formula(), call.has_weight, call.tensors, settings_of(call), at::kCPU} {
+      const Arguments inputs = call.inputs();
+      check_together(function, call);
+      check_tensors(function, inputs);
+      if (call.has_weight) {
+        check_weight(function, *call.weight());
       }
-      return to;
-    };
+      check_clamp(function, call.clamp_min, call.clamp_max);
+      check_result_dtype(function, call.dtype);
+      terms.device = check_devices(function, call.tensors);
+      check_broadcast(function, inputs);
+      if (call.op->description.reduces) {
+        shape = broadcast_shape(inputs);
+      }
+      if (call.has_weight) {
+        check_weight_shape(function, *call.weight(), shape);
+      }
+    }
+
+    Terms terms;
+    at::DimVector shape; // of the terms, for operators that reduce
+  };
+
+  static Settings settings_of(const Call& call) {
+    const Description& d = call.op->description;
+    return {call.clamp_min, call.clamp_max, d.scale, d.offset};
   }
 
-  static auto given(std::initializer_list<std::optional<at::Tensor>> tensors) {
-    return
-        [tensors = std::vector(tensors)](const char* function, Argument grad_output, Arguments inputs, at::IntArrayRef shape) {
-          Destinations to;
-          for (size_t i = 0; i < inputs.size(); ++i) {
-            to.given[i] = tensors[i].value_or(at::Tensor());
-          }
-          check_gradients(function, grad_output, inputs, to.given, shape);
-          for (size_t i = 0; i < inputs.size(); ++i) {
-            const at::Tensor& gradient = to.given[i];
-            if (gradient.defined()) {
-              // A kernel may write a number before it has read all that share its memory, and knows no negative bit.
-              const bool is_beside = gradient.is_neg() || shares_memory(gradient, grad_output.tensor) ||
-                                     std::any_of(inputs.begin(), inputs.end(),
-                                                 [&](const Argument& input) { return shares_memory(gradient, input.tensor); });
-              to.computed[i] = is_beside ? allocate_like(inputs[i].tensor) : gradient;
-            }
-          }
-          return to;
-        };
-  }
-
-  template <class Where>
-  static Gradients backward(const char* function, const Loss& loss, Arguments arguments, double clamp_min, double clamp_max,
-                            const Where& where) {
-    check_backward(function, arguments, clamp_min, clamp_max);
-    const Destinations to = where(function, arguments[0], arguments.slice(1), arguments[0].tensor.sizes());
-    Backend::backward(loss, arguments, {clamp_min, clamp_max}, to.computed);
-    to.hand_over();
-    return to.computed;
+  // In the order of the sum, for the weighted mean.
+  static at::Tensor sum_of_weights(const Checked& checked, at::ScalarType arithmetic, const Reduction& reduction) {
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+    const Terms weights{math::kFormula<math::Weight>,
+                        false,
+                        checked.terms.operands.slice(checked.terms.inputs()),
+                        {-kInfinity, kInfinity},
+                        checked.terms.device};
+    return Backend::forward_sum(weights, arithmetic, checked.shape, reduction.sum());
   }
 
   template <class Where>
-  static Gradients divergence_backward(const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p,
-                                       const std::optional<at::Tensor>& mu_q, const std::optional<at::Tensor>& log_var_q,
-                                       double clamp_min, double clamp_max, std::string_view reduction,
-                                       at::OptionalIntArrayRef dim, bool keepdim, const Where& where) {
-    const char* const function = "gaussian_kl_div_backward";
-    return with_inputs(function, mu_p, log_var_p, mu_q, log_var_q, [&](const Loss& loss, Arguments inputs) {
-      check_forward(function, inputs, clamp_min, clamp_max, std::nullopt);
-      const at::DimVector shape = broadcast_shape(inputs);
-      const Reduction parsed = parse_reduction(function, reduction, dim, static_cast<int64_t>(shape.size()));
-      check_grad_output(function, {"grad_output", grad_output}, inputs, parsed.kept_shape(shape, keepdim));
-      const Destinations to = where(function, {"grad_output", grad_output}, inputs, shape);
-      const at::Tensor grad = keepdim ? grad_output.reshape(parsed.kept_shape(shape)) : grad_output;
-      Backend::backward_sum(loss, grad, inputs, {clamp_min, clamp_max}, to.computed, shape, parsed);
+  static Gradients backward_into(const at::Tensor& grad_output, const Call& call, const Where& where) {
+    const char* const function = call.op->backward_name;
+    const Description& d = call.op->description;
+    c10::SmallVector<Argument, kMaxInputs + 2> read{{"grad_output", grad_output}};
+    read.append(call.tensors.begin(), call.tensors.end());
+    if (!d.reduces) {
+      check_tensors(function, read);
+      check_clamp(function, call.clamp_min, call.clamp_max);
+      const at::Device device = check_devices(function, read);
+      check_expand(function, read);
+      const Destinations to = where(call.inputs(), read, grad_output.sizes());
+      Backend::backward({call.formula(), false, call.tensors, settings_of(call), device}, grad_output, to.computed);
       to.hand_over();
       return to.computed;
-    });
-  }
-
-  // Calls use(loss, inputs): without q, against the standard normal.
-  template <class Use>
-  static auto with_inputs(const char* function, const at::Tensor& mu_p, const at::Tensor& log_var_p,
-                          const std::optional<at::Tensor>& mu_q, const std::optional<at::Tensor>& log_var_q, const Use& use) {
-    check_together(function, mu_q, log_var_q);
-    if (!mu_q) {
-      const Argument inputs[] = {{"mu_p", mu_p}, {"log_var_p", log_var_p}};
-      return use(Backend::kSingleLoss, Arguments(inputs));
     }
-    const Argument inputs[] = {{"mu_p", mu_p}, {"log_var_p", log_var_p}, {"mu_q", *mu_q}, {"log_var_q", *log_var_q}};
-    return use(Backend::kDivergence, Arguments(inputs));
+    const Checked checked(call, function);
+    const at::IntArrayRef shape = checked.shape;
+    const Reduction reduction = parse_reduction(function, call.reduction, call.dim, static_cast<int64_t>(shape.size()));
+    const at::DimVector kept = reduction.kept_shape(shape);
+    check_grad_output(function, read[0], call.inputs(), reduction.kept_shape(shape, call.keepdim));
+    const Destinations to = where(call.inputs(), read, shape);
+    at::Tensor grad = call.keepdim ? grad_output.reshape(kept) : grad_output;
+    if (reduction.divides_by_weights(call.has_weight)) {
+      const at::ScalarType arithmetic = arithmetic_type(read);
+      grad = grad.to(arithmetic).div(sum_of_weights(checked, arithmetic, reduction));
+      Backend::backward_sum(checked.terms, grad, to.computed, shape, reduction.sum());
+    } else {
+      Backend::backward_sum(checked.terms, grad, to.computed, shape, reduction);
+    }
+    to.hand_over();
+    return to.computed;
   }
 };
 

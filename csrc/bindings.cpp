@@ -4,7 +4,6 @@
 // type) is declined with None, and the caller turns to torch.ops, errors included.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
@@ -13,15 +12,10 @@
 
 #include <limits>
 
-#include "ops.h"
+#include "operators.h"
 #include "plan.h"
 
 namespace {
-
-template <class Function>
-c10::TypedOperatorHandle<Function> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
-}
 
 // Each of these returns whether it could read the argument.
 
@@ -51,32 +45,12 @@ bool read(PyObject* object, double& number) {
   return true;
 }
 
-// A bound of the clamp: None is no bound.
-struct Low {
-  double value = -std::numeric_limits<double>::infinity();
-};
-
-struct High {
-  double value = std::numeric_limits<double>::infinity();
-};
-
-bool read(PyObject* object, Low& bound) { return object == Py_None || read(object, bound.value); }
-
-bool read(PyObject* object, High& bound) { return object == Py_None || read(object, bound.value); }
+// A bound of the clamp: None is the one that it is before, which is no bound.
+bool read_bound(PyObject* object, double& bound) { return object == Py_None || read(object, bound); }
 
 bool read(PyObject* object, bool& flag) {
   flag = object == Py_True;
   return PyBool_Check(object);
-}
-
-// A parameter of q: a tensor, a number or nothing.
-struct OfQ {
-  std::optional<at::Tensor> tensor;
-  std::optional<double> number;
-};
-
-bool read(PyObject* object, OfQ& parameter) {
-  return read(object, parameter.tensor) || (parameter.tensor.reset(), read(object, parameter.number.emplace()));
 }
 
 bool read(PyObject* object, std::string_view& text) {
@@ -148,81 +122,112 @@ bool is_seen_by_a_mode() {
   return false;
 }
 
-// q with 0-dim tensors for numbers, as kl_ext/functional.py makes them where torch.compile traces it: precise as the arithmetic,
-// without weight in the promotion, on the device of mu_p.
-struct Q {
-  Q(const at::Tensor& mu_p, const at::Tensor& log_var_p, const OfQ& mu, const OfQ& log_var,
-    std::optional<at::ScalarType>& dtype)
-      : mu_q(mu.tensor), log_var_q(log_var.tensor) {
-    if (!mu.number && !log_var.number) {
-      return;
+// The arguments of a call, as values. They come in the order of the operator's schema.
+struct Values {
+  std::array<std::optional<at::Tensor>, kl_ext::kMaxInputs> inputs;
+  std::array<std::optional<double>, kl_ext::kMaxInputs> numbers; // in the place of inputs that need not be given
+  std::optional<at::Tensor> weight;
+  double clamp_min = -std::numeric_limits<double>::infinity();
+  double clamp_max = std::numeric_limits<double>::infinity();
+  std::string_view reduction = "none";
+  std::optional<at::DimVector> dim;
+  bool keepdim = false;
+  std::optional<at::ScalarType> dtype;
+
+  bool read_all(const kl_ext::Description& d, PyObject* const* arguments, Py_ssize_t count) {
+    const size_t expected = d.most + (d.clamps ? 2 : 0) + (d.reduces ? 5 : 0);
+    if (count != static_cast<Py_ssize_t>(expected)) {
+      return false;
     }
-    c10::SmallVector<kl_ext::Argument, 4> tensors{{"mu_p", mu_p}, {"log_var_p", log_var_p}};
-    for (const OfQ* const parameter : {&mu, &log_var}) {
-      if (parameter->tensor) {
-        tensors.push_back({"q", *parameter->tensor});
+    for (size_t i = 0; i < d.most; ++i) {
+      PyObject* const object = *arguments++;
+      const bool may_be_other = i >= d.least;
+      if (!(may_be_other && object == Py_None) && !read(object, inputs[i].emplace())) {
+        inputs[i].reset();
+        if (!may_be_other || !read(object, numbers[i].emplace())) {
+          return false;
+        }
+      } else if (object == Py_None) {
+        inputs[i].reset();
       }
     }
-    const auto arithmetic = kl_ext::arithmetic_type(tensors, dtype.value_or(at::kFloat));
-    const bool all_scalars = std::all_of(tensors.begin(), tensors.end(), [](const auto& x) { return x.tensor.dim() == 0; });
-    if (!dtype && all_scalars && !at::autocast::is_autocast_enabled(mu_p.device().type())) {
-      dtype = kl_ext::result_type(tensors); // 0-dim tensors beside nothing else all have weight
+    if (d.reduces && !read(*arguments++, weight)) {
+      return false;
     }
-    const auto options = at::dtype(arithmetic).device(mu_p.device());
-    mu_q = mu.number ? at::scalar_tensor(*mu.number, options) : mu_q;
-    log_var_q = log_var.number ? at::scalar_tensor(*log_var.number, options) : log_var_q;
+    if (d.clamps && !(read_bound(arguments[0], clamp_min) && read_bound(arguments[1], clamp_max))) {
+      return false;
+    }
+    arguments += d.clamps ? 2 : 0;
+    return !d.reduces || (read(arguments[0], reduction) && read(arguments[1], dim) && read(arguments[2], keepdim) &&
+                          read(arguments[3], dtype));
   }
 
-  std::optional<at::Tensor> mu_q;
-  std::optional<at::Tensor> log_var_q;
+  // 0-dim tensors for numbers, as kl_ext/functional.py makes them where torch.compile traces it: precise as the arithmetic,
+  // without weight in the promotion, on the device of the first input.
+  void replace_numbers(const kl_ext::Description& d) {
+    if (std::none_of(numbers.begin(), numbers.end(), [](const auto& number) { return number.has_value(); })) {
+      return;
+    }
+    c10::SmallVector<kl_ext::Argument, kl_ext::kMaxInputs + 1> tensors;
+    for (size_t i = 0; i < d.most; ++i) {
+      if (inputs[i]) {
+        tensors.push_back({d.inputs[i], *inputs[i]});
+      }
+    }
+    if (weight) {
+      tensors.push_back({"weight", *weight});
+    }
+    const at::Device device = inputs[0]->device();
+    const auto arithmetic = kl_ext::arithmetic_type(tensors, dtype.value_or(at::kFloat));
+    const bool all_scalars = std::all_of(tensors.begin(), tensors.end(), [](const auto& x) { return x.tensor.dim() == 0; });
+    if (!dtype && all_scalars && !at::autocast::is_autocast_enabled(device.type())) {
+      dtype = kl_ext::result_type(tensors); // 0-dim tensors beside nothing else all have weight
+    }
+    for (size_t i = 0; i < d.most; ++i) {
+      if (numbers[i]) {
+        inputs[i] = at::scalar_tensor(*numbers[i], at::dtype(arithmetic).device(device));
+      }
+    }
+  }
+
+  // To be called while this lives.
+  kl_ext::Call to_call(const kl_ext::Operator& op) const {
+    kl_ext::Call call(op);
+    const auto& d = op.description;
+    for (size_t i = 0; i < d.most; ++i) {
+      call.is_given[i] = inputs[i].has_value();
+      if (inputs[i]) {
+        call.tensors.push_back({d.inputs[i], *inputs[i]});
+      }
+    }
+    if (weight) {
+      call.tensors.push_back({"weight", *weight});
+    }
+    call.has_weight = weight.has_value();
+    call.clamp_min = clamp_min;
+    call.clamp_max = clamp_max;
+    call.reduction = reduction;
+    call.dim = dim ? at::OptionalIntArrayRef(*dim) : std::nullopt;
+    call.keepdim = keepdim;
+    call.dtype = dtype;
+    return call;
+  }
 };
 
-// call(values...) with the arguments as values of these types, in order.
-template <class... Values, class Call>
-PyObject* call_with(PyObject* const* arguments, Py_ssize_t count, const Call& call) {
+template <const kl_ext::Description& d>
+PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  std::tuple<Values...> values;
-  const bool usual = count == sizeof...(Values) && !is_seen_by_a_mode() && [&]<size_t... I>(std::index_sequence<I...>) {
-    return (read(arguments[I], std::get<I>(values)) && ...);
-  }(std::index_sequence_for<Values...>());
-  if (!usual) {
+  Values values;
+  if (is_seen_by_a_mode() || !values.read_all(d, arguments, count)) {
     Py_RETURN_NONE;
   }
   at::Tensor result = [&] {
     const pybind11::gil_scoped_release no_gil;
-    return std::apply(call, values);
+    values.replace_numbers(d);
+    return kl_ext::kOperator<d>.forward(values.to_call(kl_ext::kOperator<d>));
   }();
   return THPVariable_Wrap(std::move(result));
   END_HANDLE_TH_ERRORS
-}
-
-PyObject* kl_div_single_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  static const auto handle = find<decltype(kl_ext::ops::kl_div_single_loss)>("kl_ext::kl_div_single_loss");
-  return call_with<at::Tensor, at::Tensor, Low, High>(arguments, count,
-                                                      [](const at::Tensor& mu, const at::Tensor& log_var, Low low, High high) {
-                                                        return handle.call(mu, log_var, low.value, high.value, std::nullopt);
-                                                      });
-}
-
-PyObject* kl_div_pair_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  static const auto handle = find<decltype(kl_ext::ops::kl_div_pair_loss)>("kl_ext::kl_div_pair_loss");
-  return call_with<at::Tensor, at::Tensor, at::Tensor, at::Tensor, Low, High>(
-      arguments, count,
-      [](const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q, const at::Tensor& log_var_q, Low low,
-         High high) { return handle.call(mu_p, log_var_p, mu_q, log_var_q, low.value, high.value, std::nullopt); });
-}
-
-PyObject* gaussian_kl_div(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  static const auto handle = find<decltype(kl_ext::ops::gaussian_kl_div)>("kl_ext::gaussian_kl_div");
-  return call_with<at::Tensor, at::Tensor, OfQ, OfQ, Low, High, std::string_view, std::optional<at::DimVector>, bool,
-                   std::optional<at::ScalarType>>(
-      arguments, count,
-      [](const at::Tensor& mu_p, const at::Tensor& log_var_p, const OfQ& mu_q, const OfQ& log_var_q, Low low, High high,
-         std::string_view reduction, const auto& dim, bool keepdim, std::optional<at::ScalarType> dtype) {
-        const auto dims = dim ? at::OptionalIntArrayRef(*dim) : std::nullopt;
-        const Q q(mu_p, log_var_p, mu_q, log_var_q, dtype);
-        return handle.call(mu_p, log_var_p, q.mu_q, q.log_var_q, low.value, high.value, reduction, dims, keepdim, dtype);
-      });
 }
 
 PyObject* overlap(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -240,19 +245,23 @@ PyObject* overlap(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return PyLong_FromLong(static_cast<long>(kl_ext::overlap_of(a, b)));
 }
 
-template <auto function>
-PyMethodDef method(const char* name) {
+template <class Function>
+PyMethodDef method(const char* name, Function* function) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
 }
 
-PyMethodDef methods[] = {method<kl_div_single_loss>("kl_div_single_loss"), method<kl_div_pair_loss>("kl_div_pair_loss"),
-                         method<gaussian_kl_div>("gaussian_kl_div"), method<overlap>("overlap"), PyMethodDef{}};
+template <const kl_ext::Description&... d>
+std::array<PyMethodDef, sizeof...(d) + 2> methods_of(kl_ext::OperatorList<d...>) {
+  return {method(d.name, call<d>)..., method("overlap", overlap), PyMethodDef{}};
+}
+
+auto methods = methods_of(kl_ext::Operators());
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT,
                       "kl_ext._bindings",
                       "The usual calls of the public functions, and which memory tensors share.",
                       0,
-                      methods,
+                      methods.data(),
                       nullptr,
                       nullptr,
                       nullptr,
@@ -261,6 +270,7 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT,
 } // namespace
 
 PyMODINIT_FUNC PyInit__bindings() {
+  kl_ext::find_handles();
   const auto devices = pybind11::reinterpret_steal<pybind11::object>(PyImport_ImportModule("torch.utils._device"));
   type_of_default_device = devices ? PyObject_GetAttrString(devices.ptr(), "DeviceContext") : nullptr;
   PyErr_Clear();

@@ -8,15 +8,22 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <string>
+#include <string_view>
 
 #include "overlap.h"
 
 namespace kl_ext {
 
+// A tensor that belongs to the caller, under its name.
 struct Argument {
+  Argument(const char* tensor_name, const at::Tensor& of_caller) : name(tensor_name), tensor(of_caller) {}
+  Argument(const Argument&) = default;
+  Argument& operator=(const Argument& other) { return *std::construct_at(this, other); }
+
   const char* name;
   const at::Tensor& tensor;
 };
@@ -51,8 +58,19 @@ inline void check_tensors(const char* function, Arguments arguments) {
   }
 }
 
-// All on the device of the first that is not a 0-dim CPU tensor: those go with tensors of any device, as in torch.
-inline void check_devices(const char* function, Arguments arguments) {
+inline bool is_weight(const Argument& argument) { return argument.name == std::string_view("weight"); }
+
+inline void check_weight(const char* function, const at::Tensor& weight) {
+  const at::ScalarType dtype = weight.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kBool || is_supported(dtype), function,
+                   ": expected weight to be a bool, float16, bfloat16, float32 or float64 tensor, got ", dtype_name(dtype));
+  TORCH_CHECK_TYPE(weight.layout() == at::kStrided || weight.layout() == at::kJagged, function,
+                   ": expected weight to be a strided tensor, got ", layout_name(weight.layout()));
+}
+
+// All on the device of the first that is not a 0-dim CPU tensor, which is returned: those go with tensors of any device, as in
+// torch.
+inline at::Device check_devices(const char* function, Arguments arguments) {
   const Argument* first = &arguments[0];
   for (const auto& argument : arguments) {
     const bool is_scalar = argument.tensor.dim() == 0 && argument.tensor.is_cpu();
@@ -64,6 +82,7 @@ inline void check_devices(const char* function, Arguments arguments) {
                 ", got ", argument.tensor.device());
     first = &argument;
   }
+  return first->tensor.device();
 }
 
 // Of arguments that broadcast.
@@ -108,26 +127,10 @@ inline void check_expand(const char* function, Arguments arguments) {
   }
 }
 
-inline void check_forward(const char* function, Arguments inputs, double clamp_min, double clamp_max,
-                          std::optional<at::ScalarType> dtype) {
-  check_tensors(function, inputs);
-  check_clamp(function, clamp_min, clamp_max);
-  check_result_dtype(function, dtype);
-  check_devices(function, inputs);
-  check_broadcast(function, inputs);
-}
-
-inline void check_backward(const char* function, Arguments arguments, double clamp_min, double clamp_max) {
-  check_tensors(function, arguments);
-  check_clamp(function, clamp_min, clamp_max);
-  check_devices(function, arguments);
-  check_expand(function, arguments);
-}
-
-inline void check_together(const char* function, const std::optional<at::Tensor>& mu_q,
-                           const std::optional<at::Tensor>& log_var_q) {
-  TORCH_CHECK_VALUE(mu_q.has_value() == log_var_q.has_value(), function,
-                    ": expected mu_q and log_var_q together or neither, got ", mu_q ? "mu_q" : "log_var_q", " alone");
+// A weight broadcasts with the terms and never enlarges them.
+inline void check_weight_shape(const char* function, const at::Tensor& weight, at::IntArrayRef shape) {
+  TORCH_CHECK(at::is_expandable_to(weight.sizes(), shape), function, ": expected weight to expand to the shape ", shape,
+              " of the terms, got shape ", weight.sizes());
 }
 
 // The gradient of a reduced result, on the inputs' device.
@@ -165,7 +168,8 @@ inline void check_gradient(const char* function, const at::Tensor& gradient, Arg
 
 // The tensors that are to hold gradients, undefined where one is not wanted. As for torch.add(out=), a gradient may be the very
 // tensor of an argument. One that is summed over terms of a larger shape may not: it is written while they are read.
-inline void check_gradients(const char* function, Argument grad_output, Arguments inputs, c10::ArrayRef<at::Tensor> gradients,
+// read: grad_output, the inputs and the weight.
+inline void check_gradients(const char* function, Arguments inputs, Arguments read, c10::ArrayRef<at::Tensor> gradients,
                             at::IntArrayRef shape) {
   for (size_t i = 0; i < inputs.size(); ++i) {
     const at::Tensor& gradient = gradients[i];
@@ -173,15 +177,13 @@ inline void check_gradients(const char* function, Argument grad_output, Argument
       continue;
     }
     check_gradient(function, gradient, inputs[i]);
-    const auto check_argument = [&](const Argument& argument) {
+    for (const auto& argument : read) {
       const Overlap overlap = overlap_of(gradient, argument.tensor);
       TORCH_CHECK(overlap != Overlap::kPartial, function, ": expected grad_", inputs[i].name, " to be ", argument.name,
                   " itself or to share no memory with it, got a partial overlap");
       TORCH_CHECK(overlap == Overlap::kNone || gradient.sizes() == shape, function, ": expected grad_", inputs[i].name,
                   ", which is a sum, to share no memory with ", argument.name, ", got the same memory");
-    };
-    check_argument(grad_output);
-    std::for_each(inputs.begin(), inputs.end(), check_argument);
+    }
     for (size_t j = 0; j < i; ++j) {
       TORCH_CHECK(!gradients[j].defined() || !shares_memory(gradient, gradients[j]), function, ": expected grad_",
                   inputs[i].name, " to share no memory with grad_", inputs[j].name, ", got tensors that overlap");

@@ -48,8 +48,8 @@ inline at::TensorIterator plan_forward(Arguments inputs, at::ScalarType dtype, a
   return config.build();
 }
 
-// Operands: the gradients that are defined, arguments' grad_output, the inputs; all in one shape.
-inline at::TensorIterator plan_backward(Arguments arguments, at::TensorList gradients) {
+// Operands: the gradients that are defined, grad_output, and the others; all in one shape.
+inline at::TensorIterator plan_backward(const at::Tensor& grad_output, Arguments operands, at::TensorList gradients) {
   at::TensorIteratorConfig config;
   config.set_check_mem_overlap(false).check_all_same_dtype(false).resize_outputs(false);
   for (const auto& gradient : gradients) {
@@ -57,8 +57,9 @@ inline at::TensorIterator plan_backward(Arguments arguments, at::TensorList grad
       config.add_output(gradient);
     }
   }
-  for (const auto& argument : arguments) {
-    config.add_const_input(argument.tensor);
+  config.add_const_input(grad_output);
+  for (const auto& operand : operands) {
+    config.add_const_input(operand.tensor);
   }
   return config.build();
 }

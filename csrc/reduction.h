@@ -17,6 +17,16 @@ struct Reduction {
   bool divides = false; // by the number of terms of a sum, or by the first size for batchmean
   bool by_first = false;
 
+  // Whether the divisor is the sum of the weights: that of a mean of weighted terms is.
+  bool divides_by_weights(bool is_weighted) const { return is_weighted && divides && !by_first; }
+
+  // Without the division.
+  Reduction sum() const {
+    Reduction result = *this;
+    result.divides = false;
+    return result;
+  }
+
   // With keepdim, a reduced dimension stays with size 1.
   at::DimVector kept_shape(at::IntArrayRef shape, bool keepdim = false) const {
     at::DimVector kept;

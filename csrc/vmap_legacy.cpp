@@ -2,110 +2,73 @@
 // dispatch key of its own. torch.func.vmap is in kl_ext/_vmap.py.
 #include <ATen/ExpandUtils.h>
 #include <ATen/LegacyVmapTransforms.h>
-#include <torch/library.h>
 
-#include "ops.h"
+#include "operators.h"
+#include "plan.h"
 #include "reduction.h"
 
 namespace kl_ext {
 namespace {
 
-// The physical tensors: batch dimensions in front, expanded to the whole batch, which costs no memory, and ones behind them, so
-// that the logical dimensions broadcast from the right.
-template <size_t N>
-struct Batch {
-  explicit Batch(const std::array<at::Tensor, N>& logical)
-      : views(at::MultiBatchVmapTransform::logicalToPhysical(at::TensorList(logical))) {
-    const int64_t batch_dims = views[0].numBatchDims();
-    int64_t rank = 0;
-    for (const auto& view : views) {
-      rank = std::max(rank, view.tensor().dim());
+struct LegacyBatching {
+  // A gradient for each example, of an input that the batch shares too.
+  static Gradients backward(const at::Tensor& grad_output, const Call& call, const Mask& mask) {
+    // Batch dimensions in front, expanded to the whole batch, which costs no memory.
+    std::vector<at::Tensor> logical{grad_output};
+    for (const auto& [name, tensor] : call.tensors) {
+      logical.push_back(tensor);
     }
-    for (size_t i = 0; i < N; ++i) {
-      physical[i] = views[i].tensor();
-      while (physical[i].dim() < rank) {
-        physical[i] = physical[i].unsqueeze(batch_dims);
+    const auto views = at::MultiBatchVmapTransform::logicalToPhysical(logical);
+    const int64_t batch_dims = views[0].numBatchDims();
+    const at::DimVector shape = broadcast_shape(call.inputs());
+    const Reduction how =
+        parse_reduction(call.op->backward_name, call.reduction, call.dim, static_cast<int64_t>(shape.size()));
+    at::Tensor grad = views[0].tensor();
+    at::DimVector dims; // that are reduced: they count from behind the batch
+    for (size_t dim = 0; dim < how.reduced.size(); ++dim) {
+      if (how.reduced[dim]) {
+        dims.push_back(static_cast<int64_t>(dim) + batch_dims);
       }
     }
+    const bool is_single = !how.is_none && shape.empty(); // one term to an example: a dimension of size 1
+    if (is_single) {
+      dims.push_back(batch_dims);
+    }
+    if (how.by_first) {
+      grad = quotient(grad.to(arithmetic_type(call.tensors, grad.scalar_type())), how.divisor(at::IntArrayRef(shape)));
+    }
+
+    // Ones behind the batch dimensions, so that the logical ones broadcast from the right.
+    const size_t rank = batch_dims + (how.is_none ? grad.dim() - batch_dims : is_single ? 1 : static_cast<int64_t>(shape.size()));
+    std::vector<at::Tensor> aligned;
+    for (size_t i = 1; i < views.size(); ++i) {
+      at::DimVector sizes(views[i].tensor().sizes());
+      sizes.insert(sizes.begin() + batch_dims, rank - sizes.size(), 1);
+      aligned.push_back(views[i].tensor().reshape(sizes));
+    }
+    Call physical(*call.op);
+    for (size_t i = 0; i < aligned.size(); ++i) {
+      physical.tensors.push_back({call.tensors[i].name, aligned[i]});
+    }
+    physical.is_given = call.is_given;
+    physical.has_weight = call.has_weight;
+    physical.clamp_min = call.clamp_min;
+    physical.clamp_max = call.clamp_max;
+    physical.reduction = how.by_first ? "sum" : call.reduction;
+    physical.dim = dims.empty() ? at::OptionalIntArrayRef() : at::OptionalIntArrayRef(dims);
+    physical.keepdim = call.keepdim && !is_single;
+    Gradients gradients = call.op->backward(grad, physical, mask);
+    for (size_t i = 0; i < call.inputs().size(); ++i) {
+      if (gradients[i].defined()) {
+        const at::Tensor gradient = gradients[i].reshape(views[i + 1].tensor().sizes());
+        gradients[i] = views[0].getPhysicalToLogicalMap().apply(gradient);
+      }
+    }
+    return gradients;
   }
-
-  at::Tensor to_logical(const at::Tensor& result) const { return views[0].getPhysicalToLogicalMap().apply(result); }
-
-  at::VmapPhysicalViewVec views;
-  std::array<at::Tensor, N> physical;
 };
 
-// A gradient for each example, of an input that the batch shares too.
-template <class Backward, class... Inputs>
-auto backward(const Backward& operation, const at::Tensor& grad_output, const Inputs&... inputs) {
-  const Batch<1 + sizeof...(Inputs)> batch({grad_output, inputs...});
-  auto gradients = std::apply(operation, batch.physical);
-  size_t input = 0;
-  const auto restore = [&](at::Tensor& gradient) {
-    const at::Tensor& physical = batch.views[++input].tensor();
-    if (gradient.defined()) {
-      gradient = batch.to_logical(gradient.reshape(physical.sizes()));
-    }
-  };
-  std::apply([&](auto&... gradient) { ((input < sizeof...(Inputs) ? restore(gradient) : void()), ...); }, gradients);
-  return gradients;
-}
-
-std::tuple<at::Tensor, at::Tensor> kl_div_single_loss_backward(const at::Tensor& grad_output, const at::Tensor& mu,
-                                                               const at::Tensor& log_var, double clamp_min, double clamp_max,
-                                                               std::array<bool, 2> output_mask) {
-  const auto operation = [&](const auto&... tensors) {
-    return ops::kl_div_single_loss_backward(tensors..., clamp_min, clamp_max, output_mask);
-  };
-  return backward(operation, grad_output, mu, log_var);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kl_div_pair_loss_backward(
-    const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const at::Tensor& mu_q,
-    const at::Tensor& log_var_q, double clamp_min, double clamp_max, std::array<bool, 4> output_mask) {
-  const auto operation = [&](const auto&... tensors) {
-    return ops::kl_div_pair_loss_backward(tensors..., clamp_min, clamp_max, output_mask);
-  };
-  return backward(operation, grad_output, mu_p, log_var_p, mu_q, log_var_q);
-}
-
-// The gradient of the terms from that of their reduction, in operators that batch.
-at::Tensor unreduce(const at::Tensor& grad_output, at::TensorList inputs, std::string_view reduction,
-                    at::OptionalIntArrayRef dim, bool keepdim) {
-  at::DimVector shape(inputs[0].sizes());
-  bool is_double = grad_output.scalar_type() == at::kDouble;
-  for (const auto& input : inputs) {
-    shape = at::infer_size_dimvector(shape, input.sizes());
-    is_double |= input.scalar_type() == at::kDouble;
-  }
-  const Reduction how = parse_reduction("gaussian_kl_div_backward", reduction, dim, static_cast<int64_t>(shape.size()));
-  const at::Tensor grad = grad_output.to(is_double ? at::kDouble : at::kFloat);
-  const at::Tensor divided = how.divides ? quotient(grad, how.divisor(at::IntArrayRef(shape))) : grad;
-  return (keepdim ? divided : how.unsqueeze(divided)).expand(shape);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gaussian_kl_div_backward(
-    const at::Tensor& grad_output, const at::Tensor& mu_p, const at::Tensor& log_var_p, const std::optional<at::Tensor>& mu_q,
-    const std::optional<at::Tensor>& log_var_q, double clamp_min, double clamp_max, std::string_view reduction,
-    at::OptionalIntArrayRef dim, std::array<bool, 4> output_mask, bool keepdim) {
-  const auto operation = [&](const at::Tensor& grad_terms, const at::Tensor& mean, const at::Tensor& log_var,
-                             const auto&... q) {
-    const std::array<std::optional<at::Tensor>, 2> optional_q = {q...};
-    return ops::gaussian_kl_div_backward(grad_terms, mean, log_var, optional_q[0], optional_q[1], clamp_min, clamp_max, "none",
-                                         std::nullopt, output_mask, /*keepdim=*/false);
-  };
-  if (!mu_q) {
-    return backward(operation, unreduce(grad_output, {mu_p, log_var_p}, reduction, dim, keepdim), mu_p, log_var_p);
-  }
-  return backward(operation, unreduce(grad_output, {mu_p, log_var_p, *mu_q, *log_var_q}, reduction, dim, keepdim), mu_p,
-                  log_var_p, *mu_q, *log_var_q);
-}
-
-TORCH_LIBRARY_IMPL(kl_ext, Batched, m) {
-  m.impl("kl_div_single_loss_backward", kl_div_single_loss_backward);
-  m.impl("kl_div_pair_loss_backward", kl_div_pair_loss_backward);
-  m.impl("gaussian_kl_div_backward", gaussian_kl_div_backward);
-}
+TORCH_LIBRARY_IMPL(kl_ext, Batched, m) { register_layer<LegacyBatching>(m); }
 
 } // namespace
 } // namespace kl_ext

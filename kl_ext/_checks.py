@@ -40,11 +40,34 @@ def check_result_dtype(function: str, dtype: torch.dtype | None) -> None:
         raise TypeError(f"{function}: expected dtype to be float16, bfloat16, float32 or float64, got {_named(dtype)}")
 
 
-def check_together(function: str, mu_q: object, log_var_q: object) -> None:
-    """Both parameters of q or neither."""
-    if (mu_q is None) != (log_var_q is None):
-        alone = "log_var_q" if mu_q is None else "mu_q"
-        raise ValueError(f"{function}: expected mu_q and log_var_q together or neither, got {alone} alone")
+def check_together(function: str, optional: Mapping[str, object]) -> None:
+    """All of them or none."""
+    given = [name for name, value in optional.items() if value is not None]
+    if given and len(given) < len(optional):
+        first, *_, last = optional
+        raise ValueError(f"{function}: expected {first} and {last} together or neither, got {given[0]} alone")
+
+
+def check_weight(function: str, weight: Tensor) -> None:
+    """Its dtype and layout."""
+    if weight.dtype not in (torch.bool, *DTYPES):
+        raise TypeError(
+            f"{function}: expected weight to be a bool, float16, bfloat16, float32 or float64 tensor, got {_named(weight.dtype)}"
+        )
+    if weight.layout not in LAYOUTS:
+        raise TypeError(f"{function}: expected weight to be a strided tensor, got {weight.layout}")
+
+
+def check_weight_shape(function: str, weight: Tensor, shape: Sequence[int]) -> None:
+    """It broadcasts with the terms and never enlarges them."""
+    if not _expands(weight.shape, shape):
+        raise RuntimeError(
+            f"{function}: expected weight to expand to the shape {list(shape)} of the terms, got shape {list(weight.shape)}"
+        )
+
+
+def _expands(own: Sequence[int], shape: Sequence[int]) -> bool:
+    return len(own) <= len(shape) and all(size in (1, full) for size, full in zip(reversed(own), reversed(shape)))
 
 
 def common_device(function: str, tensors: Mapping[str, Tensor]) -> torch.device:
@@ -77,8 +100,7 @@ def check_expand(function: str, grad_output: Tensor, inputs: Mapping[str, Tensor
     """Each input to the shape of grad_output."""
     shape = grad_output.shape
     for name, tensor in inputs.items():
-        sizes = zip(reversed(tensor.shape), reversed(shape))
-        if tensor.dim() > len(shape) or not all(size in (1, full) for size, full in sizes):
+        if not _expands(tensor.shape, shape):
             raise RuntimeError(
                 f"{function}: expected {name} to expand to the shape {list(shape)} of grad_output, "
                 f"got shape {list(tensor.shape)}"
@@ -140,12 +162,12 @@ def _overlap(a: Tensor, b: Tensor) -> int:
 
 def check_gradients(
     function: str,
-    grad_output: Tensor,
     inputs: Mapping[str, Tensor],
+    read: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
     shape: Sequence[int],
 ) -> None:
-    """The tensors that are to hold gradients of inputs, for terms of a shape."""
+    """The tensors that are to hold gradients of inputs, for terms of a shape, made of all that is read."""
     for name, gradient in gradients.items():
         like = inputs[name]
         if gradient.dtype != like.dtype:
@@ -163,7 +185,7 @@ def check_gradients(
                 "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
                 "Please clone() the tensor before performing the operation."
             )
-        for argument, tensor in {"grad_output": grad_output, **inputs}.items():
+        for argument, tensor in read.items():
             overlap = _overlap(gradient, tensor)
             if overlap == 2:
                 raise RuntimeError(

@@ -131,6 +131,7 @@ def gaussian_kl_div(
     mu_q: Tensor | float | None = None,
     log_var_q: Tensor | float | None = None,
     *,
+    weight: Tensor | None = None,
     clamp_min: float | None = -30.0,
     clamp_max: float | None = 20.0,
     reduction: str = "none",
@@ -184,16 +185,17 @@ def gaussian_kl_div(
     """
     if not _is_compiling():
         result = _bindings.gaussian_kl_div(
-            mu_p, log_var_p, mu_q, log_var_q, clamp_min, clamp_max, reduction, dim, keepdim, dtype
+            mu_p, log_var_p, mu_q, log_var_q, weight, clamp_min, clamp_max, reduction, dim, keepdim, dtype
         )
         if result is not None:
             return result
-        given = (mu_p, log_var_p, mu_q, log_var_q)
+        given = (mu_p, log_var_p, mu_q, log_var_q, weight)
         if has_torch_function(given):
             return handle_torch_function(
                 gaussian_kl_div,
                 given,
-                *given,
+                *given[:4],
+                weight=weight,
                 clamp_min=clamp_min,
                 clamp_max=clamp_max,
                 reduction=reduction,
@@ -201,41 +203,60 @@ def gaussian_kl_div(
                 keepdim=keepdim,
                 dtype=dtype,
             )
-    name = "gaussian_kl_div"
-    check_are_tensors(name, mu_p=mu_p, log_var_p=log_var_p)
+    p, q = {"mu_p": mu_p, "log_var_p": log_var_p}, {"mu_q": mu_q, "log_var_q": log_var_q}
+    clamp = as_clamp("gaussian_kl_div", clamp_min, clamp_max)
+    return _reduced(_gaussian_kl_div, "gaussian_kl_div", p, q, weight, clamp, reduction, dim, keepdim, dtype)
+
+
+_Q = dict[str, Tensor | float | None]
+
+
+def _reduced(
+    operator: Callable[..., Tensor],
+    name: str,
+    p: dict[str, Tensor],
+    q: _Q,
+    weight: Tensor | None,
+    clamp: dict[str, float],
+    reduction: str,
+    dim: int | Sequence[int] | None,
+    keepdim: bool,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """An operator that reduces, with arguments of every kind that a public function takes."""
+    check_are_tensors(name, **p)
+    if weight is not None:
+        check_are_tensors(name, weight=weight)
     dims, kind = as_dims(name, dim), as_dtype(name, dtype)
     how = {
-        **as_clamp(name, clamp_min, clamp_max),
+        **clamp,
         "reduction": as_reduction(name, reduction, dims),
         "dim": dims,
         "keepdim": as_flag(name, "keepdim", keepdim),
     }
-    q, kind = _as_q(mu_p, log_var_p, mu_q, log_var_q, kind)
-    return _call(_gaussian_kl_div, name, {"mu_p": mu_p, "log_var_p": log_var_p, **q}, **how, dtype=kind)
-
-
-_Q = Tensor | float | None
+    tensors, kind = _as_q(name, p, q, weight, kind)
+    return _call(operator, name, {**p, **tensors, "weight": weight}, **how, dtype=kind)
 
 
 def _as_q(
-    mu_p: Tensor, log_var_p: Tensor, mu_q: _Q, log_var_q: _Q, dtype: torch.dtype | None
+    function: str, p: dict[str, Tensor], q: _Q, weight: Tensor | None, dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor | None], torch.dtype | None]:
     """Tensors for q, and the dtype of the result. Numbers become 0-dim tensors, precise as the arithmetic and without weight in
-    the promotion. They are filled on the device of mu_p: nothing is copied to it, so that a CUDA graph can hold the call."""
-    given = {"mu_q": mu_q, "log_var_q": log_var_q}
-    check_together("gaussian_kl_div", mu_q, log_var_q)
-    tensors = [x for x in (mu_p, log_var_p, mu_q, log_var_q) if isinstance(x, Tensor)]
-    q = {name: x for name, x in given.items() if x is None or isinstance(x, Tensor)}
-    if len(q) == 2:
-        return q, dtype
+    the promotion. They are filled on the device of p: nothing is copied to it, so that a CUDA graph can hold the call."""
+    check_together(function, q)
+    tensors = [x for x in (*p.values(), *q.values(), weight) if isinstance(x, Tensor)]
+    of_q = {name: x for name, x in q.items() if x is None or isinstance(x, Tensor)}
+    if len(of_q) == len(q):
+        return of_q, dtype
     is_double = dtype == torch.float64 or any(tensor.dtype == torch.float64 for tensor in tensors)
-    if dtype is None and not any(tensor.dim() for tensor in tensors) and not torch.is_autocast_enabled(mu_p.device.type):
+    device = tensors[0].device
+    if dtype is None and not any(tensor.dim() for tensor in tensors) and not torch.is_autocast_enabled(device.type):
         dtype = result_dtype(tensors)  # 0-dim tensors beside nothing else all have weight
-    for name, x in given.items():
-        if name not in q:
-            number = as_number("gaussian_kl_div", name, x, "a Tensor or a number")
-            q[name] = torch.full((), number, dtype=torch.float64 if is_double else torch.float32, device=mu_p.device)
-    return {name: q[name] for name in given}, dtype
+    for name, x in q.items():
+        if name not in of_q:
+            number = as_number(function, name, x, "a Tensor or a number")
+            of_q[name] = torch.full((), number, dtype=torch.float64 if is_double else torch.float32, device=device)
+    return {name: of_q[name] for name in q}, dtype
 
 
 def _call(operator: Callable[..., Tensor], function: str, tensors: dict[str, Any], **others: Any) -> Tensor:

@@ -14,24 +14,49 @@ from torch import Tensor
 
 import kl_ext  # noqa: F401
 import layouts
-from emulated_kernels import DTYPES, NARROW, Emulated, Result, assert_same_bits
+from emulated_kernels import NARROW, STORAGES, Emulated, Result, assert_same_bits
 from ordered_sum import reduced_sum
 
-KERNELS = (
-    "kl_div_single_loss",
-    "kl_div_single_loss_backward",
-    "kl_div_pair_loss",
-    "kl_div_pair_loss_backward",
-    "gaussian_kl_div",
-    "gaussian_kl_div_backward",
-)  # in the order of tests/cuda_emulation/driver.cpp
-SUMS = (
-    "kl_div_single_loss_sum",
-    "gaussian_kl_div_sum",
-    "kl_div_single_loss_backward_sum",
-    "kl_div_pair_loss_backward_sum",
-    "gaussian_kl_div_backward_sum",
-)  # in the order of tests/cuda_emulation/driver.cpp
+# Of an operator and the number of its inputs.
+FORMULAS = {
+    ("kl_div_single_loss", 2): "StandardDivergence",
+    ("kl_div_pair_loss", 4): "Divergence",
+    ("gaussian_kl_div", 2): "StandardDivergence",
+    ("gaussian_kl_div", 4): "Divergence",
+}
+
+
+def kernel_of(function: str, operator: str, inputs: Sequence[Tensor], weight: Tensor | None = None) -> str:
+    """In the words of csrc/cuda/instances.txt."""
+    formula = FORMULAS[operator, len(inputs)]
+    return f"{function} {formula if weight is None else f'Weighted<{formula}>'}"
+
+
+def settings_of(operator: str, clamp: tuple[float, float]) -> ctypes.Array[ctypes.c_double]:
+    return (ctypes.c_double * 4)(*clamp, *((2.0, 0.5) if operator == "kl_div_pair_loss" else (1.0, 0.0)))
+
+
+def keywords_of(operator: str, clamp: tuple[float, float], weight: Tensor | None) -> dict[str, Any]:
+    bounds = {} if operator == "normal_kl_div" else {"clamp_min": clamp[0], "clamp_max": clamp[1]}
+    return {**bounds, **({} if weight is None else {"weight": weight})}
+
+
+def backward_of(
+    operator: str,
+    grad_output: Tensor,
+    inputs: Sequence[Tensor],
+    clamp: tuple[float, float],
+    mask: Sequence[bool],
+    weight: Tensor | None = None,
+) -> Sequence[Tensor]:
+    """The operator's gradients of terms that are not reduced."""
+    reduces = "reduction" in str(getattr(torch.ops.kl_ext, operator).default._schema)
+    most = 4 if reduces else len(inputs)
+    absent = [None] * (most - len(inputs))
+    bounds = [] if operator == "normal_kl_div" else list(clamp)
+    masked = [*mask, *[False] * len(absent)]
+    rest = ["none", None, masked, False, weight] if reduces else [masked]
+    return getattr(torch.ops.kl_ext, f"{operator}_backward")(grad_output, *inputs, *absent, *bounds, *rest)[: len(inputs)]
 
 
 def dimensions(operands: Sequence[Tensor | None]) -> tuple[list[int], list[list[int]]]:
@@ -58,7 +83,7 @@ def launch(
     emulated: Emulated,
     kernel: str,
     operands: Sequence[Tensor | None],
-    clamp: tuple[float, float],
+    settings: ctypes.Array[ctypes.c_double],
     last_blocks: int = 2**32 - 1,
 ) -> list[int]:
     """Runs a kernel, or the last blocks of each of its launches, and returns the launches' grids."""
@@ -69,15 +94,14 @@ def launch(
     grids = (ctypes.c_uint32 * 64)()
     launches = emulated.call(
         "run",
-        KERNELS.index(kernel),
+        kernel.encode(),
         ndim,
         (ctypes.c_int64 * ndim)(*sizes),
         count,
         (ctypes.c_void_p * count)(*(None if x is None else x.data_ptr() for x in operands)),
-        (ctypes.c_int * count)(*(2 if x is None else DTYPES.index(x.dtype) for x in operands)),
+        (ctypes.c_int * count)(*(2 if x is None else STORAGES.index(x.dtype) for x in operands)),
         (ctypes.c_int64 * (ndim * count))(*flat),
-        ctypes.c_double(clamp[0]),
-        ctypes.c_double(clamp[1]),
+        settings,
         ctypes.c_uint32(last_blocks),
         grids,
         len(grids),
@@ -86,11 +110,18 @@ def launch(
 
 
 def check_forward(
-    emulated: Emulated, loss: str, inputs: Sequence[Tensor], dtype: torch.dtype, clamp: tuple[float, float], offset: int = 0
+    emulated: Emulated,
+    loss: str,
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    clamp: tuple[float, float],
+    offset: int = 0,
+    weight: Tensor | None = None,
 ) -> list[int]:
-    expected = getattr(torch.ops.kl_ext, loss)(*inputs, clamp_min=clamp[0], clamp_max=clamp[1], dtype=dtype)
+    expected = getattr(torch.ops.kl_ext, loss)(*inputs, **keywords_of(loss, clamp, weight), dtype=dtype)
     result = Result(expected, offset)
-    grids = launch(emulated, loss, [result.tensor, *inputs], clamp)
+    operands = [result.tensor, *inputs, *([] if weight is None else [weight])]
+    grids = launch(emulated, kernel_of("forward", loss, inputs, weight), operands, settings_of(loss, clamp))
     result.check(expected, f"{loss} of {layouts.describe(*inputs)}")
     return grids
 
@@ -103,18 +134,17 @@ def check_backward(
     clamp: tuple[float, float],
     mask: Sequence[bool] | None = None,
     offset: int = 0,
+    weight: Tensor | None = None,
 ) -> list[int]:
     """Inputs that grad_output's shape broadcasts are given expanded: it is their full gradient that a kernel writes."""
     inputs = [x.expand(grad_output.shape) for x in inputs]
-    mask = [True] * len(inputs) if mask is None else mask
-    kernel = f"{loss}_backward"
-    reduction = ("none", None) if loss == "gaussian_kl_div" else ()
-    expected = getattr(torch.ops.kl_ext, kernel)(grad_output, *inputs, *clamp, *reduction, list(mask))
+    expected = backward_of(loss, grad_output, inputs, clamp, mask or [True] * len(inputs), weight)
     results = [None if x is None else Result(x, offset) for x in expected]
-    grids = launch(emulated, kernel, [*(r and r.tensor for r in results), grad_output, *inputs], clamp)
+    operands = [*(r and r.tensor for r in results), grad_output, *inputs, *([] if weight is None else [weight])]
+    grids = launch(emulated, kernel_of("backward", loss, inputs, weight), operands, settings_of(loss, clamp))
     for i, result in enumerate(results):
         if result is not None:
-            result.check(expected[i], f"gradient {i} of {kernel} of {layouts.describe(grad_output, *inputs)}")
+            result.check(expected[i], f"gradient {i} of {loss} of {layouts.describe(grad_output, *inputs)}")
     return grids
 
 
@@ -126,7 +156,7 @@ def launch_sum(
     operands: Sequence[Tensor | str | None],
     sums: Sequence[Tensor],
     divisor: int = 1,
-    clamp: tuple[float, float] = NARROW,
+    settings: ctypes.Array[ctypes.c_double] | None = None,
     last_blocks: int = 2**32 - 1,
 ) -> list[int]:
     """Sums over the dims those operands that are given as "sum"; None is a gradient not wanted. Returns the launches' grids."""
@@ -141,20 +171,19 @@ def launch_sum(
     grids = (ctypes.c_uint32 * 8)()
     launches = emulated.call(
         "run_sum",
-        SUMS.index(kernel),
+        kernel.encode(),
         ndim,
         (ctypes.c_int64 * ndim)(*reversed(shape)),
         (ctypes.c_bool * ndim)(*(dim in dims for dim in reversed(range(ndim)))),
         count,
         (ctypes.c_void_p * count)(*(None if x is None else x.data_ptr() for x in tensors)),
-        (ctypes.c_int * count)(*(DTYPES.index(arithmetic if x is None else x.dtype) for x in tensors)),
+        (ctypes.c_int * count)(*(STORAGES.index(arithmetic if x is None else x.dtype) for x in tensors)),
         (ctypes.c_int64 * (ndim * count))(*strides),
         (ctypes.c_bool * 4)(*(isinstance(x, str) for x in operands[:4])),
         ctypes.c_int64(divisor),
-        ctypes.c_double(clamp[0]),
-        ctypes.c_double(clamp[1]),
+        settings or settings_of("gaussian_kl_div", NARROW),
         (ctypes.c_void_p * len(sums))(*(x.data_ptr() for x in sums)),
-        (ctypes.c_int * len(sums))(*(DTYPES.index(x.dtype) for x in sums)),
+        (ctypes.c_int * len(sums))(*(STORAGES.index(x.dtype) for x in sums)),
         ctypes.c_uint32(last_blocks),
         grids,
         len(grids),
@@ -172,25 +201,32 @@ def check_sum(
     dims: Sequence[int],
     reduction: str = "sum",
     clamp: tuple[float, float] = NARROW,
+    operator: str = "gaussian_kl_div",
+    weight: Tensor | None = None,
 ) -> list[int]:
-    """The divergence, reduced over some dims."""
+    """A divergence, reduced over some dims; with a weight, by "sum"."""
     what = f"{reduction} over {dims} of {layouts.describe(*inputs)}"
     shape = torch.broadcast_shapes(*(x.shape for x in inputs))
-    how: dict[str, Any] = {"clamp_min": clamp[0], "clamp_max": clamp[1], "dtype": arithmetic_of(*inputs)}
-    expected = torch.ops.kl_ext.gaussian_kl_div(*inputs, reduction=reduction, dim=list(dims), **how)
+    weights = [] if weight is None else [weight]
+    call = getattr(torch.ops.kl_ext, operator)
+    how: dict[str, Any] = {**keywords_of(operator, clamp, weight), "dtype": arithmetic_of(*inputs, *weights)}
+    expected = call(*inputs, reduction=reduction, dim=list(dims), **how)
     divisor = math.prod(shape[dim] for dim in dims) if reduction == "mean" else 1
     with numpy.errstate(over="ignore", invalid="ignore"):
-        by_definition = reduced_sum(torch.ops.kl_ext.gaussian_kl_div(*inputs, **how), dims)
+        by_definition = reduced_sum(call(*inputs, **how), dims)
     assert_same_bits(expected, by_definition / torch.tensor(divisor, dtype=expected.dtype), f"{what}, on the CPU")
-    kernel = "kl_div_single_loss_sum" if len(inputs) == 2 else "gaussian_kl_div_sum"
+    kernel = kernel_of("forward_sum", operator, inputs, weight)
     grids = []
     dtypes = {expected.dtype, functools.reduce(torch.promote_types, (x.dtype for x in inputs))}
     for dtype in dtypes | ({torch.bfloat16} if expected.dtype == torch.float64 else set()):
         how["dtype"] = dtype
-        rounded = torch.ops.kl_ext.gaussian_kl_div(*inputs, reduction=reduction, dim=list(dims), **how)
-        result = Result(rounded)
-        grids = launch_sum(emulated, kernel, shape, dims, ["sum", *inputs], [result.tensor], divisor, clamp)
-        result.check(rounded, f"{what} in {dtype}")
+        if arithmetic_of(*inputs, *weights) == torch.float64 or dtype != torch.float64:
+            rounded = call(*inputs, reduction=reduction, dim=list(dims), **how)
+            result = Result(rounded)
+            operands = ["sum", *inputs, *weights]
+            settings = settings_of(operator, clamp)
+            grids = launch_sum(emulated, kernel, shape, dims, operands, [result.tensor], divisor, settings)
+            result.check(rounded, f"{what} in {dtype}")
     return grids
 
 
@@ -201,14 +237,13 @@ def check_gradients(
     inputs: Sequence[Tensor],
     clamp: tuple[float, float] = NARROW,
     mask: Sequence[bool] | None = None,
+    weight: Tensor | None = None,
 ) -> list[int]:
-    """Gradients of which some are sums, in as many passes as csrc/cuda/losses.cpp makes."""
+    """Gradients of which some are sums, in as many passes as csrc/backend.h makes."""
     what = f"gradients of {loss} of {layouts.describe(grad_output, *inputs)}"
     shape = grad_output.shape
     wanted = list(mask or [True] * len(inputs))
-    reduction = ("none", None) if loss == "gaussian_kl_div" else ()
-    operator = getattr(torch.ops.kl_ext, f"{loss}_backward")
-    expected = operator(grad_output, *inputs, *clamp, *reduction, wanted)
+    expected = backward_of(loss, grad_output, inputs, clamp, wanted, weight)
     aligned = [x.view([1] * (len(shape) - x.dim()) + list(x.shape)) for x in inputs]
     broadcast = [[dim for dim, size in enumerate(x.shape) if size != shape[dim]] for x in aligned]
     grids = []
@@ -226,13 +261,13 @@ def check_gradients(
         sums = {i: Result(expected[i].contiguous()) for i in summed}
         grids += launch_sum(
             emulated,
-            f"{loss}_backward_sum",
+            kernel_of("backward_sum", loss, inputs, weight),
             shape,
             dims,
-            [*operands, grad_output, *inputs],
+            [*operands, grad_output, *inputs, *([] if weight is None else [weight])],
             [result.tensor for result in sums.values()],
             1,
-            clamp,
+            settings_of(loss, clamp),
         )
         for i, result in [*results.items(), *sums.items()]:
             result.check(expected[i], f"{what}: {i}")
@@ -251,7 +286,7 @@ def finish_sums(emulated: Emulated, partials: Tensor, are_lanes: bool, sums: Ten
         ctypes.c_int64(columns),
         ctypes.c_int64(divisor),
         ctypes.c_void_p(sums.data_ptr()),
-        DTYPES.index(sums.dtype),
+        STORAGES.index(sums.dtype),
         (ctypes.c_uint32 * 8)(),
         8,
     )

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -25,7 +26,8 @@ import points
 
 ROOT = Path(__file__).parent.parent
 EMULATION = ROOT / "tests/cuda_emulation"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # in the order of csrc/cuda/kernels.h
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+STORAGES = (*DTYPES, torch.bool)  # in the order of csrc/cuda/kernels.h
 NARROW, WIDE = (-30.0, 20.0), (-math.inf, math.inf)
 THREADS = 256
 GUARD = 64  # bytes on either side of a result that nothing may touch
@@ -50,7 +52,7 @@ def compile_emulated(sources: Sequence[Path], folder: Path, sanitize: bool = Fal
         pytest.skip("no C++ compiler")
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-Wall", "-Wextra"]
     flags += SANITIZE if sanitize else []
-    header = ["-include", str(EMULATION / "emulation.h")]
+    header = ["-include", str(EMULATION / "emulation.h"), "-I", str(ROOT / "csrc")]
 
     def compile_one(source: Path) -> Path:
         out = folder / f"{source.stem}.o"
@@ -72,10 +74,30 @@ def link_emulated(objects: Sequence[Path], out: Path, sanitize: bool = False, sh
 @functools.cache
 def objects() -> list[Path]:
     """Of every kernel and of the driver, compiled once for all tests."""
-    folder = tempfile.mkdtemp()
+    folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
-    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), *sorted(EMULATION.glob("*.cpp"))]
-    return compile_emulated(sources, Path(folder), SANITIZED)
+    sources = [*instances(folder), *sorted((ROOT / "csrc/cuda").glob("*.cu")), *sorted(EMULATION.glob("*.cpp"))]
+    return compile_emulated(sources, folder, SANITIZED)
+
+
+def instances(folder: Path) -> list[Path]:
+    """The source files that the build makes of csrc/cuda/instances.txt, each of which enters its functions in the driver's list."""
+    template = (ROOT / "csrc/cuda/instance.cu.in").read_text()
+    sources = []
+    for line in (ROOT / "csrc/cuda/instances.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        formula, *functions = line.split()
+        names = [f"{function}<math::{formula}>" for function in functions]
+        code = "\n".join(f"template decltype({name}) {name};" for name in names)
+        entries = "\n".join(
+            f'const bool entered_{function} = emulation::enter("{function} {formula}", {name});'
+            for function, name in zip(functions, names)
+        )
+        sources.append(folder / (re.sub(r"\W", "_", line) + ".cu"))
+        driver = f'#include "{EMULATION}/driver.h"\nnamespace kl_ext::cuda::kernels {{\n{entries}\n}}\n'
+        sources[-1].write_text(template.replace("@instances@", code) + driver)
+    return sources
 
 
 @functools.cache

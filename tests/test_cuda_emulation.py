@@ -11,10 +11,11 @@ from torch import Tensor
 
 import kl_ext  # noqa: F401
 import layouts
-from emulated_checks import check_backward, check_forward, launch
+from emulated_checks import check_backward, check_forward, kernel_of, launch, settings_of
 from emulated_kernels import DTYPES, NARROW, THREADS, WIDE, assert_same_bits, inputs_of, values
 
 LOSSES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div")
+SETTINGS = settings_of("kl_div_single_loss", NARROW)
 
 # Dtypes of the inputs and of the result that have vector kernels, with the numbers in a vector.
 VECTORS = (
@@ -114,7 +115,7 @@ def test_rows_that_no_vector_divides(emulated, rng):
     """Aligned rows, of the result too, with a short vector at the end of each."""
     inputs = [within(x, 0, 3) for x in values(rng, "kl_div_single_loss", [5, 33], torch.float32)]
     out = torch.zeros(5, 36)[:, :33]
-    assert launch(emulated, "kl_div_single_loss", [out, *inputs], NARROW) == strided_grid(5 * 33)
+    assert launch(emulated, "forward StandardDivergence", [out, *inputs], SETTINGS) == strided_grid(5 * 33)
     assert_same_bits(out, torch.ops.kl_ext.kl_div_single_loss(*inputs), "rows")
 
 
@@ -129,7 +130,8 @@ def test_gradients_of_halves_are_written_into_the_whole_in_vectors(emulated, rng
         expected = backward(grad_output, *inputs, *NARROW, *reduction, [True] * len(inputs))
         wholes = [torch.full((6, 32), float("nan"), dtype=input_dtype) for _ in pairs]
         halves = [half for whole in wholes for half in whole.chunk(2, 1)]
-        assert launch(emulated, f"{loss}_backward", [*halves, grad_output, *inputs], NARROW) == vector_grid(6 * 16, items)
+        kernel = kernel_of("backward", loss, inputs)
+        assert launch(emulated, kernel, [*halves, grad_output, *inputs], settings_of(loss, NARROW)) == vector_grid(6 * 16, items)
         for i, half in enumerate(halves):
             assert_same_bits(half, expected[i], f"gradient {i}")
 
@@ -188,7 +190,7 @@ def test_more_dimensions_than_a_launch_takes(emulated):
     out = torch.full(shape, -1.0, dtype=dtype)
     mu = torch.tensor(0.5, dtype=dtype).expand(shape)
     log_var = torch.rand(2**dims, dtype=dtype).view(shape).permute(*reversed(range(dims)))
-    assert len(launch(emulated, "kl_div_single_loss", [out, mu, log_var], NARROW, last_blocks=1)) == 2
+    assert len(launch(emulated, "forward StandardDivergence", [out, mu, log_var], SETTINGS, last_blocks=1)) == 2
     for half in range(2):
         index = (half, *[1] * (dims - 1 - int(math.log2(last))))
         expected = torch.ops.kl_ext.kl_div_single_loss(mu[index].contiguous(), log_var[index].contiguous())
@@ -204,7 +206,7 @@ def test_more_elements_than_32_bits_count(emulated, rng, tmp_path, misaligned):
     out, mu, log_var = (x[misaligned : misaligned + numel] for x in files)
     for x, value in zip((mu, log_var), values(rng, "kl_div_single_loss", [last], torch.bfloat16), strict=True):
         x[-last:] = value
-    grids = launch(emulated, "kl_div_single_loss", [out, mu, log_var], NARROW, last_blocks=2)
+    grids = launch(emulated, "forward StandardDivergence", [out, mu, log_var], SETTINGS, last_blocks=2)
     assert grids == (vector_grid(numel, 8) if not misaligned else [2**21, 2**21, 2**11 + 1])
     assert_same_bits(out[-last:], torch.ops.kl_ext.kl_div_single_loss(mu[-last:], log_var[-last:]), "the last elements")
     assert not out[: 2**20].any()

@@ -25,10 +25,11 @@ SCHEMAS = {
     " bool[2] output_mask) -> (Tensor, Tensor)",
     "kl_div_pair_loss_backward": "(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor log_var_q,"
     " float clamp_min, float clamp_max, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
-    "gaussian_kl_div": "(Tensor mu_p, Tensor log_var_p, Tensor? mu_q=None, Tensor? log_var_q=None, *, float clamp_min=-30.0,"
-    ' float clamp_max=20.0, str reduction="none", int[]? dim=None, bool keepdim=False, ScalarType? dtype=None) -> Tensor',
+    "gaussian_kl_div": "(Tensor mu_p, Tensor log_var_p, Tensor? mu_q=None, Tensor? log_var_q=None, Tensor? weight=None, *,"
+    ' float clamp_min=-30.0, float clamp_max=20.0, str reduction="none", int[]? dim=None, bool keepdim=False, ScalarType? dtype=None) -> Tensor',
     "gaussian_kl_div_backward": "(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor? mu_q, Tensor? log_var_q,"
-    " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] output_mask, bool keepdim=False)"
+    " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] output_mask, bool keepdim=False,"
+    " Tensor? weight=None)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 }
 # The gradients go where they are told.
@@ -39,7 +40,8 @@ OUT_SCHEMAS = {
     " float clamp_min, float clamp_max, *, Tensor(a!)? grad_mu_p, Tensor(b!)? grad_log_var_p, Tensor(c!)? grad_mu_q,"
     " Tensor(d!)? grad_log_var_q) -> ()",
     "gaussian_kl_div_backward": "(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor? mu_q, Tensor? log_var_q,"
-    " float clamp_min, float clamp_max, str reduction, int[]? dim, bool keepdim=False, *, Tensor(a!)? grad_mu_p,"
+    " float clamp_min, float clamp_max, str reduction, int[]? dim, bool keepdim=False, Tensor? weight=None, *,"
+    " Tensor(a!)? grad_mu_p,"
     " Tensor(b!)? grad_log_var_p,"
     " Tensor(c!)? grad_mu_q, Tensor(d!)? grad_log_var_q) -> ()",
 }

@@ -11,6 +11,8 @@
 #include <memory>
 #include <type_traits>
 
+#include "../operators.h"
+
 namespace kl_ext::autograd {
 
 using torch::autograd::edge_list;
@@ -20,8 +22,10 @@ using torch::autograd::variable_list;
 using torch::dynamo::autograd::CompiledNodeArgs;
 using torch::dynamo::autograd::SwapSavedVariables;
 
-template <size_t N>
-using Tensors = std::array<at::Tensor, N>;
+// grad_output, the inputs and the weight.
+constexpr size_t kMaxTensors = kMaxInputs + 2;
+
+using Tensors = c10::SmallVector<at::Tensor, kMaxTensors>; // undefined where there is none
 
 template <class T, bool intrusive = std::is_base_of_v<c10::intrusive_ptr_target, Node>>
 struct Counted {
@@ -36,18 +40,19 @@ struct Counted<T, false> {
 };
 
 // A node with an edge to each tensor.
-template <class T, size_t N>
-auto make_node(const Tensors<N>& tensors) {
+template <class T>
+auto make_node(Arguments tensors) {
   edge_list edges;
-  edges.reserve(N);
-  for (const auto& tensor : tensors) {
+  edges.reserve(tensors.size());
+  for (const auto& [name, tensor] : tensors) {
     edges.push_back(torch::autograd::impl::gradient_edge(tensor));
   }
   return Counted<T>::make(std::move(edges));
 }
 
-template <class Pointer, size_t N>
-void set_history(const Tensors<N>& results, const Pointer& node) {
+// Makes a node the one that results come from.
+template <class Pointer>
+void record(at::TensorList results, const Pointer& node) {
   for (const auto& result : results) {
     torch::autograd::set_history(result, node);
   }
@@ -56,48 +61,64 @@ void set_history(const Tensors<N>& results, const Pointer& node) {
   }
 }
 
-template <size_t N>
-bool any_requires_grad(const Tensors<N>& tensors) {
+inline bool any_requires_grad(Arguments tensors) {
   return at::GradMode::is_enabled() &&
-         std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) { return tensor.requires_grad(); });
+         std::any_of(tensors.begin(), tensors.end(), [](const Argument& argument) { return argument.tensor.requires_grad(); });
 }
 
-// The forward-mode tangents, undefined where there is none, and the tensors without them.
-template <size_t N>
-Tensors<N> tangents_of(const Tensors<N>& tensors) {
-  Tensors<N> tangents;
-  for (size_t i = 0; i < N; ++i) {
-    tangents[i] = tensors[i]._fw_grad(/*level=*/0);
+// What a node knows of a call but for its tensors.
+struct Options {
+  Options() = default;
+
+  explicit Options(const Call& call)
+      : op(call.op),
+        formula(call.formula()),
+        has_weight(call.has_weight),
+        clamp_min(call.clamp_min),
+        clamp_max(call.clamp_max),
+        reduction(call.reduction),
+        dim(call.dim ? std::optional(call.dim->vec()) : std::nullopt),
+        keepdim(call.keepdim) {}
+
+  // The call again, on its inputs and weight.
+  Call call(const Tensors& tensors) const {
+    Call call(*op);
+    const size_t inputs = tensors.size() - (has_weight ? 1 : 0);
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      call.tensors.push_back({i < inputs ? op->description.inputs[i] : "weight", tensors[i]});
+    }
+    call.has_weight = has_weight;
+    std::fill_n(call.is_given.begin(), inputs, true);
+    call.clamp_min = clamp_min;
+    call.clamp_max = clamp_max;
+    call.reduction = reduction;
+    call.dim = dim ? at::OptionalIntArrayRef(*dim) : std::nullopt;
+    call.keepdim = keepdim;
+    return call;
   }
-  return tangents;
-}
 
-template <size_t N>
-Tensors<N> primals_of(const Tensors<N>& tensors) {
-  Tensors<N> primals;
-  for (size_t i = 0; i < N; ++i) {
-    primals[i] = tensors[i]._fw_primal(/*level=*/0);
+  void collect(CompiledNodeArgs& args) const {
+    args.collect(std::string(op->description.name));
+    args.collect(static_cast<int64_t>(formula));
+    args.collect(has_weight);
+    args.collect(clamp_min);
+    args.collect(clamp_max);
+    args.collect(reduction);
+    args.collect(dim);
+    args.collect(keepdim);
   }
-  return primals;
-}
 
-template <size_t N>
-std::array<bool, N> defined(const Tensors<N>& tensors) {
-  std::array<bool, N> result;
-  for (size_t i = 0; i < N; ++i) {
-    result[i] = tensors[i].defined();
-  }
-  return result;
-}
+  const Operator* op = nullptr;
+  int formula = 0;
+  bool has_weight = false;
+  double clamp_min = 0;
+  double clamp_max = 0;
+  std::string reduction;
+  std::optional<std::vector<int64_t>> dim;
+  bool keepdim = false;
+};
 
-template <size_t N>
-bool any(const std::array<bool, N>& flags) {
-  return std::any_of(flags.begin(), flags.end(), [](bool flag) { return flag; });
-}
-
-// A node of the operator Op, which knows the arguments that are not tensors: it holds N saved tensors, some of which may be
-// left out.
-template <class Op, size_t N>
+// A node with the tensors of a call, some of which may be left out.
 struct SavingNode : Node {
   using Node::Node;
 
@@ -110,59 +131,57 @@ struct SavingNode : Node {
 
   // Compiled autograd: what the node holds, and the node applied to stand-ins for it.
   void compiled_args(CompiledNodeArgs& args) const override {
-    for (const auto& variable : saved) {
-      args.collect(variable, /*is_output=*/false);
-    }
-    for (const auto dtype : dtypes) {
-      args.collect(dtype);
+    for (size_t i = 0; i < count; ++i) {
+      args.collect(saved[i], /*is_output=*/false);
+      args.collect(dtypes[i]);
     }
     args.collect(shape);
-    op.collect(args);
+    options.collect(args);
   }
 
   variable_list apply_with_saved(const variable_list& inputs, SwapSavedVariables& swap) override {
-    for (auto& variable : saved) {
-      swap.before(variable);
+    for (size_t i = 0; i < count; ++i) {
+      swap.before(saved[i]);
     }
     swap.before(shape);
     variable_list result = this->apply(variable_list(inputs));
-    for (auto& variable : saved) {
-      swap.after(variable);
+    for (size_t i = 0; i < count; ++i) {
+      swap.after(saved[i]);
     }
     swap.after(shape);
     return result;
   }
 
-  void save(const Tensors<N>& tensors, const std::array<bool, N>& needed) {
-    for (size_t i = 0; i < N; ++i) {
-      dtypes[i] = tensors[i].scalar_type();
-      if (needed[i]) {
-        saved[i] = SavedVariable(tensors[i], /*is_output=*/false);
-      }
+  // The next tensor.
+  void save(const at::Tensor& tensor, bool is_needed) {
+    dtypes[count] = tensor.scalar_type();
+    if (is_needed) {
+      saved[count] = SavedVariable(tensor, /*is_output=*/false);
     }
+    ++count;
   }
 
-  Tensors<N> unpack() {
+  Tensors unpack() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    Tensors<N> tensors;
-    for (size_t i = 0; i < N; ++i) {
-      tensors[i] = saved[i].unpack();
+    Tensors tensors;
+    for (size_t i = 0; i < count; ++i) {
+      tensors.push_back(saved[i].unpack());
     }
     return tensors;
   }
 
-  template <size_t kCount>
-  std::array<bool, kCount> wanted(size_t first = 0) const {
-    std::array<bool, kCount> mask;
-    for (size_t i = 0; i < kCount; ++i) {
+  Mask wanted(size_t inputs, size_t first = 0) const {
+    Mask mask{};
+    for (size_t i = 0; i < inputs; ++i) {
       mask[i] = task_should_compute_output(first + i);
     }
     return mask;
   }
 
-  Op op;
-  std::array<SavedVariable, N> saved;
-  std::array<at::ScalarType, N> dtypes{};
+  Options options;
+  size_t count = 0;
+  std::array<SavedVariable, kMaxTensors> saved;
+  std::array<at::ScalarType, kMaxTensors> dtypes{};
   std::vector<c10::SymInt> shape; // of the terms, where grad_output and what is saved may not tell
 };
 

@@ -27,9 +27,9 @@ const Kernels& chosen = choose();
 
 const Kernels& kernels() { return chosen; }
 
-bool is_wide(Bounds bounds, Arithmetic arithmetic) {
+bool is_wide(const Settings& settings, Arithmetic arithmetic) {
   const double bound = arithmetic == kDouble ? math::kNarrowBound<double> : math::kNarrowBound<float>;
-  return !(bounds.low >= -bound && bounds.high <= bound);
+  return !(settings.low >= -bound && settings.high <= bound);
 }
 
 } // namespace kl_ext::cpu

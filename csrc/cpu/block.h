@@ -6,19 +6,24 @@
 
 #include <algorithm>
 
-#include "../plan.h"
+#include "../backend.h"
 #include "kernels.h"
 
 namespace kl_ext::cpu {
 
-constexpr int kMaxOperands = 9; // of the backward of a pair: four gradients, grad_output, four inputs
-// The bytes of an operand in one block: nine of them fit the first-level cache.
+// Of the backward of a pair: four gradients, grad_output, four inputs, their weight, and what is prepared of q.
+constexpr int kMaxOperands = 11;
+// The bytes of an operand in one block: ten of them fit the first-level cache.
 constexpr int64_t kBlockBytes = 4096;
 // Rows at least this long are cut into blocks one by one; shorter ones are gathered, several to a block.
 constexpr int64_t kLongRow = 256;
 
 // Of the instruction set that torch itself uses.
 const Kernels& kernels();
+
+inline const FormulaKernels& kernels_of(const Terms& terms) {
+  return terms.is_weighted ? kernels().weighted[terms.formula] : kernels().formulas[terms.formula];
+}
 
 inline Storage storage_of(at::ScalarType dtype) {
   switch (dtype) {
@@ -28,6 +33,8 @@ inline Storage storage_of(at::ScalarType dtype) {
       return kBFloat16;
     case at::kFloat:
       return kFloat32;
+    case at::kBool:
+      return kBool;
     default:
       return kFloat64;
   }
@@ -46,13 +53,13 @@ inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t block_numel(Arithmetic arithmetic) { return kBlockBytes / size_of(arithmetic); }
 
 // Whether the kernels for any clamp are needed.
-bool is_wide(Bounds bounds, Arithmetic arithmetic);
+bool is_wide(const Settings& settings, Arithmetic arithmetic);
 
 // Which operand is log_var_q, for the kernels that are given what only q decides where rows share it; no operand, if negative.
 struct GivenQ {
   int log_var_q = -1;
   PrepareQ prepare = nullptr;
-  Bounds bounds{};
+  Settings settings{};
 };
 
 // What only q decides, in the blocks of a thread. The numbers of a block that comes back are those of before.
@@ -61,12 +68,12 @@ class PreparedQ {
   explicit PreparedQ(const GivenQ& given) : given_(given) {}
 
   // Of the tile of log_var_q at `data`, with its numbers one behind the other; null where rows do not share it.
-  void* find(const char* data, const Tile& tile, const void* numbers, bool rows_share_it) {
+  const void* find(const char* data, const Tile& tile, const void* numbers, bool rows_share_it) {
     if (given_.log_var_q < 0 || !rows_share_it) {
       return nullptr;
     }
     if (data != data_ || tile.columns != columns_ || tile.rows > rows_) {
-      given_.prepare(buffer_, numbers, tile.columns * tile.rows, given_.bounds);
+      given_.prepare(buffer_, numbers, tile.columns * tile.rows, given_.settings);
       data_ = data;
       columns_ = tile.columns;
       rows_ = tile.rows;
@@ -84,7 +91,7 @@ class PreparedQ {
 
 // Operands with numbers one behind the other: a block of one row.
 inline Block contiguous(void* const* pointers, int64_t numel) {
-  static constexpr std::int64_t kNoStrides[kMaxOperands + 1] = {};
+  static constexpr std::int64_t kNoStrides[kMaxOperands] = {};
   return {pointers, kNoStrides, numel, 1};
 }
 
@@ -98,7 +105,7 @@ class Operand {
         is_arithmetic_(storage_of(dtype) == storage_of(arithmetic)),
         is_output_(is_output),
         load_(kernels().load[storage_of(dtype)][arithmetic]),
-        store_(kernels().store[storage_of(dtype)][arithmetic]) {}
+        store_(is_output ? kernels().store[storage_of(dtype)][arithmetic] : nullptr) {}
 
   // Whether a row needs no buffer.
   bool is_direct(int64_t column_stride) const { return is_arithmetic_ && column_stride == element_size_; }

@@ -22,17 +22,18 @@ void for_each_block(at::TensorIterator& iterator, Arithmetic arithmetic, bool wh
     for (int64_t row = 0; row < rows; row += height) {
       for (int64_t column = 0; column < columns; column += width) {
         Tile tile{std::min(width, columns - column), std::min(height, rows - row), 0, 0};
-        void* pointers[kMaxOperands + 1] = {};
+        void* pointers[kMaxOperands];
+        const void* prepared_q = nullptr;
         for (int i = 0; i < operand_count; ++i) {
           tile.column_stride = strides[i];
           tile.row_stride = strides[operand_count + i];
           char* const start = data[i] + row * tile.row_stride + column * tile.column_stride;
           pointers[i] = operands[i].begin_block(start, tile);
           if (i == given.log_var_q) {
-            pointers[operand_count] = prepared.find(start, tile, pointers[i], shares_q);
+            prepared_q = prepared.find(start, tile, pointers[i], shares_q);
           }
         }
-        compute(pointers, tile.columns * tile.rows);
+        compute(pointers, prepared_q, tile.columns * tile.rows);
         for (int i = 0; i < iterator.noutputs(); ++i) {
           tile.column_stride = strides[i];
           tile.row_stride = strides[operand_count + i];

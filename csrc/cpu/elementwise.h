@@ -10,10 +10,10 @@
 
 namespace kl_ext::cpu {
 
-using Compute = c10::function_ref<void(void* const* pointers, int64_t numel)>;
+// Of a block: the operands, and what is prepared of q, or null.
+using Compute = c10::function_ref<void(void* const* pointers, const void* prepared_q, int64_t numel)>;
 
-// Calls compute for block after block, the pointers in the order of the iterator's operands, and what is prepared of q behind
-// them, or null. A block holds at most block_numel numbers, unless every operand is direct and `whole_rows` allows it.
+// Calls compute for block after block, the pointers in the order of the iterator's operands. A block holds at most block_numel numbers, unless every operand is direct and `whole_rows` allows it.
 void for_each_block(at::TensorIterator& iterator, Arithmetic arithmetic, bool whole_rows, const GivenQ& given, Compute compute);
 
 } // namespace kl_ext::cpu

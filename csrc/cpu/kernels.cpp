@@ -10,67 +10,71 @@
 namespace kl_ext::cpu::KL_EXT_CPU_CAPABILITY {
 namespace {
 
-template <class Loss, Range range, class S>
-void forward(const Block& block, Bounds bounds) {
+template <class F, Range range, class S>
+void forward(const Block& block, Settings given) {
   using T = typename ArithmeticOf<S>::Type;
-  const math::Clamp<T> clamp = to_clamp<T>(bounds);
+  const math::Settings<T> settings = to_settings<T>(given);
   for (std::int64_t row = 0; row < block.rows; ++row) {
-    const Inputs<Loss, S> inputs(block, 1, row);
+    const Inputs<F, S> inputs(block, 1, row);
     S* const result = row_of<S>(block, 0, row);
     for_each_group<S>(block.columns, [&]<int kNumbers>(Count<kNumbers>, std::int64_t i) KL_EXT_INLINE_LAMBDA {
       T terms[kNumbers];
-      compute_terms<Loss, range>(terms, inputs, i, clamp);
+      compute_terms<F, range>(terms, inputs, i, settings);
+      KL_EXT_UNROLL
+      for (auto& term : terms) {
+        term = F::result(term, settings);
+      }
       write_group(result + i, terms);
     });
   }
 }
 
 // grad(row)(numbers, i): those of grad_output; the inputs are the operands from first_input on.
-template <class Loss, Range range, class S, class Grad>
-KL_EXT_INLINE void backward_of(const Block& block, const Grad& grad, int first_input, Bounds bounds) {
+template <class F, Range range, class S, class Grad>
+KL_EXT_INLINE void backward_of(const Block& block, const Grad& grad, int first_input, Settings given) {
   using T = typename ArithmeticOf<S>::Type;
-  const math::Clamp<T> clamp = to_clamp<T>(bounds);
+  const math::Settings<T> settings = to_settings<T>(given);
   for (std::int64_t row = 0; row < block.rows; ++row) {
-    const Inputs<Loss, S> inputs(block, first_input, row);
+    const Inputs<F, S> inputs(block, first_input, row);
     const auto grad_of_row = grad(row);
-    S* results[Loss::kGradients];
-    for (int input = 0; input < Loss::kGradients; ++input) {
+    S* results[F::kGradients];
+    for (int input = 0; input < F::kGradients; ++input) {
       results[input] = row_of<S>(block, input, row);
     }
     for_each_group<S>(block.columns, [&]<int kNumbers>(Count<kNumbers>, std::int64_t i) KL_EXT_INLINE_LAMBDA {
       T grads[kNumbers];
-      T values[kNumbers][Loss::kInputs];
-      T gradients[Loss::kGradients][kNumbers];
+      T values[kNumbers][F::kInputs];
+      T gradients[F::kGradients][kNumbers];
       grad_of_row(grads, i);
       inputs.read(values, i);
       KL_EXT_UNROLL
       for (int n = 0; n < kNumbers; ++n) {
-        T gradient[Loss::kGradients];
-        Loss::template backward<range>(grads[n], values[n], clamp, gradient);
+        T gradient[F::kGradients];
+        F::template backward<range>(grads[n], values[n], settings, gradient);
         KL_EXT_UNROLL
-        for (int input = 0; input < Loss::kGradients; ++input) {
+        for (int input = 0; input < F::kGradients; ++input) {
           gradients[input][n] = gradient[input];
         }
       }
       KL_EXT_UNROLL
-      for (int input = 0; input < Loss::kGradients; ++input) {
+      for (int input = 0; input < F::kGradients; ++input) {
         write_group(results[input] + i, gradients[input]);
       }
     });
   }
 }
 
-template <class Loss, Range range, class S>
-void backward(const Block& block, Bounds bounds) {
+template <class F, Range range, class S>
+void backward(const Block& block, Settings given) {
   const auto grad = [&](std::int64_t row) {
-    return [data = row_of<const S>(block, Loss::kGradients, row)](auto& numbers, std::int64_t i)
+    return [data = row_of<const S>(block, F::kGradients, row)](auto& numbers, std::int64_t i)
                KL_EXT_INLINE_LAMBDA { read_group(numbers, data + i); };
   };
-  backward_of<Loss, range, S>(block, grad, Loss::kGradients + 1, bounds);
+  backward_of<F, range, S>(block, grad, F::kGradients + 1, given);
 }
 
-template <class Loss, Range range, class S>
-void backward_of_one(const Block& block, double grad_output, Bounds bounds) {
+template <class F, Range range, class S>
+void backward_of_one(const Block& block, double grad_output, Settings given) {
   using T = typename ArithmeticOf<S>::Type;
   const T any_nan = static_cast<T>(__builtin_nan("")); // whose lower bits write_group can do without
   const T one = grad_output == grad_output ? static_cast<T>(grad_output) : any_nan;
@@ -82,18 +86,18 @@ void backward_of_one(const Block& block, double grad_output, Bounds bounds) {
       }
     };
   };
-  backward_of<Loss, range, S>(block, grad, Loss::kGradients, bounds);
+  backward_of<F, range, S>(block, grad, F::kGradients, given);
 }
 
-// Loss: given q, which has the last two of its gradients.
-template <class Loss, Range range, class T>
+// F: given q, which has the last two of its gradients.
+template <class F, Range range, class T>
 void backward_to_lanes(const Block& block, void* lanes_of_mu, void* lanes_of_log_var, int lanes, double grad_output,
-                       Bounds bounds) {
+                       Settings given) {
   constexpr int kOfP = 2;
-  const math::Clamp<T> clamp = to_clamp<T>(bounds);
+  const math::Settings<T> settings = to_settings<T>(given);
   const T grad = static_cast<T>(grad_output);
   for (std::int64_t row = 0; row < block.rows; ++row) {
-    const Inputs<Loss, T> inputs(block, kOfP, row);
+    const Inputs<F, T> inputs(block, kOfP, row);
     const std::int64_t first_of_lane = row % lanes * block.columns;
     T* const grad_mu_p = row_of<T>(block, 0, row);
     T* const grad_log_var_p = row_of<T>(block, 1, row);
@@ -101,10 +105,10 @@ void backward_to_lanes(const Block& block, void* lanes_of_mu, void* lanes_of_log
     T* const grad_log_var_q = static_cast<T*>(lanes_of_log_var) + first_of_lane;
     KL_EXT_LOOP
     for (std::int64_t i = 0; i < block.columns; ++i) {
-      T values[1][Loss::kInputs];
-      T gradient[Loss::kGradients];
+      T values[1][F::kInputs];
+      T gradient[F::kGradients];
       inputs.read(values, i);
-      Loss::template backward<range>(grad, values[0], clamp, gradient);
+      F::template backward<range>(grad, values[0], settings, gradient);
       grad_mu_p[i] = gradient[0];
       grad_log_var_p[i] = gradient[1];
       grad_mu_q[i] += gradient[2];
@@ -113,66 +117,131 @@ void backward_to_lanes(const Block& block, void* lanes_of_mu, void* lanes_of_log
   }
 }
 
-template <int power, class T>
-void prepare_q(void* out, const void* log_var_q, std::int64_t numel, Bounds bounds) {
-  const math::Clamp<T> clamp = to_clamp<T>(bounds);
+template <class GivenQ, bool forward, class T>
+void prepare_q(void* out, const void* log_var_q, std::int64_t numel, Settings given) {
+  const math::Settings<T> settings = to_settings<T>(given);
   KL_EXT_LOOP
   for (std::int64_t i = 0; i < numel; ++i) {
-    const T clamped = math::clamp(static_cast<const T*>(log_var_q)[i], clamp.low, clamp.high);
-    static_cast<T*>(out)[i] = math::inverse_variance<power>(clamped);
+    static_cast<T*>(out)[i] = GivenQ::template prepared<forward>(static_cast<const T*>(log_var_q)[i], settings);
   }
+}
+
+// The tables of kernels.h.
+
+template <class F, class T>
+constexpr void add_given_q(FormulaKernels& kernels, Arithmetic arithmetic) {
+  constexpr Range kNarrow = Range::kNarrow;
+  kernels.forward_given_q[arithmetic] = forward<typename F::GivenQ, kNarrow, T>;
+  kernels.backward_given_q[arithmetic] = backward<typename F::GivenQ, kNarrow, T>;
+  kernels.accumulate_given_q[arithmetic] = accumulate<typename F::GivenQ, kNarrow, T>;
+  kernels.sum_chunks_given_q[arithmetic] = sum_chunks<typename F::GivenQ, kNarrow, T>;
+  kernels.sum_row_chunks_given_q[arithmetic] = sum_row_chunks<typename F::GivenQ, kNarrow, T>;
+}
+
+// What works on numbers of the arithmetic type.
+template <class F, Range range, class T>
+constexpr void add_arithmetic(FormulaKernels& kernels, Storage storage, Arithmetic arithmetic) {
+  constexpr bool kWide = range == Range::kWide;
+  kernels.forward[kWide][storage] = forward<F, range, T>;
+  kernels.accumulate[kWide][arithmetic] = accumulate<F, range, T>;
+  kernels.sum_chunks[kWide][storage] = sum_chunks<F, range, T>;
+  kernels.sum_row_chunks[kWide][storage] = sum_row_chunks<F, range, T>;
+  if constexpr (F::kGradients > 0) {
+    kernels.backward[kWide][storage] = backward<F, range, T>;
+  }
+  if constexpr (range == Range::kNarrow && !std::is_void_v<typename F::GivenQ>) {
+    add_given_q<F, T>(kernels, arithmetic);
+  }
+}
+
+// What works on rows of tensors, of any dtype.
+template <class F, Range range, class S>
+constexpr void add_rows(FormulaKernels& kernels, Storage storage) {
+  constexpr bool kWide = range == Range::kWide;
+  kernels.forward[kWide][storage] = forward<F, range, S>;
+  kernels.backward[kWide][storage] = backward<F, range, S>;
+  kernels.backward_of_one[kWide][storage] = backward_of_one<F, range, S>;
+  kernels.sum_chunks[kWide][storage] = sum_chunks<F, range, S>;
+  kernels.sum_row_chunks[kWide][storage] = sum_row_chunks<F, range, S>;
+}
+
+template <class F, class T>
+constexpr void add_rows_given_q(FormulaKernels& kernels, Arithmetic arithmetic) {
+  using Given = typename F::GivenQ;
+  constexpr Range kNarrow = Range::kNarrow;
+  kernels.backward_to_lanes[arithmetic] = backward_to_lanes<Given, kNarrow, T>;
+  kernels.prepare_q[arithmetic] = prepare_q<Given, true, T>;
+  kernels.prepare_q_of_backward[arithmetic] = prepare_q<Given, false, T>;
+}
+
+template <class F>
+constexpr FormulaKernels kernels_of() {
+  FormulaKernels kernels{};
+  add_arithmetic<F, Range::kWide, float>(kernels, kFloat32, kSingle);
+  add_arithmetic<F, Range::kWide, double>(kernels, kFloat64, kDouble);
+  if constexpr (F::kRanges) {
+    add_arithmetic<F, Range::kNarrow, float>(kernels, kFloat32, kSingle);
+    add_arithmetic<F, Range::kNarrow, double>(kernels, kFloat64, kDouble);
+  }
+  return kernels;
+}
+
+template <class F, Range range>
+constexpr void add_all_rows(FormulaKernels& kernels) {
+  add_rows<F, range, math::Half>(kernels, kFloat16);
+  add_rows<F, range, math::BFloat16>(kernels, kBFloat16);
+  add_rows<F, range, float>(kernels, kFloat32);
+  add_rows<F, range, double>(kernels, kFloat64);
+}
+
+template <class F>
+constexpr FormulaKernels kernels_with_rows_of() {
+  FormulaKernels kernels = kernels_of<F>();
+  add_all_rows<F, Range::kWide>(kernels);
+  if constexpr (F::kRanges) {
+    add_all_rows<F, Range::kNarrow>(kernels);
+  }
+  if constexpr (!std::is_void_v<typename F::GivenQ>) {
+    add_rows_given_q<F, float>(kernels, kSingle);
+    add_rows_given_q<F, double>(kernels, kDouble);
+  }
+  return kernels;
+}
+
+template <class S>
+constexpr void add_storage(Kernels& kernels, Storage storage) {
+  kernels.load[storage][kSingle] = load<S, float>;
+  kernels.load[storage][kDouble] = load<S, double>;
+  if constexpr (!std::is_same_v<S, math::Bool>) {
+    kernels.store[storage][kSingle] = store<S, float>;
+    kernels.store[storage][kDouble] = store<S, double>;
+  }
+}
+
+template <class T>
+constexpr void add_numbers(Kernels& kernels, Arithmetic arithmetic) {
+  kernels.add_to_lanes[arithmetic] = add_to_lanes<T>;
+  kernels.fold_lanes[arithmetic] = fold_lanes<T>;
+  kernels.sum_rows[arithmetic] = sum_rows<T>;
+  kernels.divide[arithmetic] = divide<T>;
+}
+
+template <class... F>
+constexpr Kernels all_kernels(math::FormulaList<F...>) {
+  Kernels kernels{
+      {kernels_with_rows_of<F>()..., kernels_of<math::Weight>()}, {kernels_of<math::Weighted<F>>()...}, {}, {}, {}, {}, {}, {}};
+  add_storage<math::Half>(kernels, kFloat16);
+  add_storage<math::BFloat16>(kernels, kBFloat16);
+  add_storage<float>(kernels, kFloat32);
+  add_storage<double>(kernels, kFloat64);
+  add_storage<math::Bool>(kernels, kBool);
+  add_numbers<float>(kernels, kSingle);
+  add_numbers<double>(kernels, kDouble);
+  return kernels;
 }
 
 } // namespace
 
-// One row per line of the tables in kernels.h.
-#define KL_EXT_STORAGES(function, ...)                                                                     \
-  {function<__VA_ARGS__, math::Half>, function<__VA_ARGS__, math::BFloat16>, function<__VA_ARGS__, float>, \
-   function<__VA_ARGS__, double>}
-#define KL_EXT_ARITHMETICS(function, ...) {function<__VA_ARGS__, float>, function<__VA_ARGS__, double>}
-#define KL_EXT_BY_LOSS(function, TYPES)                                                                     \
-  {                                                                                                         \
-      {TYPES(function, math::SingleLoss, Range::kNarrow), TYPES(function, math::SingleLoss, Range::kWide)}, \
-      {TYPES(function, math::PairLoss, Range::kNarrow), TYPES(function, math::PairLoss, Range::kWide)},     \
-      {TYPES(function, math::Divergence, Range::kNarrow), TYPES(function, math::Divergence, Range::kWide)}, \
-  }
-#define KL_EXT_GIVEN_Q(function)                                         \
-  {{},                                                                   \
-   KL_EXT_ARITHMETICS(function, math::PairGivenQ<true>, Range::kNarrow), \
-   KL_EXT_ARITHMETICS(function, math::PairGivenQ<false>, Range::kNarrow)}
-#define KL_EXT_PREPARE_Q(power)                                  \
-  {{},                                                           \
-   KL_EXT_ARITHMETICS(prepare_q, math::PairGivenQ<true>::power), \
-   KL_EXT_ARITHMETICS(prepare_q, math::PairGivenQ<false>::power)}
-#define KL_EXT_BY_STORAGE(function)                                        \
-  {                                                                        \
-      {function<math::Half, float>, function<math::Half, double>},         \
-      {function<math::BFloat16, float>, function<math::BFloat16, double>}, \
-      {function<float, float>, function<float, double>},                   \
-      {function<double, float>, function<double, double>},                 \
-  }
-
-const Kernels kernels = {
-    KL_EXT_BY_LOSS(forward, KL_EXT_STORAGES),
-    KL_EXT_BY_LOSS(backward, KL_EXT_STORAGES),
-    KL_EXT_BY_LOSS(backward_of_one, KL_EXT_STORAGES),
-    KL_EXT_BY_LOSS(accumulate, KL_EXT_ARITHMETICS),
-    KL_EXT_BY_LOSS(sum_chunks, KL_EXT_STORAGES),
-    KL_EXT_BY_LOSS(sum_row_chunks, KL_EXT_STORAGES),
-    KL_EXT_GIVEN_Q(forward),
-    KL_EXT_GIVEN_Q(backward),
-    KL_EXT_GIVEN_Q(backward_to_lanes),
-    KL_EXT_GIVEN_Q(accumulate),
-    KL_EXT_GIVEN_Q(sum_chunks),
-    KL_EXT_GIVEN_Q(sum_row_chunks),
-    KL_EXT_PREPARE_Q(kForwardPower),
-    KL_EXT_PREPARE_Q(kBackwardPower),
-    KL_EXT_BY_STORAGE(load),
-    KL_EXT_BY_STORAGE(store),
-    {add_to_lanes<float>, add_to_lanes<double>},
-    {fold_lanes<float>, fold_lanes<double>},
-    {sum_rows<float>, sum_rows<double>},
-    {divide<float>, divide<double>},
-};
+constinit const Kernels kernels = all_kernels(math::Formulas());
 
 } // namespace kl_ext::cpu::KL_EXT_CPU_CAPABILITY

@@ -5,19 +5,15 @@
 
 #include <cstdint>
 
+#include "../math/formulas.h"
+
 namespace kl_ext::cpu {
 
-// The dtypes of tensors, and those of the arithmetic.
-enum Storage { kFloat16, kBFloat16, kFloat32, kFloat64, kStorages };
+// The dtypes of tensors, bool only of weights; and those of the arithmetic.
+enum Storage { kFloat16, kBFloat16, kFloat32, kFloat64, kStorages, kBool = kStorages, kReadable };
 enum Arithmetic { kSingle, kDouble, kArithmetics };
 
-// kDivergence is KL(p||q); kPairLoss the documented 2 KL(p||q) + 1/2; kSingleLoss KL(p||N(0, 1)).
-enum Loss { kSingleLoss, kPairLoss, kDivergence, kLosses };
-
-struct Bounds {
-  double low;
-  double high;
-};
+using Settings = math::Settings<double>;
 
 // A matrix of numbers in memory: strides in bytes, either may be zero or negative.
 struct Tile {
@@ -36,16 +32,17 @@ struct Block {
   std::int64_t rows;
 };
 
-// Operands: the result; the inputs. All of one storage. Given q (PairGivenQ of math/gaussian.h), one more input.
-using Forward = void (*)(const Block& block, Bounds bounds);
+// Operands: the result; the inputs. All of one storage. Given q (GivenQ of math/gaussian.h), one more input; with a weight, that
+// behind them.
+using Forward = void (*)(const Block& block, Settings settings);
 // Operands: the gradients, one for each input; grad_output; the inputs.
-using Backward = void (*)(const Block& block, Bounds bounds);
+using Backward = void (*)(const Block& block, Settings settings);
 // The same from one grad_output for all, which is no operand.
-using BackwardOfOne = void (*)(const Block& block, double grad_output, Bounds bounds);
+using BackwardOfOne = void (*)(const Block& block, double grad_output, Settings settings);
 // The same given a q that the rows share. Operands: the gradients of p; the inputs. Those of q are added to the lanes of each,
 // [lanes, columns], a row to a lane, and after the last to the first again.
 using BackwardToLanes = void (*)(const Block& block, void* lanes_of_mu, void* lanes_of_log_var, int lanes, double grad_output,
-                                 Bounds bounds);
+                                 Settings settings);
 // Between a tile of any storage and contiguous numbers of the arithmetic type; Store rounds to nearest even.
 using Load = void (*)(void* contiguous, const void* strided, const Tile& tile);
 using Store = void (*)(void* strided, const void* contiguous, const Tile& tile);
@@ -55,36 +52,43 @@ using Store = void (*)(void* strided, const void* contiguous, const Tile& tile);
 using AddToLanes = void (*)(void* lanes, const void* terms, int first, std::int64_t rows, std::int64_t columns);
 using FoldLanes = void (*)(void* lanes, int in_use, std::int64_t columns);
 // The same with terms computed on the way: lanes: [64]; term i goes to lane (first + i) % 64.
-using Accumulate = void (*)(void* lanes, const void* const* inputs, int first, std::int64_t numel, Bounds bounds);
+using Accumulate = void (*)(void* lanes, const void* const* inputs, int first, std::int64_t numel, Settings settings);
 // partials[..] from the chunks of 1024 terms, the last of which may be shorter, from term number begin, which begins one, to end.
 // Operands: the inputs.
-using SumChunks = void (*)(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Bounds bounds);
+using SumChunks = void (*)(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Settings settings);
 // The same where every row is a sum of its own, with chunks of its own: partials[rows, chunks of a row].
 using SumRowChunks = SumChunks;
 // sums[row] from the at most 1024 terms of each row.
 using SumRows = void (*)(void* sums, const void* terms, std::int64_t rows, std::int64_t columns);
 // out[i] from the log_var_q[i] of contiguous numbers, for the kernels that are given q.
-using PrepareQ = void (*)(void* out, const void* log_var_q, std::int64_t numel, Bounds bounds);
+using PrepareQ = void (*)(void* out, const void* log_var_q, std::int64_t numel, Settings settings);
 // numbers[i] /= divisor.
 using Divide = void (*)(void* numbers, std::int64_t numel, std::int64_t divisor);
 
+// Of one formula, [wide] or by range. A null is a kernel that there is not: of weighted terms those for half types and for one
+// gradient, those of a narrow range where a formula has but one, and those given q where nothing depends on q alone.
+struct FormulaKernels {
+  Forward forward[2][kStorages];
+  Backward backward[2][kStorages];
+  BackwardOfOne backward_of_one[2][kStorages];
+  Accumulate accumulate[2][kArithmetics];
+  SumChunks sum_chunks[2][kStorages];
+  SumRowChunks sum_row_chunks[2][kStorages];
+  // In the narrow range.
+  Forward forward_given_q[kArithmetics];
+  Backward backward_given_q[kArithmetics];
+  BackwardToLanes backward_to_lanes[kArithmetics];
+  Accumulate accumulate_given_q[kArithmetics];
+  SumChunks sum_chunks_given_q[kArithmetics];
+  SumRowChunks sum_row_chunks_given_q[kArithmetics];
+  PrepareQ prepare_q[kArithmetics]; // of the forward pass
+  PrepareQ prepare_q_of_backward[kArithmetics];
+};
+
 struct Kernels {
-  Forward forward[kLosses][2][kStorages]; // [..][wide][..]
-  Backward backward[kLosses][2][kStorages];
-  BackwardOfOne backward_of_one[kLosses][2][kStorages];
-  Accumulate accumulate[kLosses][2][kArithmetics];
-  SumChunks sum_chunks[kLosses][2][kStorages];
-  SumRowChunks sum_row_chunks[kLosses][2][kStorages];
-  // Narrow ranges only; none for kSingleLoss.
-  Forward forward_given_q[kLosses][kArithmetics];
-  Backward backward_given_q[kLosses][kArithmetics];
-  BackwardToLanes backward_to_lanes[kLosses][kArithmetics];
-  Accumulate accumulate_given_q[kLosses][kArithmetics];
-  SumChunks sum_chunks_given_q[kLosses][kArithmetics];
-  SumRowChunks sum_row_chunks_given_q[kLosses][kArithmetics];
-  PrepareQ prepare_q[kLosses][kArithmetics]; // of the forward pass
-  PrepareQ prepare_q_of_backward[kLosses][kArithmetics];
-  Load load[kStorages][kArithmetics];
+  FormulaKernels formulas[math::Formulas::kCount + 1]; // kFormula of math/formulas.h
+  FormulaKernels weighted[math::Formulas::kCount];
+  Load load[kReadable][kArithmetics];
   Store store[kStorages][kArithmetics];
   AddToLanes add_to_lanes[kArithmetics];
   FoldLanes fold_lanes[kArithmetics];

@@ -20,6 +20,12 @@ void load(void* contiguous, const void* strided, const Tile& tile) {
       for (std::int64_t i = 0; i < tile.columns; ++i) {
         out[i] = static_cast<T>(math::widen(values[i]));
       }
+    } else if (tile.column_stride == 0) {
+      const T one = static_cast<T>(math::widen(*reinterpret_cast<const S*>(in)));
+      KL_EXT_LOOP
+      for (std::int64_t i = 0; i < tile.columns; ++i) {
+        out[i] = one;
+      }
     } else {
       for (std::int64_t i = 0; i < tile.columns; ++i) {
         out[i] = static_cast<T>(math::widen(*reinterpret_cast<const S*>(in + i * tile.column_stride)));

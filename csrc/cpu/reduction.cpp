@@ -168,7 +168,8 @@ class Summation {
   // Computes the terms of a tile, [rows, columns] of the given axes; with a first lane, adds them to those of the only sum.
   void compute_tile(Workspace& workspace, const Offsets& offsets, const Axis& row_axis, int64_t rows, const Axis& column_axis,
                     int64_t columns, int first_lane = kNoLane) const {
-    void* pointers[kMaxOperands + 1] = {};
+    void* pointers[kMaxOperands];
+    const void* prepared_q = nullptr;
     const auto tile = [&](size_t i) { return Tile{columns, rows, column_axis.strides[i], row_axis.strides[i]}; };
     for (size_t i = 0; i < operands_.size(); ++i) {
       pointers[i] = operands_[i].role == SumOperand::kSummedOutput
@@ -178,13 +179,13 @@ class Summation {
     if (given_.log_var_q >= 0) {
       const int q = given_.log_var_q;
       const bool shares_q = row_axis.strides[q] == 0 && row_axis.size > 1;
-      pointers[operands_.size()] = workspace.prepared.find(operands_[q].data + offsets[q], tile(q), pointers[q], shares_q);
+      prepared_q = workspace.prepared.find(operands_[q].data + offsets[q], tile(q), pointers[q], shares_q);
     }
     if (first_lane != kNoLane) {
-      (*accumulate_)(workspace.lanes[0].get(), pointers + 1, first_lane, rows * columns);
+      (*accumulate_)(workspace.lanes[0].get(), pointers + 1, prepared_q, first_lane, rows * columns);
       return;
     }
-    compute_(pointers, rows * columns);
+    compute_(pointers, prepared_q, rows * columns);
     for (size_t i = 0; i < operands_.size(); ++i) {
       if (operands_[i].role == SumOperand::kElementwiseOutput) {
         workspace.operands[i]->end_block(operands_[i].data + offsets[i], tile(i));

@@ -26,12 +26,12 @@ struct SumOperand {
   std::optional<int64_t> divisor;
 };
 
-using AddTerms = c10::function_ref<void(void* lanes, void* const* inputs, int first, int64_t numel)>;
+using AddTerms = c10::function_ref<void(void* lanes, void* const* inputs, const void* prepared_q, int first, int64_t numel)>;
 
-// Calls compute(pointers, numel) for blocks of every term there is, the pointers in the order of the operands, and what is
-// prepared of q behind them, or null; what it writes for a summed output are the terms. `reduced` has a flag for each dimension of the shape.
+// Calls compute(pointers, prepared_q, numel) for blocks of every term there is, the pointers in the order of the operands; what it
+// writes for a summed output are the terms. `reduced` has a flag for each dimension of the shape.
 //
-// accumulate(lanes, inputs, first, numel), where the only output is one sum, adds the terms to lanes as it computes them
+// accumulate(lanes, inputs, prepared_q, first, numel), where the only output is one sum, adds the terms to lanes as it computes them
 // (kernels.h).
 void sum_terms(at::IntArrayRef shape, c10::ArrayRef<bool> reduced, c10::ArrayRef<SumOperand> operands, Arithmetic arithmetic,
                const GivenQ& given, Compute compute, std::optional<AddTerms> accumulate = std::nullopt);

@@ -144,6 +144,13 @@ class Rows {
   // All of the operands.
   Block block() const { return {pointers_.data(), strides_.data(), shape_.columns, shape_.rows}; }
 
+  // The same with another place of the last operand; pointers: room for all.
+  Block block_with_last(void** pointers, const void* last) const {
+    std::copy_n(pointers_.begin(), count_, pointers);
+    pointers[count_ - 1] = const_cast<void*>(last);
+    return {pointers, strides_.data(), shape_.columns, shape_.rows};
+  }
+
   // Calls run(block, first_row) for the numbers from begin to end: for at most so many whole rows, and for parts of others.
   template <class Run>
   void for_range(int64_t begin, int64_t end, int64_t most_rows, const Run& run) const {

@@ -10,6 +10,7 @@
 #include "../memory.h"
 #include "partials.h"
 #include "row_operands.h"
+#include "weights.h"
 
 namespace kl_ext::cpu {
 namespace {
@@ -21,9 +22,10 @@ using math::kLanes;
 constexpr int64_t kShortestRowOfOne = 64;
 
 // The dimension where the rows begin that share a q of [D], or [1, D], if they do and the kernels can be given it.
-std::optional<size_t> first_dim_sharing_q(Loss loss, Arguments inputs, Bounds bounds, at::IntArrayRef shape) {
+std::optional<size_t> first_dim_sharing_q(const Terms& terms, at::IntArrayRef shape) {
+  const Arguments inputs = terms.operands.slice(0, terms.inputs());
   const Arithmetic arithmetic = arithmetic_of(inputs);
-  if (kernels().prepare_q[loss][arithmetic] == nullptr || is_wide(bounds, arithmetic)) {
+  if (kernels().formulas[terms.formula].prepare_q[arithmetic] == nullptr || is_wide(terms.settings, arithmetic)) {
     return std::nullopt;
   }
   for (const auto& input : inputs) {
@@ -37,20 +39,51 @@ std::optional<size_t> first_dim_sharing_q(Loss loss, Arguments inputs, Bounds bo
 }
 
 // The operands of q for all rows, and what is prepared of it, which comes back to be kept.
-std::unique_ptr<char[]> add_q(Rows& rows, Arguments inputs, PrepareQ prepare, Bounds bounds) {
-  const at::Tensor& mu = inputs[2].tensor;
-  const void* const log_var = inputs[3].tensor.const_data_ptr();
+std::unique_ptr<char[]> add_q(Rows& rows, const Terms& terms, PrepareQ prepare) {
+  const at::Tensor& mu = terms.operands[2].tensor;
+  const void* const log_var = terms.operands[3].tensor.const_data_ptr();
   auto prepared = std::make_unique_for_overwrite<char[]>(mu.nbytes());
-  prepare(prepared.get(), log_var, mu.numel(), bounds);
+  prepare(prepared.get(), log_var, mu.numel(), terms.settings);
   rows.add_shared(mu.const_data_ptr());
   rows.add_shared(log_var);
   rows.add_shared(prepared.get());
   return prepared;
 }
 
+// The kernel, for so many terms at once that their weights fit a buffer. The last operand of the rows has its place there, unless
+// the weights can be read where they are.
+template <class FirstTerm>
+void sum_weighted_chunks(SumChunks kernel, char* partials, const Rows& rows, const Settings& settings, const Weights& weights,
+                         int64_t size, int64_t begin, int64_t end, const FirstTerm& first_term) {
+  constexpr int64_t kTerms = 4 * kChunk;
+  alignas(64) char buffer[kTerms * sizeof(double)];
+  Weights::Loaded loaded;
+  void* pointers[kMaxOperands];
+  if (const void* const all = weights.contiguous()) {
+    kernel(partials + begin * size, rows.block_with_last(pointers, all), first_term(begin), first_term(end), settings);
+    return;
+  }
+  for (int64_t partial = begin; partial < end;) {
+    const int64_t first = first_term(partial);
+    int64_t next = partial + 1;
+    while (next < end && first_term(next + 1) - first <= kTerms) {
+      ++next;
+    }
+    weights.load(buffer, first, first_term(next) - first, loaded);
+    // Where the weight of the first term of all would be.
+    const auto start = reinterpret_cast<std::uintptr_t>(buffer) - static_cast<std::uintptr_t>(first * size);
+    const Block block = rows.block_with_last(pointers, reinterpret_cast<const void*>(start));
+    kernel(partials + partial * size, block, first, first_term(next), settings);
+    partial = next;
+  }
+}
+
 // The sum of all rows, or of each. shape: of the terms.
-at::Tensor sum_chunks(SumChunks kernel, const Rows& rows, Bounds bounds, Arithmetic arithmetic, at::ScalarType result,
+at::Tensor sum_chunks(SumChunks kernel, const Rows& rows, const Terms& terms_of, Arithmetic arithmetic, at::ScalarType result,
                       at::IntArrayRef shape, const Reduction& reduction) {
+  const auto weights = terms_of.is_weighted
+                           ? std::optional<Weights>(std::in_place, terms_of.operands.back().tensor, shape, arithmetic)
+                           : std::nullopt;
   const auto kept = reduction.kept_shape(shape);
   const int64_t size = size_of(arithmetic);
   const int64_t sums = c10::multiply_integers(kept);
@@ -64,7 +97,11 @@ at::Tensor sum_chunks(SumChunks kernel, const Rows& rows, Bounds bounds, Arithme
   const auto first_term = [&](int64_t partial) { return partial / chunks * terms + partial % chunks * kChunk; };
   const int64_t grain = at::internal::GRAIN_SIZE / std::clamp<int64_t>(terms, 1, kChunk);
   at::parallel_for(0, sums * chunks, grain, [&](int64_t begin, int64_t end) {
-    kernel(partials + begin * size, rows.block(), first_term(begin), first_term(end), bounds);
+    if (weights) {
+      sum_weighted_chunks(kernel, partials, rows, terms_of.settings, *weights, size, begin, end, first_term);
+    } else {
+      kernel(partials + begin * size, rows.block(), first_term(begin), first_term(end), terms_of.settings);
+    }
   });
 
   at::Tensor out(at::detail::empty_cpu(kept, result));
@@ -92,8 +129,8 @@ at::Tensor sum_chunks(SumChunks kernel, const Rows& rows, Bounds bounds, Arithme
 
 // The gradients of p into their rows, and the sums of those of q. A piece of work is a chunk of rows, or where those are too few
 // for all threads, of each of its turns through the lanes a part; and of these rows some columns.
-void backward_to_sums(BackwardToLanes kernel, const Rows& rows, double grad_output, Bounds bounds, Arithmetic arithmetic,
-                      const std::array<void*, 2>& sums) {
+void backward_to_sums(BackwardToLanes kernel, const Rows& rows, double grad_output, const Settings& settings,
+                      Arithmetic arithmetic, const std::array<void*, 2>& sums) {
   const Shape& shape = rows.shape();
   const int64_t chunks = ceil_divide(shape.rows, kChunk);
   const int64_t tiles = ceil_divide(shape.columns, kColumns);
@@ -126,7 +163,7 @@ void backward_to_sums(BackwardToLanes kernel, const Rows& rows, double grad_outp
       std::fill_n(buffer.get(), 2 * bytes, char{0});
       for (int64_t row = chunk * kChunk + first_lane; row < end_of_chunk; row += turn) {
         rows.for_part(row, std::min(end_of_chunk - row, rows_of_turn), column, width,
-                      [&](const Block& block) { kernel(block, lanes_of[0], lanes_of[1], lanes, grad_output, bounds); });
+                      [&](const Block& block) { kernel(block, lanes_of[0], lanes_of[1], lanes, grad_output, settings); });
       }
       for (size_t i = 0; i < partials.size(); ++i) {
         if (parts == 1) {
@@ -151,8 +188,11 @@ void backward_to_sums(BackwardToLanes kernel, const Rows& rows, double grad_outp
 
 } // namespace
 
-std::optional<at::Tensor> forward_by_rows(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result) {
-  Rows rows(inputs);
+std::optional<at::Tensor> forward_by_rows(const Terms& terms, at::ScalarType result) {
+  if (terms.is_weighted) {
+    return std::nullopt;
+  }
+  Rows rows(terms.operands);
   if (!rows || rows.dtype() != result) {
     return std::nullopt;
   }
@@ -163,20 +203,24 @@ std::optional<at::Tensor> forward_by_rows(Loss loss, Arguments inputs, Bounds bo
   }
   const at::Tensor out = allocate(rows.shape().sizes, at::dtype(result));
   rows.place(0, out.mutable_data_ptr());
-  const Forward kernel = kernels().forward[loss][is_wide(bounds, arithmetic_of(inputs))][storage_of(result)];
+  const Forward kernel = kernels_of(terms).forward[is_wide(terms.settings, arithmetic_of(terms.operands))][storage_of(result)];
   at::parallel_for(0, rows.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
-    rows.for_range(begin, end, rows.shape().rows, [&](const Block& block, int64_t) { kernel(block, bounds); });
+    rows.for_range(begin, end, rows.shape().rows, [&](const Block& block, int64_t) { kernel(block, terms.settings); });
   });
   return out;
 }
 
-std::optional<at::Tensor> sum_by_rows(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result, at::IntArrayRef shape,
+std::optional<at::Tensor> sum_by_rows(const Terms& terms, at::ScalarType result, at::IntArrayRef shape,
                                       const Reduction& reduction) {
-  const Arithmetic arithmetic = arithmetic_of(inputs, result);
+  const Arguments inputs = terms.operands.slice(0, terms.inputs());
+  const Arithmetic arithmetic = arithmetic_of(terms.operands, result);
+  const bool wide = is_wide(terms.settings, arithmetic);
+  const FormulaKernels& of_formula = kernels_of(terms);
   const auto first_reduced = std::find(reduction.reduced.begin(), reduction.reduced.end(), true);
   const size_t kept = first_reduced - reduction.reduced.begin();
   const bool are_last = std::find(first_reduced, reduction.reduced.end(), false) == reduction.reduced.end();
-  if (arithmetic != arithmetic_of(inputs) || !are_last || (kept > 0 && c10::multiply_integers(shape) == 0)) {
+  if (of_formula.sum_chunks[wide][kFloat32] == nullptr || arithmetic != arithmetic_of(inputs) || !are_last ||
+      (kept > 0 && c10::multiply_integers(shape) == 0)) {
     return std::nullopt;
   }
   if (Rows rows(inputs, kept); rows) {
@@ -184,11 +228,17 @@ std::optional<at::Tensor> sum_by_rows(Loss loss, Arguments inputs, Bounds bounds
     if (!rows || (kept > 0 && rows.shape().dim != kept)) {
       return std::nullopt;
     }
-    const auto& kernel = kept > 0 ? kernels().sum_row_chunks : kernels().sum_chunks;
     const Storage storage = storage_of(rows.dtype());
-    return sum_chunks(kernel[loss][is_wide(bounds, arithmetic)][storage], rows, bounds, arithmetic, result, shape, reduction);
+    const SumChunks kernel = (kept > 0 ? of_formula.sum_row_chunks : of_formula.sum_chunks)[wide][storage];
+    if (kernel == nullptr) {
+      return std::nullopt;
+    }
+    if (terms.is_weighted) {
+      rows.add_contiguous();
+    }
+    return sum_chunks(kernel, rows, terms, arithmetic, result, shape, reduction);
   }
-  const auto first = first_dim_sharing_q(loss, inputs, bounds, shape);
+  const auto first = first_dim_sharing_q(terms, shape);
   if (!first) {
     return std::nullopt;
   }
@@ -197,16 +247,18 @@ std::optional<at::Tensor> sum_by_rows(Loss loss, Arguments inputs, Bounds bounds
   if (!rows || rows.shape().dim != *first || (kept > 0 && kept != *first)) {
     return std::nullopt;
   }
-  const auto prepared = add_q(rows, inputs, kernels().prepare_q[loss][arithmetic], bounds);
-  const auto& kernel = kept > 0 ? kernels().sum_row_chunks_given_q : kernels().sum_chunks_given_q;
-  return sum_chunks(kernel[loss][arithmetic], rows, bounds, arithmetic, result, shape, reduction);
+  const auto prepared = add_q(rows, terms, kernels().formulas[terms.formula].prepare_q[arithmetic]);
+  if (terms.is_weighted) {
+    rows.add_contiguous();
+  }
+  const auto& kernel = kept > 0 ? of_formula.sum_row_chunks_given_q : of_formula.sum_chunks_given_q;
+  return sum_chunks(kernel[arithmetic], rows, terms, arithmetic, result, shape, reduction);
 }
 
-bool backward_by_rows(Loss loss, Arguments arguments, Bounds bounds, const Gradients& gradients) {
-  const at::Tensor& grad_output = arguments[0].tensor;
-  const Arguments inputs = arguments.slice(1);
+bool backward_by_rows(const Terms& terms, const at::Tensor& grad_output, const Gradients& gradients) {
+  const Arguments inputs = terms.operands;
   const Arithmetic arithmetic = arithmetic_of(inputs);
-  if (arithmetic != arithmetic_of(arguments) || grad_output.numel() == 0) {
+  if (terms.is_weighted || arithmetic != arithmetic_of(inputs, grad_output.scalar_type()) || grad_output.numel() == 0) {
     return false;
   }
   // Expanded from single numbers, grad_output is no operand of the kernels.
@@ -227,10 +279,10 @@ bool backward_by_rows(Loss loss, Arguments arguments, Bounds bounds, const Gradi
   if (!rows || !grad_stride || (is_expanded && rows.shape().columns < kShortestRowOfOne)) {
     return false;
   }
-  const bool wide = is_wide(bounds, arithmetic);
+  const bool wide = is_wide(terms.settings, arithmetic);
   const Storage storage = storage_of(rows.dtype());
-  const Backward of_each = kernels().backward[loss][wide][storage];
-  const BackwardOfOne of_one = kernels().backward_of_one[loss][wide][storage];
+  const Backward of_each = kernels_of(terms).backward[wide][storage];
+  const BackwardOfOne of_one = kernels_of(terms).backward_of_one[wide][storage];
   const Load read = kernels().load[storage_of(grad_output.scalar_type())][kDouble];
   const auto* const grad = static_cast<const char*>(grad_output.const_data_ptr());
   const int64_t grad_bytes = *grad_stride * static_cast<int64_t>(grad_output.element_size());
@@ -240,18 +292,21 @@ bool backward_by_rows(Loss loss, Arguments arguments, Bounds bounds, const Gradi
       if (is_expanded) {
         double one = 0;
         read(&one, grad + row * grad_bytes, Tile{1, 1, 0, 0});
-        of_one(block, one, bounds);
+        of_one(block, one, terms.settings);
       } else {
-        of_each(block, bounds);
+        of_each(block, terms.settings);
       }
     });
   });
   return true;
 }
 
-bool backward_of_one_by_rows(Loss loss, double grad_output, Arguments inputs, Bounds bounds, const Gradients& gradients,
-                             at::IntArrayRef shape) {
+bool backward_of_one_by_rows(const Terms& terms, double grad_output, const Gradients& gradients, at::IntArrayRef shape) {
+  const Arguments inputs = terms.operands;
   const Arithmetic arithmetic = arithmetic_of(inputs);
+  if (terms.is_weighted) {
+    return false;
+  }
   if (Rows rows(inputs); rows && rows.shape().sizes == shape) {
     for (size_t i = 0; i < inputs.size(); ++i) {
       rows.add(gradients[i], gradients[i].mutable_data_ptr());
@@ -260,13 +315,15 @@ bool backward_of_one_by_rows(Loss loss, double grad_output, Arguments inputs, Bo
     if (!rows) {
       return false;
     }
-    const BackwardOfOne kernel = kernels().backward_of_one[loss][is_wide(bounds, arithmetic)][storage_of(rows.dtype())];
+    const BackwardOfOne kernel =
+        kernels_of(terms).backward_of_one[is_wide(terms.settings, arithmetic)][storage_of(rows.dtype())];
     at::parallel_for(0, rows.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
-      rows.for_range(begin, end, rows.shape().rows, [&](const Block& block, int64_t) { kernel(block, grad_output, bounds); });
+      rows.for_range(begin, end, rows.shape().rows,
+                     [&](const Block& block, int64_t) { kernel(block, grad_output, terms.settings); });
     });
     return true;
   }
-  const auto first = first_dim_sharing_q(loss, inputs, bounds, shape);
+  const auto first = first_dim_sharing_q(terms, shape);
   if (!first || !gradients[2].is_contiguous() || !gradients[3].is_contiguous()) {
     return false;
   }
@@ -278,8 +335,8 @@ bool backward_of_one_by_rows(Loss loss, double grad_output, Arguments inputs, Bo
   if (!rows || rows.shape().dim != *first || rows.numel() == 0) {
     return false;
   }
-  const auto prepared = add_q(rows, inputs, kernels().prepare_q_of_backward[loss][arithmetic], bounds);
-  backward_to_sums(kernels().backward_to_lanes[loss][arithmetic], rows, grad_output, bounds, arithmetic,
+  const auto prepared = add_q(rows, terms, kernels_of(terms).prepare_q_of_backward[arithmetic]);
+  backward_to_sums(kernels_of(terms).backward_to_lanes[arithmetic], rows, grad_output, terms.settings, arithmetic,
                    {gradients[2].mutable_data_ptr(), gradients[3].mutable_data_ptr()});
   return true;
 }

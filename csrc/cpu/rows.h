@@ -15,17 +15,16 @@
 namespace kl_ext::cpu {
 
 // Elementwise, of one shape.
-std::optional<at::Tensor> forward_by_rows(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result);
+std::optional<at::Tensor> forward_by_rows(const Terms& terms, at::ScalarType result);
 
-// The sum of everything, or over the last dimensions, divided. shape: of the terms.
-std::optional<at::Tensor> sum_by_rows(Loss loss, Arguments inputs, Bounds bounds, at::ScalarType result, at::IntArrayRef shape,
+// The sum of everything, or over the last dimensions, divided; weighted ones too. shape: of the terms.
+std::optional<at::Tensor> sum_by_rows(const Terms& terms, at::ScalarType result, at::IntArrayRef shape,
                                       const Reduction& reduction);
 
-// All gradients of one shape, from a grad_output that has the same rows, or one number for each. arguments: grad_output first.
-bool backward_by_rows(Loss loss, Arguments arguments, Bounds bounds, const Gradients& gradients);
+// All gradients of one shape, from a grad_output that has the same rows, or one number for each.
+bool backward_by_rows(const Terms& terms, const at::Tensor& grad_output, const Gradients& gradients);
 
 // All gradients, from one grad_output for all terms.
-bool backward_of_one_by_rows(Loss loss, double grad_output, Arguments inputs, Bounds bounds, const Gradients& gradients,
-                             at::IntArrayRef shape);
+bool backward_of_one_by_rows(const Terms& terms, double grad_output, const Gradients& gradients, at::IntArrayRef shape);
 
 } // namespace kl_ext::cpu

@@ -12,13 +12,13 @@ template <class S>
 constexpr int kLanesOfPlace = math::kLanes / kGroup<S>;
 
 // Adds the terms of at most a turn of contiguous inputs to the lanes `first` and on, which is the first of a group.
-template <class Loss, Range range, class S, class T>
-KL_EXT_INLINE void add_groups(T* lanes, int first, const Inputs<Loss, S>& inputs, std::int64_t numel,
-                              const math::Clamp<T>& clamp) {
+template <class F, Range range, class S, class T>
+KL_EXT_INLINE void add_groups(T* lanes, int first, const Inputs<F, S>& inputs, std::int64_t numel,
+                              const math::Settings<T>& settings) {
   T* const into = lanes + first / kGroup<S>;
   for_each_group<S>(numel, [&]<int kNumbers>(Count<kNumbers>, std::int64_t i) KL_EXT_INLINE_LAMBDA {
     T terms[kNumbers];
-    compute_terms<Loss, range>(terms, inputs, i, clamp);
+    compute_terms<F, range>(terms, inputs, i, settings);
     KL_EXT_UNROLL
     for (int n = 0; n < kNumbers; ++n) {
       into[n * kLanesOfPlace<S> + i / kGroup<S>] += terms[n];
@@ -27,37 +27,57 @@ KL_EXT_INLINE void add_groups(T* lanes, int first, const Inputs<Loss, S>& inputs
 }
 
 // Adds a term to each lane.
-template <class Loss, Range range, class S, class T>
-KL_EXT_INLINE void add_turn(T* lanes, const Inputs<Loss, S>& inputs, const math::Clamp<T>& clamp) {
-  add_groups<Loss, range>(lanes, 0, inputs, math::kLanes, clamp);
+template <class F, Range range, class S, class T>
+KL_EXT_INLINE void add_turn(T* lanes, const Inputs<F, S>& inputs, const math::Settings<T>& settings) {
+  add_groups<F, range>(lanes, 0, inputs, math::kLanes, settings);
 }
 
 // Adds the terms of contiguous inputs to the lanes `first` and on.
-template <class Loss, Range range, class S, class T>
-KL_EXT_INLINE void accumulate_row(T* lanes, const Inputs<Loss, S>& inputs, int first, std::int64_t numel,
-                                  const math::Clamp<T>& clamp) {
+template <class F, Range range, class S, class T>
+KL_EXT_INLINE void accumulate_row(T* lanes, const Inputs<F, S>& inputs, int first, std::int64_t numel,
+                                  const math::Settings<T>& settings) {
   std::int64_t i = 0;
   if (const int place = first % kGroup<S>; place != 0) { // the rest of a group
     T terms[1];
-    compute_terms<Loss, range>(terms, inputs, 0, clamp);
+    compute_terms<F, range>(terms, inputs, 0, settings);
     lanes[place * kLanesOfPlace<S> + first / kGroup<S>] += terms[0];
     first = (first + 1) % math::kLanes;
     i = 1;
   }
   if (first > 0) {
     const std::int64_t run = numel - i < math::kLanes - first ? numel - i : math::kLanes - first;
-    add_groups<Loss, range>(lanes, first, inputs.from(i), run, clamp);
+    add_groups<F, range>(lanes, first, inputs.from(i), run, settings);
     i += run;
   }
   for (; i + math::kLanes <= numel; i += math::kLanes) {
-    add_turn<Loss, range>(lanes, inputs.from(i), clamp);
+    add_turn<F, range>(lanes, inputs.from(i), settings);
   }
-  add_groups<Loss, range>(lanes, 0, inputs.from(i), numel - i, clamp);
+  add_groups<F, range>(lanes, 0, inputs.from(i), numel - i, settings);
 }
 
-template <class Loss, Range range, class T>
-void accumulate(void* lanes, const void* const* inputs, int first, std::int64_t numel, Bounds bounds) {
-  accumulate_row<Loss, range>(static_cast<T*>(lanes), Inputs<Loss, T>(inputs), first, numel, to_clamp<T>(bounds));
+template <class F, Range range, class T>
+void accumulate(void* lanes, const void* const* inputs, int first, std::int64_t numel, Settings given) {
+  const math::Settings<T> settings = to_settings<T>(given);
+  const Inputs<F, T> all(inputs);
+  T* const into = static_cast<T*>(lanes);
+  const std::int64_t before = first > 0 ? math::kLanes - first : 0;
+  if (numel < before + 2 * math::kLanes) {
+    accumulate_row<F, range>(into, all, first, numel, settings);
+    return;
+  }
+  if (before > 0) {
+    accumulate_row<F, range>(into, all, first, before, settings);
+  }
+  alignas(64) T own[math::kLanes]; // which stay in registers, turn after turn
+  __builtin_memcpy(own, into, sizeof(own));
+  std::int64_t i = before;
+  for (; i + math::kLanes <= numel; i += math::kLanes) {
+    add_turn<F, range>(own, all.from(i), settings);
+  }
+  __builtin_memcpy(into, own, sizeof(own));
+  if (i < numel) {
+    accumulate_row<F, range>(into, all.from(i), 0, numel - i, settings);
+  }
 }
 
 // In the order of math/summation.h: the lanes of each place among themselves, and at last those that are left.
@@ -87,13 +107,13 @@ KL_EXT_INLINE void begin_fold(T (&left)[kLeft], T (&lanes)[math::kLanes]) {
 }
 
 // The terms of a block, row after row from a given one on.
-template <class Loss, Range range, class S>
+template <class F, Range range, class S>
 class Terms {
  public:
   using T = typename ArithmeticOf<S>::Type;
 
-  KL_EXT_INLINE Terms(const Block& block, std::int64_t begin, Bounds bounds)
-      : block_(block), clamp_(to_clamp<T>(bounds)), row_(begin / block.columns), column_(begin % block.columns) {}
+  KL_EXT_INLINE Terms(const Block& block, std::int64_t begin, Settings given)
+      : block_(block), settings_(to_settings<T>(given)), row_(begin / block.columns), column_(begin % block.columns) {}
 
   KL_EXT_INLINE std::int64_t left_of_row() const { return block_.columns - column_; }
 
@@ -102,12 +122,12 @@ class Terms {
   KL_EXT_INLINE void add_to(T (&lanes)[math::kLanes], std::int64_t numel) {
     if (block_.columns % math::kLanes == 0) {
       for (std::int64_t done = 0; done < numel; done += math::kLanes) {
-        add_turn<Loss, range>(lanes, next(math::kLanes), clamp_);
+        add_turn<F, range>(lanes, next(math::kLanes), settings_);
       }
     } else {
       for (std::int64_t done = 0; done < numel;) {
         const std::int64_t run = numel - done < left_of_row() ? numel - done : left_of_row();
-        accumulate_row<Loss, range>(lanes, next(run), done % math::kLanes, run, clamp_);
+        accumulate_row<F, range>(lanes, next(run), done % math::kLanes, run, settings_);
         done += run;
       }
     }
@@ -115,8 +135,8 @@ class Terms {
 
  private:
   // The inputs of the next terms, which must be those of one row.
-  KL_EXT_INLINE Inputs<Loss, S> next(std::int64_t numel) {
-    const Inputs<Loss, S> inputs(block_, 0, row_, column_);
+  KL_EXT_INLINE Inputs<F, S> next(std::int64_t numel) {
+    const Inputs<F, S> inputs(block_, 0, row_, column_);
     column_ += numel;
     row_ += column_ == block_.columns ? 1 : 0;
     column_ = column_ == block_.columns ? 0 : column_;
@@ -124,15 +144,15 @@ class Terms {
   }
 
   const Block& block_;
-  math::Clamp<T> clamp_;
+  math::Settings<T> settings_;
   std::int64_t row_;
   std::int64_t column_;
 };
 
-template <class Loss, Range range, class S>
-void sum_chunks(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Bounds bounds) {
+template <class F, Range range, class S>
+void sum_chunks(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Settings given) {
   using T = typename ArithmeticOf<S>::Type;
-  Terms<Loss, range, S> terms(block, begin, bounds);
+  Terms<F, range, S> terms(block, begin, given);
   T* out = static_cast<T*>(partials);
   for (std::int64_t start = begin; start < end; start += math::kChunk) {
     alignas(64) T lanes[math::kLanes] = {};
@@ -142,12 +162,12 @@ void sum_chunks(void* partials, const Block& block, std::int64_t begin, std::int
 }
 
 // Folding takes as long as a short row: each step waits for the one before. The last ones are taken for some chunks in a row.
-template <class Loss, Range range, class S>
-void sum_row_chunks(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Bounds bounds) {
+template <class F, Range range, class S>
+void sum_row_chunks(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Settings given) {
   using T = typename ArithmeticOf<S>::Type;
   constexpr int kChunksAtOnce = 16;
   constexpr int kLeft = 8;
-  Terms<Loss, range, S> terms(block, begin, bounds);
+  Terms<F, range, S> terms(block, begin, given);
   T* out = static_cast<T*>(partials);
   for (std::int64_t start = begin; start < end;) {
     T left[kChunksAtOnce][kLeft];

@@ -11,8 +11,8 @@ namespace {
 using math::Range;
 
 template <class T>
-math::Clamp<T> to_clamp(Bounds bounds) {
-  return {static_cast<T>(bounds.low), static_cast<T>(bounds.high)};
+math::Settings<T> to_settings(Settings given) {
+  return {static_cast<T>(given.low), static_cast<T>(given.high), static_cast<T>(given.scale), static_cast<T>(given.offset)};
 }
 
 // A row of an operand.
@@ -22,27 +22,27 @@ KL_EXT_INLINE S* row_of(const Block& block, int operand, std::int64_t row) {
 }
 
 // What the loops read: the numbers of each input, in the arithmetic type.
-template <class Loss, class S>
+template <class F, class S>
 struct Inputs {
   using T = typename ArithmeticOf<S>::Type;
 
   explicit KL_EXT_INLINE Inputs(const void* const* inputs) {
-    for (int input = 0; input < Loss::kInputs; ++input) {
+    for (int input = 0; input < F::kInputs; ++input) {
       data[input] = static_cast<const S*>(inputs[input]);
     }
   }
 
   // The operands from the given one on.
   KL_EXT_INLINE Inputs(const Block& block, int operand, std::int64_t row, std::int64_t column = 0) {
-    for (int input = 0; input < Loss::kInputs; ++input) {
+    for (int input = 0; input < F::kInputs; ++input) {
       data[input] = row_of<const S>(block, operand + input, row) + column;
     }
   }
 
   template <int kNumbers>
-  KL_EXT_INLINE void read(T (&values)[kNumbers][Loss::kInputs], std::int64_t i) const {
+  KL_EXT_INLINE void read(T (&values)[kNumbers][F::kInputs], std::int64_t i) const {
     KL_EXT_UNROLL
-    for (int input = 0; input < Loss::kInputs; ++input) {
+    for (int input = 0; input < F::kInputs; ++input) {
       T numbers[kNumbers];
       read_group(numbers, data[input] + i);
       const bool is_log_var = input % 2 == 1;
@@ -61,19 +61,19 @@ struct Inputs {
     return result;
   }
 
-  const S* data[Loss::kInputs];
+  const S* data[F::kInputs];
   Detach<T> detach;
 };
 
 // The terms of the inputs from number i on.
-template <class Loss, Range range, int kNumbers, class S, class T>
-KL_EXT_INLINE void compute_terms(T (&terms)[kNumbers], const Inputs<Loss, S>& inputs, std::int64_t i,
-                                 const math::Clamp<T>& clamp) {
-  T values[kNumbers][Loss::kInputs];
+template <class F, Range range, int kNumbers, class S, class T>
+KL_EXT_INLINE void compute_terms(T (&terms)[kNumbers], const Inputs<F, S>& inputs, std::int64_t i,
+                                 const math::Settings<T>& settings) {
+  T values[kNumbers][F::kInputs];
   inputs.read(values, i);
   KL_EXT_UNROLL
   for (int n = 0; n < kNumbers; ++n) {
-    terms[n] = Loss::template forward<range>(values[n], clamp);
+    terms[n] = F::template forward<range>(values[n], settings);
   }
 }
 

@@ -143,9 +143,14 @@ struct Vectors {
   };
 };
 
-// A number from its bits; float64 only if T is double.
-template <class T>
+// A number from its bits; float64 only if T is double, bool only with_bool.
+template <class T, bool with_bool = false>
 KL_EXT_INLINE T from_storage(Storage dtype, typename math::Format<T>::Bits bits) {
+  if constexpr (with_bool) {
+    if (dtype == kBool) {
+      return widened(math::Bool{static_cast<std::uint8_t>(bits)});
+    }
+  }
   switch (dtype) {
     case kFloat16:
       return widened(math::Half{static_cast<std::uint16_t>(bits)});
@@ -158,8 +163,22 @@ KL_EXT_INLINE T from_storage(Storage dtype, typename math::Format<T>::Bits bits)
   }
 }
 
+// The bits of a number in memory.
+template <class T, bool with_bool>
+KL_EXT_INLINE typename math::Format<T>::Bits bits_at(const char* place, Storage dtype) {
+  if constexpr (with_bool) {
+    if (dtype == kBool) {
+      return *reinterpret_cast<const std::uint8_t*>(place);
+    }
+  }
+  const std::int64_t size = size_of(dtype);
+  return size == 2   ? *reinterpret_cast<const std::uint16_t*>(place)
+         : size == 4 ? *reinterpret_cast<const std::uint32_t*>(place)
+                     : *reinterpret_cast<const typename math::Format<T>::Bits*>(place);
+}
+
 // Two numbers of each operand per thread, a block's width apart. Dtypes at run time: float64 among them only if T is double.
-template <class T>
+template <class T, bool with_bool = false>
 struct Strided {
   static constexpr int kItems = 2;
 
@@ -208,7 +227,7 @@ struct Strided {
 
     template <class, class L>
     KL_EXT_INLINE T get(const L& loaded, int operand, int item) const {
-      return from_storage<T>(plan_.operand[operand].dtype, loaded.bits[item]);
+      return from_storage<T, with_bool>(plan_.operand[operand].dtype, loaded.bits[item]);
     }
 
     template <class, int kCount>
@@ -239,10 +258,7 @@ struct Strided {
     KL_EXT_INLINE void load_each(int& operand, L (&loaded)[kCount]) const {
       for (int i = 0; i < kCount; ++i, ++operand) {
         for (int item = 0; item < kItems; ++item) {
-          const std::int64_t size = size_of(plan_.operand[operand].dtype);
-          loaded[i].bits[item] = size == 2   ? *at<std::uint16_t>(operand, item)
-                                 : size == 4 ? *at<std::uint32_t>(operand, item)
-                                             : *at<Bits>(operand, item);
+          loaded[i].bits[item] = bits_at<T, with_bool>(at<char>(operand, item), plan_.operand[operand].dtype);
         }
       }
     }

@@ -1,4 +1,4 @@
-// The kernels of the elementwise losses, and which of them an iteration takes. Loss: math/gaussian.h; Access: access.cuh.
+// The kernels that are elementwise, and which of them an iteration takes. F: math/formulas.h; Access: access.cuh.
 #pragma once
 
 #include "../math/gaussian.h"
@@ -15,10 +15,10 @@ constexpr int blocks_per_processor(math::Range range, int numbers) {
   return weight > 128 ? 2 : weight > 64 ? 3 : 4;
 }
 
-template <class Loss, math::Range range, class T, class Input, class Output, class Access>
-__global__ void __launch_bounds__(kThreads, blocks_per_processor(range, (Loss::kInputs + 1) * Access::kItems))
-    forward(const typename Access::template Plan<Loss::kInputs + 1> plan, const math::Clamp<T> bounds) {
-  constexpr int kInputs = Loss::kInputs;
+template <class F, math::Range range, class T, class Input, class Output, class Access>
+__global__ void __launch_bounds__(kThreads, blocks_per_processor(range, (F::kInputs + 1) * Access::kItems))
+    forward(const typename Access::template Plan<F::kInputs + 1> plan, const math::Settings<T> settings) {
+  constexpr int kInputs = F::kInputs;
   const typename Access::template Thread<kInputs + 1> thread(plan, blockIdx.x, threadIdx.x);
   if (thread.is_idle()) {
     return;
@@ -26,38 +26,44 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(range, (Loss::k
   typename Access::template Loaded<Input> inputs[kInputs];
   thread.load(1, inputs);
   T results[1][Access::kItems];
+  KL_EXT_UNROLL
   for (int item = 0; item < Access::kItems; ++item) {
     T values[kInputs];
     for (int i = 0; i < kInputs; ++i) {
       values[i] = thread.template get<T>(inputs[i], 1 + i, item);
     }
-    results[0][item] = Loss::template forward<range>(values, bounds);
+    results[0][item] = F::result(F::template forward<range>(values, settings), settings);
   }
   thread.template store<Output>(0, results);
 }
 
+template <class F>
+constexpr int kBackwardOperands = F::kGradients + 1 + F::kInputs;
+
 // Every gradient is computed; those not wanted are not written.
-template <class Loss, math::Range range, class T, class Input, class Output, class Access>
-__global__ void __launch_bounds__(kThreads, blocks_per_processor(range, (2 * Loss::kInputs + 1) * Access::kItems))
-    backward(const typename Access::template Plan<2 * Loss::kInputs + 1> plan, const math::Clamp<T> bounds) {
-  constexpr int kInputs = Loss::kInputs;
-  const typename Access::template Thread<2 * kInputs + 1> thread(plan, blockIdx.x, threadIdx.x);
+template <class F, math::Range range, class T, class Input, class Output, class Access>
+__global__ void __launch_bounds__(kThreads, blocks_per_processor(range, kBackwardOperands<F> * Access::kItems))
+    backward(const typename Access::template Plan<kBackwardOperands<F>> plan, const math::Settings<T> settings) {
+  constexpr int kInputs = F::kInputs;
+  constexpr int kGradients = F::kGradients;
+  const typename Access::template Thread<kBackwardOperands<F>> thread(plan, blockIdx.x, threadIdx.x);
   if (thread.is_idle()) {
     return;
   }
   typename Access::template Loaded<Output> grad_output[1];
   typename Access::template Loaded<Input> inputs[kInputs];
-  thread.load(kInputs, grad_output, inputs);
-  T results[kInputs][Access::kItems];
+  thread.load(kGradients, grad_output, inputs);
+  T results[kGradients][Access::kItems];
+  KL_EXT_UNROLL
   for (int item = 0; item < Access::kItems; ++item) {
     T values[kInputs];
-    T gradients[kInputs];
+    T gradients[kGradients];
     for (int i = 0; i < kInputs; ++i) {
-      values[i] = thread.template get<T>(inputs[i], kInputs + 1 + i, item);
+      values[i] = thread.template get<T>(inputs[i], kGradients + 1 + i, item);
     }
-    const T grad = thread.template get<T>(grad_output[0], kInputs, item);
-    Loss::template backward<range>(grad, values, bounds, gradients);
-    for (int i = 0; i < kInputs; ++i) {
+    const T grad = thread.template get<T>(grad_output[0], kGradients, item);
+    F::template backward<range>(grad, values, settings, gradients);
+    for (int i = 0; i < kGradients; ++i) {
       results[i][item] = gradients[i];
     }
   }
@@ -65,30 +71,30 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(range, (2 * Los
 }
 
 // What the choice of a kernel has to know of the two.
-template <class L>
+template <class Of>
 struct Forward {
-  using Loss = L;
-  static constexpr int kOperands = Loss::kInputs + 1;
+  using F = Of;
+  static constexpr int kOperands = F::kInputs + 1;
   static constexpr int kOutputs = 1;
   static constexpr bool kIsBackward = false;
   static constexpr bool kSharesQ = false;
   static constexpr int kOutput = 0; // the operand with the result's dtype; all others have the inputs'
 
   template <math::Range range, class T, class Input, class Output, class Access>
-  static constexpr auto kKernel = forward<Loss, range, T, Input, Output, Access>;
+  static constexpr auto kKernel = forward<F, range, T, Input, Output, Access>;
 };
 
-template <class L>
+template <class Of>
 struct Backward {
-  using Loss = L;
-  static constexpr int kOperands = 2 * Loss::kInputs + 1;
-  static constexpr int kOutputs = Loss::kInputs;
+  using F = Of;
+  static constexpr int kOperands = kBackwardOperands<F>;
+  static constexpr int kOutputs = F::kGradients;
   static constexpr bool kIsBackward = true;
   static constexpr bool kSharesQ = false;
-  static constexpr int kOutput = Loss::kInputs; // grad_output
+  static constexpr int kOutput = F::kGradients; // grad_output
 
   template <math::Range range, class T, class Input, class Output, class Access>
-  static constexpr auto kKernel = backward<Loss, range, T, Input, Output, Access>;
+  static constexpr auto kKernel = backward<F, range, T, Input, Output, Access>;
 };
 
 template <class S>
@@ -101,15 +107,20 @@ template <>
 inline constexpr Storage kStorageOf<math::Half> = kFloat16;
 
 template <class T>
-math::Clamp<T> to_clamp(Bounds bounds) {
-  return {static_cast<T>(bounds.low), static_cast<T>(bounds.high)};
+math::Settings<T> to_settings(const Settings& settings) {
+  return {static_cast<T>(settings.low), static_cast<T>(settings.high), static_cast<T>(settings.scale),
+          static_cast<T>(settings.offset)};
 }
 
 constexpr std::uint32_t blocks_for(std::uint32_t threads) { return (threads + kThreads - 1) / kThreads; }
 
+// Whether the range is the one that a formula nearly always has.
+template <class F, math::Range range>
+constexpr bool kIsUsual = range == math::Range::kNarrow || !F::kRanges;
+
 // Launches a vector kernel if the operands' dtypes and layouts let it.
 template <class Direction, math::Range range, class T, class Input, class Output>
-bool run_vectors(const Iteration& iteration, Bounds bounds, CUstream_st* stream) {
+bool run_vectors(const Iteration& iteration, const Settings& settings, CUstream_st* stream) {
   constexpr int kItems = kVectorBytes / (sizeof(Input) < sizeof(Output) ? sizeof(Input) : sizeof(Output));
   for (int i = 0; i < Direction::kOperands; ++i) {
     const Operand& operand = iteration.operand[i];
@@ -126,60 +137,88 @@ bool run_vectors(const Iteration& iteration, Bounds bounds, CUstream_st* stream)
     const auto plan = plan_vectors<Direction::kOperands>(piece, kItems);
     const std::uint32_t blocks = blocks_for(plan.vectors + (plan.tail > 0 ? 1 : 0));
     // A wide clamp is rare enough to do without kernels of its own for operands in rows.
-    if constexpr (range == math::Range::kNarrow) {
+    if constexpr (kIsUsual<typename Direction::F, range>) {
       if (is_in_rows(piece)) {
         constexpr auto kernel = Direction::template kKernel<range, T, Input, Output, Vectors<kItems, true>>;
-        KL_EXT_LAUNCH(kernel, blocks, kThreads, stream, plan, to_clamp<T>(bounds));
+        KL_EXT_LAUNCH(kernel, blocks, kThreads, stream, plan, to_settings<T>(settings));
         return;
       }
     }
     constexpr auto kernel = Direction::template kKernel<range, T, Input, Output, Vectors<kItems, false>>;
-    KL_EXT_LAUNCH(kernel, blocks, kThreads, stream, plan, to_clamp<T>(bounds));
+    KL_EXT_LAUNCH(kernel, blocks, kThreads, stream, plan, to_settings<T>(settings));
   });
   return true;
 }
 
 template <class Direction, math::Range range, class T>
-void run_strided(const Iteration& iteration, Bounds bounds, CUstream_st* stream) {
+void run_strided(const Iteration& iteration, const Settings& settings, CUstream_st* stream) {
   for_each_piece(iteration, kMaxStridedDims, fits_strided_indices, [&](const Iteration& piece) {
     const auto plan = plan_strides<Direction::kOperands>(piece);
-    constexpr auto kernel = Direction::template kKernel<range, T, void, void, Strided<T>>;
-    const std::uint32_t threads = (plan.numel + Strided<T>::kItems - 1) / Strided<T>::kItems;
-    KL_EXT_LAUNCH(kernel, blocks_for(threads), kThreads, stream, plan, to_clamp<T>(bounds));
+    using Access = Strided<T, Direction::F::kIsWeighted>;
+    constexpr auto kernel = Direction::template kKernel<range, T, void, void, Access>;
+    const std::uint32_t threads = (plan.numel + Access::kItems - 1) / Access::kItems;
+    KL_EXT_LAUNCH(kernel, blocks_for(threads), kThreads, stream, plan, to_settings<T>(settings));
   });
 }
 
 template <class Direction, math::Range range, class T>
-void run_range(const Iteration& iteration, Bounds bounds, CUstream_st* stream) {
-  bool done = run_vectors<Direction, range, T, T, T>(iteration, bounds, stream);
-  if constexpr (sizeof(T) == sizeof(float)) {
-    done = done || run_vectors<Direction, range, T, math::BFloat16, math::BFloat16>(iteration, bounds, stream);
-    done = done || run_vectors<Direction, range, T, math::Half, math::Half>(iteration, bounds, stream);
+void run_range(const Iteration& iteration, const Settings& settings, CUstream_st* stream) {
+  bool done = false;
+  // Weights have dtypes of their own, and mostly are broadcast in other ways than the inputs.
+  if constexpr (!Direction::F::kIsWeighted) {
+    done = run_vectors<Direction, range, T, T, T>(iteration, settings, stream);
+  }
+  if constexpr (!Direction::F::kIsWeighted && sizeof(T) == sizeof(float)) {
+    done = done || run_vectors<Direction, range, T, math::BFloat16, math::BFloat16>(iteration, settings, stream);
+    done = done || run_vectors<Direction, range, T, math::Half, math::Half>(iteration, settings, stream);
     // Under autocast.
-    done = done || run_vectors<Direction, range, T, math::BFloat16, float>(iteration, bounds, stream);
-    done = done || run_vectors<Direction, range, T, math::Half, float>(iteration, bounds, stream);
+    done = done || run_vectors<Direction, range, T, math::BFloat16, float>(iteration, settings, stream);
+    done = done || run_vectors<Direction, range, T, math::Half, float>(iteration, settings, stream);
   }
   if (!done) {
-    run_strided<Direction, range, T>(iteration, bounds, stream);
+    run_strided<Direction, range, T>(iteration, settings, stream);
   }
+}
+
+// Calls run<range>().
+template <class F, class T, class Run>
+void with_range(const Settings& settings, const Run& run) {
+  if constexpr (F::kRanges) {
+    if (settings.low >= -math::kNarrowBound<T> && settings.high <= math::kNarrowBound<T>) {
+      run.template operator()<math::Range::kNarrow>();
+      return;
+    }
+  }
+  run.template operator()<math::Range::kWide>();
 }
 
 template <class Direction, class T>
-void run_arithmetic(const Iteration& iteration, Bounds bounds, CUstream_st* stream) {
-  if (bounds.low >= -math::kNarrowBound<T> && bounds.high <= math::kNarrowBound<T>) {
-    run_range<Direction, math::Range::kNarrow, T>(iteration, bounds, stream);
-  } else {
-    run_range<Direction, math::Range::kWide, T>(iteration, bounds, stream);
-  }
+void run_arithmetic(const Iteration& iteration, const Settings& settings, CUstream_st* stream) {
+  with_range<typename Direction::F, T>(
+      settings, [&]<math::Range range>() { run_range<Direction, range, T>(iteration, settings, stream); });
 }
 
 template <class Direction>
-void run(const Iteration& iteration, Bounds bounds, CUstream_st* stream) {
+void run(const Iteration& iteration, const Settings& settings, CUstream_st* stream) {
   if (is_double(iteration)) {
-    run_arithmetic<Direction, double>(iteration, bounds, stream);
+    run_arithmetic<Direction, double>(iteration, settings, stream);
   } else {
-    run_arithmetic<Direction, float>(iteration, bounds, stream);
+    run_arithmetic<Direction, float>(iteration, settings, stream);
   }
 }
+
+namespace kernels {
+
+template <class F>
+void forward(const Iteration& iteration, const Settings& settings, CUstream_st* stream) {
+  run<Forward<F>>(iteration, settings, stream);
+}
+
+template <class F>
+void backward(const Iteration& iteration, const Settings& settings, CUstream_st* stream) {
+  run<Backward<F>>(iteration, settings, stream);
+}
+
+} // namespace kernels
 
 } // namespace kl_ext::cuda

@@ -2,19 +2,21 @@
 // torch. Neither this header nor any file compiled by nvcc includes torch.
 #pragma once
 
-#include "../math/platform.h"
+#include "../math/formulas.h"
 
 struct CUstream_st;
 
 namespace kl_ext::cuda {
 
-// The dtypes of tensors.
-enum Storage : std::int32_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
+// The dtypes of tensors, bool only of weights.
+enum Storage : std::int32_t { kFloat16, kBFloat16, kFloat32, kFloat64, kBool };
 
-KL_EXT_INLINE constexpr std::int64_t size_of(Storage dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+KL_EXT_INLINE constexpr std::int64_t size_of(Storage dtype) {
+  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : dtype == kBool ? 1 : 2;
+}
 
 constexpr int kMaxDims = 64;    // torch's own limit
-constexpr int kMaxOperands = 9; // of the pair's backward
+constexpr int kMaxOperands = 10; // of the backward of a weighted pair
 constexpr int kMaxOutputs = 4;
 
 // A tensor as the iteration walks it: strides in bytes, any of them may be zero.
@@ -54,36 +56,27 @@ struct SumResults {
   Storage dtype[kMaxOutputs];
 };
 
-struct Bounds {
-  double low;
-  double high;
-};
+using Settings = math::Settings<double>;
 
 namespace kernels {
 
-// Operands: the result; the inputs. Arithmetic is in float64 if an operand is float64, else in float32; each result is rounded
-// once. All of it is put on the stream: nothing waits.
-void kl_div_single_loss(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
-void kl_div_pair_loss(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
-void gaussian_kl_div(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
+// Of a formula F, for the formulas and functions of instances.txt. Operands: the result; the inputs. Arithmetic is in float64 if an
+// operand is float64, else in float32; each result is rounded once. All of it is put on the stream: nothing waits.
+template <class F>
+void forward(const Iteration& iteration, const Settings& settings, CUstream_st* stream);
 
-// Operands: the gradients, one for each input; grad_output; the inputs.
-void kl_div_single_loss_backward(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
-void kl_div_pair_loss_backward(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
-void gaussian_kl_div_backward(const Iteration& iteration, Bounds bounds, CUstream_st* stream);
+// Operands: the gradients, one for each input that has them; grad_output; the inputs.
+template <class F>
+void backward(const Iteration& iteration, const Settings& settings, CUstream_st* stream);
 
 // The same operands. scratch: as many numbers of the arithmetic type as scratch_numel (sum_layout.h) says. There is at least
 // one term.
-void kl_div_single_loss_sum(const Summation& summation, Bounds bounds, const SumResults& results, void* scratch,
-                            CUstream_st* stream);
-void gaussian_kl_div_sum(const Summation& summation, Bounds bounds, const SumResults& results, void* scratch,
-                         CUstream_st* stream);
-void kl_div_single_loss_backward_sum(const Summation& summation, Bounds bounds, const SumResults& results, void* scratch,
-                                     CUstream_st* stream);
-void kl_div_pair_loss_backward_sum(const Summation& summation, Bounds bounds, const SumResults& results, void* scratch,
-                                   CUstream_st* stream);
-void gaussian_kl_div_backward_sum(const Summation& summation, Bounds bounds, const SumResults& results, void* scratch,
-                                  CUstream_st* stream);
+template <class F>
+void forward_sum(const Summation& summation, const Settings& settings, const SumResults& results, void* scratch,
+                 CUstream_st* stream);
+template <class F>
+void backward_sum(const Summation& summation, const Settings& settings, const SumResults& results, void* scratch,
+                  CUstream_st* stream);
 
 // Sums each column of numbers [partials.count, outputs, sums]; scratch: of as many numbers for
 // each 2^20 chunks or 2^16 lanes, where there are more than those.

@@ -14,7 +14,7 @@
 
 namespace kl_ext::cuda {
 
-using LaunchSum = void (*)(const Summation&, Bounds, const SumResults&, void* scratch, CUstream_st*);
+using LaunchSum = void (*)(const Summation&, const Settings&, const SumResults&, void* scratch, CUstream_st*);
 
 inline Storage storage_of(at::ScalarType dtype) {
   switch (dtype) {
@@ -24,19 +24,11 @@ inline Storage storage_of(at::ScalarType dtype) {
       return kBFloat16;
     case at::kFloat:
       return kFloat32;
+    case at::kBool:
+      return kBool;
     default:
       return kFloat64;
   }
-}
-
-// The CUDA device that check_devices found all arguments on, except for 0-dim CPU tensors.
-inline at::Device device_of(Arguments arguments) {
-  for (const auto& argument : arguments) {
-    if (argument.tensor.is_cuda()) {
-      return argument.tensor.device();
-    }
-  }
-  TORCH_INTERNAL_ASSERT(false, "the CUDA kernel called without a CUDA tensor");
 }
 
 // The value of a 0-dim CPU tensor goes to the device as an argument of a kernel: there is no copy to wait for.
@@ -132,7 +124,7 @@ class Sum {
   }
 
   // The sums are divided by the divisor.
-  void run(LaunchSum launch, Bounds bounds, int64_t divisor, at::Device device) {
+  void run(LaunchSum launch, const Settings& settings, int64_t divisor, at::Device device) {
     if (count_ == 0) {
       for (const auto& result : tensors_) {
         result.fill_(0.0 / static_cast<double>(divisor));
@@ -143,7 +135,7 @@ class Sum {
       TORCH_CHECK(count_ <= kMaxTerms, "kl_ext: expected at most ", kMaxTerms, " terms to a sum on CUDA devices, got ", count_);
       summation_.divisor = divisor;
       const at::Tensor scratch = at::empty({scratch_numel(summation_)}, at::device(device).dtype(arithmetic_));
-      launch(summation_, bounds, results_, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream());
+      launch(summation_, settings, results_, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream());
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
   }

@@ -72,7 +72,7 @@ KL_EXT_INLINE void leave(const SumShape<T>& shape, int output, std::int64_t part
 template <class Direction, math::Range range, class T, class Input, class Output, class Access>
 __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access>())
     sum_rows(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,
-             const math::Clamp<T> bounds) {
+             const math::Settings<T> settings) {
   constexpr int kItems = Access::kItems;
   constexpr int kPlaces = kThreads * kItems / math::kLanes;
   KL_EXT_SHARED(T, of_chunks, Direction::kOutputs * kPlaces);
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   };
   T lanes[Direction::kOutputs][kItems] = {};
   add_terms<Direction, range, T, Input, Output, Access>(thread * (Access::kNeighbours ? kItems : 1), width * kItems, count,
-                                                        bounds, at, valid, {}, lanes);
+                                                        settings, at, valid, {}, lanes);
   KL_EXT_UNROLL
   for (int output = 0; output < Direction::kOutputs; ++output) {
     if (shape.slots[output] < 0) {
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
 template <class Direction, math::Range range, class T, class Input, class Output, class Access>
 __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access>())
     sum_columns(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,
-                const math::Clamp<T> bounds) {
+                const math::Settings<T> settings) {
   constexpr int kItems = Access::kItems;
   KL_EXT_SHARED(T, exchange, kItems * kThreads / 2);
   const std::uint32_t width = 1u << shape.log_width;
@@ -149,10 +149,10 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   Q<Direction, T, Access> q;
   if constexpr (Direction::kSharesQ) {
     if (lane < count) {
-      q.template load<Input>(at(lane), bounds);
+      q.template load<Input>(at(lane), settings);
     }
   }
-  add_terms<Direction, range, T, Input, Output, Access>(lane, lane_count, count, bounds, at, all, q, lanes);
+  add_terms<Direction, range, T, Input, Output, Access>(lane, lane_count, count, settings, at, all, q, lanes);
 
   KL_EXT_UNROLL
   for (int output = kFirstSummed<Direction>; output < Direction::kOutputs; ++output) {
@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
 
 // Launches a kernel on the layout, and returns what it leaves of a sum; plan: of its access.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class Plan>
-Partials launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shape, Bounds bounds, CUstream_st* stream) {
-  static_assert(sizeof(Plan) + sizeof(SumShape<T>) + sizeof(math::Clamp<T>) <= 4096);
+Partials launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shape, const Settings& settings, CUstream_st* stream) {
+  static_assert(sizeof(Plan) + sizeof(SumShape<T>) + sizeof(math::Settings<T>) <= 4096);
   constexpr int kItems = Access::kItems;
   shape.count = layout.count;
   shape.columns = layout.sums;
@@ -187,7 +187,7 @@ Partials launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shap
       const std::int64_t blocks = tiles * ceil_divide(layout.chunks, threads / (width * lanes));
       constexpr auto kernel = sum_columns<Direction, range, T, Input, Output, Access>;
       KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), shape.threads, stream, plan, shape,
-                               to_clamp<T>(bounds));
+                               to_settings<T>(settings));
       return {layout.chunks, /*are_lanes=*/false};
     }
   }
@@ -208,7 +208,7 @@ Partials launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shap
       const std::int64_t blocks = ceil_divide(shape.items * width, threads);
       constexpr auto kernel = sum_rows<Direction, range, T, Input, Output, Access>;
       KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), shape.threads, stream, plan, shape,
-                               to_clamp<T>(bounds));
+                               to_settings<T>(settings));
     }
     return partials;
   }
@@ -217,7 +217,7 @@ Partials launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shap
 
 // Nothing, where the operands' dtypes and layouts do not let it.
 template <class Direction, math::Range range, class T, class Input, class Output>
-std::optional<Partials> run_vector_sums(const SumLayout& layout, const SumShape<T>& shape, Bounds bounds, CUstream_st* stream) {
+std::optional<Partials> run_vector_sums(const SumLayout& layout, const SumShape<T>& shape, const Settings& settings, CUstream_st* stream) {
   constexpr int kItems = kVectorBytes / (sizeof(Input) < sizeof(Output) ? sizeof(Input) : sizeof(Output));
   for (int i = 0; i < Direction::kOperands; ++i) {
     const Operand& operand = layout.terms.operand[i];
@@ -233,29 +233,30 @@ std::optional<Partials> run_vector_sums(const SumLayout& layout, const SumShape<
   if constexpr (!Direction::kIsBackward) { // a gradient is summed only where an operand is broadcast, in rows a splat
     if (!layout.by_columns && is_in_rows(layout.terms) && layout.terms.sizes[0] % kItems == 0) {
       const auto plan = plan_rows<Direction::kOperands>(layout.terms, kItems);
-      return launch_sums<Direction, range, T, Input, Output, RowTerms<kItems>>(layout, plan, shape, bounds, stream);
+      return launch_sums<Direction, range, T, Input, Output, RowTerms<kItems>>(layout, plan, shape, settings, stream);
     }
   }
   const auto plan = plan_vectors<Direction::kOperands>(layout.terms, kItems);
   using GivenQ = typename SharingQ<Direction>::Type;
   if constexpr (!std::is_void_v<GivenQ>) {
     if (shares_q(layout, shape.slots)) {
-      return launch_sums<GivenQ, range, T, Input, Output, VectorTerms<kItems>>(layout, plan, shape, bounds, stream);
+      return launch_sums<GivenQ, range, T, Input, Output, VectorTerms<kItems>>(layout, plan, shape, settings, stream);
     }
   }
-  return launch_sums<Direction, range, T, Input, Output, VectorTerms<kItems>>(layout, plan, shape, bounds, stream);
+  return launch_sums<Direction, range, T, Input, Output, VectorTerms<kItems>>(layout, plan, shape, settings, stream);
 }
 
 template <class Direction, math::Range range, class T>
-Partials run_sums(const SumLayout& layout, const SumShape<T>& shape, Bounds bounds, CUstream_st* stream) {
+Partials run_sums(const SumLayout& layout, const SumShape<T>& shape, const Settings& settings, CUstream_st* stream) {
+  using F = typename Direction::F;
   std::optional<Partials> partials;
   [[maybe_unused]] const auto run = [&]<class Input, class Output>() {
     if (!partials) {
-      partials = run_vector_sums<Direction, range, T, Input, Output>(layout, shape, bounds, stream);
+      partials = run_vector_sums<Direction, range, T, Input, Output>(layout, shape, settings, stream);
     }
   };
-  // A wide clamp is rare enough to do without vectors.
-  if constexpr (range == math::Range::kNarrow) {
+  // A wide clamp is rare enough to do without vectors; weights: run_range in elementwise.cuh.
+  if constexpr (kIsUsual<F, range> && !F::kIsWeighted) {
     run.template operator()<T, T>();
     if constexpr (sizeof(T) == sizeof(float)) {
       run.template operator()<math::BFloat16, math::BFloat16>();
@@ -270,11 +271,11 @@ Partials run_sums(const SumLayout& layout, const SumShape<T>& shape, Bounds boun
     return *partials;
   }
   const auto plan = plan_terms<Direction::kOperands>(layout.terms);
-  return launch_sums<Direction, range, T, void, void, StridedTerms<T>>(layout, plan, shape, bounds, stream);
+  return launch_sums<Direction, range, T, void, void, StridedTerms<T, F::kIsWeighted>>(layout, plan, shape, settings, stream);
 }
 
 template <class Direction, class T>
-void run_sum_arithmetic(const Summation& summation, Bounds bounds, const SumResults& results, T* scratch, CUstream_st* stream) {
+void run_sum_arithmetic(const Summation& summation, const Settings& settings, const SumResults& results, T* scratch, CUstream_st* stream) {
   const SumLayout layout = lay_out(summation);
   SumShape<T> shape{};
   shape.pitch = layout.outputs * layout.sums;
@@ -289,9 +290,10 @@ void run_sum_arithmetic(const Summation& summation, Bounds bounds, const SumResu
       ++slot;
     }
   }
-  const bool is_narrow = bounds.low >= -math::kNarrowBound<T> && bounds.high <= math::kNarrowBound<T>;
-  const auto run = is_narrow ? run_sums<Direction, math::Range::kNarrow, T> : run_sums<Direction, math::Range::kWide, T>;
-  const Partials partials = run(layout, shape, bounds, stream);
+  Partials partials{};
+  with_range<typename Direction::F, T>(settings, [&]<math::Range range>() {
+    partials = run_sums<Direction, range, T>(layout, shape, settings, stream);
+  });
   if (layout.chunks > 1) {
     kernels::finish_sums(scratch, partials, layout.outputs, layout.sums, summation.divisor, results,
                          scratch + partials.count * shape.pitch, stream);
@@ -299,12 +301,28 @@ void run_sum_arithmetic(const Summation& summation, Bounds bounds, const SumResu
 }
 
 template <class Direction>
-void run_sum(const Summation& summation, Bounds bounds, const SumResults& results, void* scratch, CUstream_st* stream) {
+void run_sum(const Summation& summation, const Settings& settings, const SumResults& results, void* scratch, CUstream_st* stream) {
   if (is_double(summation.terms)) {
-    run_sum_arithmetic<Direction>(summation, bounds, results, static_cast<double*>(scratch), stream);
+    run_sum_arithmetic<Direction>(summation, settings, results, static_cast<double*>(scratch), stream);
   } else {
-    run_sum_arithmetic<Direction>(summation, bounds, results, static_cast<float*>(scratch), stream);
+    run_sum_arithmetic<Direction>(summation, settings, results, static_cast<float*>(scratch), stream);
   }
 }
+
+namespace kernels {
+
+template <class F>
+void forward_sum(const Summation& summation, const Settings& settings, const SumResults& results, void* scratch,
+                 CUstream_st* stream) {
+  run_sum<Forward<F>>(summation, settings, results, scratch, stream);
+}
+
+template <class F>
+void backward_sum(const Summation& summation, const Settings& settings, const SumResults& results, void* scratch,
+                  CUstream_st* stream) {
+  run_sum<Backward<F>>(summation, settings, results, scratch, stream);
+}
+
+} // namespace kernels
 
 } // namespace kl_ext::cuda

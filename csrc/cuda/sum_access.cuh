@@ -71,7 +71,7 @@ struct RowTerms {
 };
 
 // Any strides, dtypes at run time: float64 among them only if T is double.
-template <class T>
+template <class T, bool with_bool = false>
 struct StridedTerms {
   static constexpr int kItems = 2;
   static constexpr bool kNeighbours = false;
@@ -120,7 +120,7 @@ struct StridedTerms {
 
     template <class, class L>
     KL_EXT_INLINE T get(const L& loaded, int operand, int item) const {
-      return from_storage<T>(plan_.operand[operand].dtype, loaded.bits[item]);
+      return from_storage<T, with_bool>(plan_.operand[operand].dtype, loaded.bits[item]);
     }
 
     template <class, int kCount>
@@ -150,11 +150,8 @@ struct StridedTerms {
     template <class L, int kCount>
     KL_EXT_INLINE void load_each(int& operand, L (&loaded)[kCount]) const {
       for (int i = 0; i < kCount; ++i, ++operand) {
-        const std::int64_t size = size_of(plan_.operand[operand].dtype);
         for (int item = 0; item < kItems; ++item) {
-          loaded[i].bits[item] = size == 2   ? *at<std::uint16_t>(operand, item)
-                                 : size == 4 ? *at<std::uint32_t>(operand, item)
-                                             : *at<Bits>(operand, item);
+          loaded[i].bits[item] = bits_at<T, with_bool>(at<char>(operand, item), plan_.operand[operand].dtype);
         }
       }
     }

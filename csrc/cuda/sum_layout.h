@@ -20,8 +20,8 @@ inline std::int64_t block_of(std::int64_t threads, std::int64_t count) {
   return count <= KL_EXT_FEW_THREADS / threads ? 64 : 256;
 }
 
-// What merges to more has at least 2^40 terms. Kernel parameters end at 4 KiB.
-constexpr int kMaxSumDims = 40;
+// What merges to more has at least 2^36 terms. Kernel parameters end at 4 KiB.
+constexpr int kMaxSumDims = 36;
 constexpr std::int64_t kMaxTerms = std::int64_t{1} << 35; // of a sum: the chunks of one fit a launch
 // The groups that one block sums up in the end: of 1024 chunks each, with 64 lanes again.
 constexpr int kMaxGroups = math::kChunk;

@@ -8,9 +8,9 @@ namespace kl_ext::cuda {
 
 // A backward of a pair of which every column has a q of its own, in sums by columns: a thread keeps its columns, and computes
 // what only q decides but once.
-template <bool documented>
-struct BackwardGivenQ : Backward<math::PairOf<documented>> {
-  using Given = math::PairGivenQ<documented>;
+template <class Of>
+struct BackwardGivenQ : Backward<Of> {
+  using Given = typename Of::GivenQ;
   static constexpr bool kSharesQ = true;
 };
 
@@ -19,19 +19,20 @@ struct SharingQ {
   using Type = void;
 };
 
-template <bool documented>
-struct SharingQ<Backward<math::PairOf<documented>>> {
-  using Type = BackwardGivenQ<documented>;
+template <class F>
+  requires(!std::is_void_v<typename F::GivenQ> && !F::kIsWeighted)
+struct SharingQ<Backward<F>> {
+  using Type = BackwardGivenQ<F>;
 };
 
-// The q of a thread's columns: the last inputs of PairGivenQ; nothing in other directions.
+// The q of a thread's columns: the last inputs of a GivenQ; nothing in other directions.
 template <class Direction, class T, class Access>
 struct Q {
   static constexpr int kItems = Direction::kSharesQ ? Access::kItems : 1;
   T inputs[3][kItems];
 
   template <class Input, class Thread>
-  KL_EXT_INLINE void load(const Thread& thread, math::Clamp<T> bounds) {
+  KL_EXT_INLINE void load(const Thread& thread, math::Settings<T> settings) {
     constexpr int kFirst = Direction::kOperands - 2;
     typename Access::template Loaded<Input> loaded[2];
     thread.load(kFirst, loaded);
@@ -39,8 +40,7 @@ struct Q {
       for (int i = 0; i < 2; ++i) {
         inputs[i][item] = thread.template get<T>(loaded[i], kFirst + i, item);
       }
-      constexpr int kPower = Direction::Given::kBackwardPower;
-      inputs[2][item] = math::inverse_variance<kPower>(math::clamp(inputs[1][item], bounds.low, bounds.high));
+      inputs[2][item] = Direction::Given::template prepared</*forward=*/false>(inputs[1][item], settings);
     }
   }
 };
@@ -49,17 +49,18 @@ struct Q {
 // sum waits for is memory.
 template <class Direction, class Access>
 constexpr int kStepsAtOnce = Direction::kIsBackward                       ? 1
-                             : Access::kNeighbours && Access::kItems <= 4 ? 8 / Direction::Loss::kInputs
-                                                                          : 4 / Direction::Loss::kInputs;
+                             : Access::kNeighbours && Access::kItems <= 4 ? 8 / Direction::F::kInputs
+                                                                          : (4 / Direction::F::kInputs > 0 ? 4 / Direction::F::kInputs : 1);
 
 // A thread's numbers in one step, and what becomes of them. Every gradient is computed.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access>
 struct Step {
-  using Loss = typename Direction::Loss;
+  using F = typename Direction::F;
   using Thread = typename Access::template Thread<Direction::kOperands>;
-  static constexpr int kInputs = Loss::kInputs;
+  static constexpr int kInputs = F::kInputs;
   static constexpr int kFirstInput = Direction::kOperands - kInputs;
-  static constexpr int kOwn = Direction::kSharesQ ? 2 : kInputs; // inputs of the terms, and gradients that may be theirs
+  static constexpr int kOwn = Direction::kSharesQ ? 2 : kInputs;                        // inputs of the terms
+  static constexpr int kOwnGradients = Direction::kSharesQ ? 2 : F::kGradients; // that may be theirs
 
   typename Access::template Loaded<Input> inputs[kOwn];
   typename Access::template Loaded<Output> grad_output[1]; // of a backward
@@ -75,31 +76,32 @@ struct Step {
     }
   }
 
-  KL_EXT_INLINE void compute(const Thread& thread, math::Clamp<T> bounds, const Q<Direction, T, Access>& q,
+  KL_EXT_INLINE void compute(const Thread& thread, math::Settings<T> settings, const Q<Direction, T, Access>& q,
                              T (&results)[Direction::kOutputs][Access::kItems]) const {
-    T own[kOwn][Access::kItems];
+    T own[Direction::kIsBackward ? kOwnGradients : 1][Access::kItems];
+    KL_EXT_UNROLL
     for (int item = 0; item < Access::kItems; ++item) {
       T values[kInputs + (Direction::kSharesQ ? 1 : 0)];
       for (int i = 0; i < kOwn; ++i) {
         values[i] = thread.template get<T>(inputs[i], kFirstInput + i, item);
       }
       if constexpr (!Direction::kIsBackward) {
-        results[0][item] = Loss::template forward<range>(values, bounds);
+        results[0][item] = F::template forward<range>(values, settings);
       } else {
-        T gradients[kInputs];
+        T gradients[F::kGradients];
         const T grad = thread.template get<T>(grad_output[0], Direction::kOutput, item);
         if constexpr (Direction::kSharesQ) {
           for (int i = 0; i < 3; ++i) {
             values[2 + i] = q.inputs[i][item];
           }
-          Direction::Given::template backward<range>(grad, values, bounds, gradients);
+          Direction::Given::template backward<range>(grad, values, settings, gradients);
         } else {
-          Loss::template backward<range>(grad, values, bounds, gradients);
+          F::template backward<range>(grad, values, settings, gradients);
         }
-        for (int i = 0; i < kInputs; ++i) {
+        for (int i = 0; i < F::kGradients; ++i) {
           results[i][item] = gradients[i];
         }
-        for (int i = 0; i < kOwn; ++i) {
+        for (int i = 0; i < kOwnGradients; ++i) {
           own[i][item] = gradients[i];
         }
       }
@@ -117,7 +119,7 @@ constexpr int kFirstSummed = Direction::kSharesQ ? 2 : 0;
 // Adds a thread's terms to its lanes: at `first`, first + stride, ... below count. at(term) gives the access to them, and
 // valid(term) how many of its items there are.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class At, class Valid>
-KL_EXT_INLINE void add_terms(std::int32_t first, std::int32_t stride, std::int32_t count, math::Clamp<T> bounds, const At& at,
+KL_EXT_INLINE void add_terms(std::int32_t first, std::int32_t stride, std::int32_t count, math::Settings<T> settings, const At& at,
                              const Valid& valid, const Q<Direction, T, Access>& q,
                              T (&lanes)[Direction::kOutputs][Access::kItems]) {
   constexpr int kSteps = kStepsAtOnce<Direction, Access>;
@@ -135,7 +137,7 @@ KL_EXT_INLINE void add_terms(std::int32_t first, std::int32_t stride, std::int32
       const std::int32_t term = first + step * stride;
       if (term < count) {
         T terms[Direction::kOutputs][Access::kItems];
-        steps[step].compute(at(term), bounds, q, terms);
+        steps[step].compute(at(term), settings, q, terms);
         for (int output = kFirstSummed<Direction>; output < Direction::kOutputs; ++output) {
           for (int item = 0; item < Access::kItems; ++item) {
             const T sum = lanes[output][item] + terms[output][item];

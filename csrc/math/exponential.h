@@ -140,16 +140,16 @@ template <class T>
 constexpr T kNarrowBound = sizeof(T) == 4 ? T(43) : T(350);
 
 // What the quotient is for: see above.
-enum class For { kPhi, kExpm1 };
+enum class Use { kPhi, kExpm1 };
 
 // The k of 2^step x = k ln 2 + r. Wide: where e^x overflows, k stays at the largest exponent and r grows without bound, and
 // with it all that is computed from it.
-template <Range range, int step, For purpose, class T>
+template <Range range, int step, Use use, class T>
 KL_EXT_INLINE T quotient(T x) {
   constexpr T kFactor = kTwoTo<T, step> * Constants<T>::kLog2E;
-  const T k = purpose == For::kPhi ? trunc(x * kFactor) : floor(fma(x, kFactor, Constants<T>::kTwoMinusLog2Of3));
+  const T k = use == Use::kPhi ? trunc(x * kFactor) : floor(fma(x, kFactor, Constants<T>::kTwoMinusLog2Of3));
   if constexpr (range == Range::kWide) {
-    constexpr T kLargest = T(Format<T>::kBias + (purpose == For::kPhi ? 1 : 2));
+    constexpr T kLargest = T(Format<T>::kBias + (use == Use::kPhi ? 1 : 2));
     return k > kLargest ? kLargest : k;
   }
   return k;
@@ -160,25 +160,25 @@ template <class T>
 constexpr T kLowest = T(-0.625) * T(Format<T>::kBias);
 
 // Of 2^step x + 2^step error, where |error| is at most half an ulp of x; r is left as 2^-step r.
-template <Range range, int step = 0, For purpose = For::kPhi, class T>
+template <Range range, int step = 0, Use use = Use::kPhi, class T>
 KL_EXT_INLINE Reduced<T> reduce(T x, T error) {
   constexpr T kUnit = kTwoTo<T, -step>;
   if constexpr (range == Range::kWide) {
     error = x < kUnit * kLowest<T> ? T(0) : error;
     x = x < kUnit * kLowest<T> ? kUnit * kLowest<T> : x;
   }
-  const T k = quotient<range, step, purpose>(x);
+  const T k = quotient<range, step, use>(x);
   return {k + kShift<T>, fma(-k, kUnit * Constants<T>::kLn2High, x) + fma(-k, kUnit * Constants<T>::kLn2Low, error)};
 }
 
 // Of 2^step x.
-template <Range range, int step = 0, For purpose = For::kPhi, class T>
+template <Range range, int step = 0, Use use = Use::kPhi, class T>
 KL_EXT_INLINE Reduced<T> reduce(T x) {
   constexpr T kUnit = kTwoTo<T, -step>;
   if constexpr (range == Range::kWide) {
     x = x < kUnit * kLowest<T> ? kUnit * kLowest<T> : x;
   }
-  const T k = quotient<range, step, purpose>(x);
+  const T k = quotient<range, step, use>(x);
   return {k + kShift<T>, fma(-k, kUnit * Constants<T>::kLn2Low, fma(-k, kUnit * Constants<T>::kLn2High, x))};
 }
 
@@ -193,32 +193,24 @@ KL_EXT_INLINE Reduced<T> reduce_to_nearest(T x) {
 
 // Whether x was reduced with an error. Without, it is so far from every k ln 2 that 2^k r is a normal number but for k = 0, and k
 // can be added to its exponent. With an error, r may be 0 or tiny for any k.
-enum class Argument { kNumber, kNumberWithError };
+enum class Exactness { kExact, kWithError };
 
 // Half of phi(x), from half of x and its reduction with step 1: finite x may be infinite where its half is not, and so may 2^k
 // in the wide range. Where k = 0, all but the product is exactly 0. The other factor and half_x keep NaN.
-template <Range range, Argument argument, class T>
+template <Range range, Exactness exactness, class T>
 KL_EXT_INLINE T half_phi(T half_x, Reduced<T> half) {
   const T half_scale = power_of_two<-1>(half.shifted_k);
-  const T linear = range == Range::kWide           ? half_scale * (half.r + half.r)
-                   : argument == Argument::kNumber ? times_power_of_two(half.r, half.shifted_k)
-                                                   : power_of_two(half.shifted_k) * half.r;
+  const T linear = range == Range::kWide            ? half_scale * (half.r + half.r)
+                   : exactness == Exactness::kExact ? times_power_of_two(half.r, half.shifted_k)
+                                                    : power_of_two(half.shifted_k) * half.r;
   return fma(linear, phi_over_r<1>(half.r), ((half_scale - T(0.5)) - half_x) + linear);
 }
 
-// phi(x) where 1/2 is added to it, beside which nothing is seen of what this gives for subnormal x. In the narrow range.
-template <class T>
-KL_EXT_INLINE T phi(T x, Reduced<T> reduced) {
-  const T half_linear = power_of_two<-1>(reduced.shifted_k) * reduced.r;
-  const T others = ((power_of_two(reduced.shifted_k) - T(1)) - x) + (half_linear + half_linear);
-  return fma(half_linear, phi_over_r<0>(reduced.r), others);
-}
-
-// Half of expm1(x), kTimes: 1 or 2 times, of x reduced for it. Wide: a quarter at first, since half of it is finite up to where
-// half of 2^k is not; but where k = 0, a quarter might be subnormal.
-template <Range range, int kTimes = 1, class T>
+// Half of expm1(x), of x reduced for it. Wide: a quarter at first, since half of it is finite up to where half of 2^k is not; but
+// where k = 0, a quarter might be subnormal.
+template <Range range, class T>
 KL_EXT_INLINE T half_expm1(Reduced<T> x) {
-  constexpr int kPower = kTimes - 2 - (range == Range::kWide ? 1 : 0);
+  constexpr int kPower = range == Range::kWide ? -2 : -1;
   const T scale = power_of_two<kPower>(x.shifted_k);
   const T of_r = expm1_reduced(x.r);
   const T result = fma(scale, of_r, scale - kTwoTo<T, kPower>);

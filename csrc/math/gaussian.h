@@ -6,7 +6,7 @@
 //
 // Against N(0, 1): mu_q = 0, lq = 0. Error bounds, for finite inputs, in ulps of the result (largest found in brackets):
 //
-//   single                         2.5 (2.3)
+//   against N(0, 1)                2.5 (2.3)
 //   KL, documented pair            4.5 (3.9)
 //   gradients                      3 (2.5)
 //   the gradient of log_var_q      6 (5.3) of the larger of its two terms
@@ -36,10 +36,14 @@ KL_EXT_INLINE bool is_infinite(T x) {
   return abs(x) == Format<T>::kInfinity;
 }
 
+// What a call sets: the clamp of the log-variances, and what is returned of a divergence, scale KL + offset. The documented
+// loss of a pair is 2 KL + 1/2; everything else is KL itself.
 template <class T>
-struct Clamp {
+struct Settings {
   T low;
   T high;
+  T scale = T(1); // 1 or 2
+  T offset = T(0);
 };
 
 // x = significand * 2^exponent with 1 <= |significand| < 2; zeros, infinities and NaN stay as they are.
@@ -84,32 +88,31 @@ KL_EXT_INLINE Product<T> scale_by_power_of_two(Product<T> x, T n) {
   return {x.left * power_of_two(half + kShift<T>), x.right * power_of_two(n - half + kShift<T>)};
 }
 
-// 2^power w = 2^power e^-log_var_q, in the narrow range.
-template <int power, class T>
+// w = e^-log_var_q, or half of it, in the narrow range.
+template <bool half, class T>
 KL_EXT_INLINE T inverse_variance(T log_var_q) {
   const Reduced<T> x = reduce_to_nearest(-log_var_q);
-  const T scale = power_of_two<power>(x.shifted_k);
+  const T scale = power_of_two<half ? -1 : 0>(x.shifted_k);
   return fma(scale, expm1_reduced(x.r), scale);
 }
 
-// D^2 w in the narrow range, of w or half of it. It is infinite where D is.
+// D^2 w / 2 in the narrow range, of half of w. It is infinite where D is.
 template <class T>
-KL_EXT_INLINE Product<T> square_over(T mu_p, T mu_q, T inverse_var) {
+KL_EXT_INLINE Product<T> half_square_over(T mu_p, T mu_q, T half_inverse_var) {
   const T difference = mu_p - mu_q;
-  return {difference, difference * inverse_var};
+  return {difference, difference * half_inverse_var};
 }
 
-// For the gradients: kTimes D w and kTimes D^2 w / 2. Doubling D w afterwards would double the rounding of one that is
-// subnormal.
+// For the gradients: scale D w and scale D^2 w / 2. Doubling D w afterwards would double the rounding of one that is subnormal.
 template <class T>
-struct Shift {
-  T scaled;
-  Product<T> half_square;
+struct MeanGradient {
+  T of_mean;
+  Product<T> of_log_var;
 };
 
-// inverse_var: kTimes w.
+// inverse_var: scale w.
 template <class T>
-KL_EXT_INLINE Shift<T> shift_over(T mu_p, T mu_q, T inverse_var) {
+KL_EXT_INLINE MeanGradient<T> mean_gradient_over(T mu_p, T mu_q, T inverse_var) {
   const T difference = mu_p - mu_q;
   const bool overflow = is_infinite(difference);
   const T without_overflow = fma(T(-0.5), mu_q, T(0.5) * mu_p);
@@ -117,10 +120,10 @@ KL_EXT_INLINE Shift<T> shift_over(T mu_p, T mu_q, T inverse_var) {
   return {scaled, {T(0.5) * difference, scaled}};
 }
 
-template <Range range, int kTimes = 1, class T>
-KL_EXT_INLINE Shift<T> shift(T mu_p, T mu_q, T log_var_q) {
+template <Range range, class T>
+KL_EXT_INLINE MeanGradient<T> mean_gradient(T mu_p, T mu_q, T log_var_q, T scale) {
   if constexpr (range == Range::kNarrow) {
-    return shift_over(mu_p, mu_q, inverse_variance<kTimes - 1>(log_var_q));
+    return mean_gradient_over(mu_p, mu_q, scale * inverse_variance<false>(log_var_q));
   } else {
     const T difference = mu_p - mu_q;
     // Significands and exponents apart. Beyond kFar no difference of means brings the product back into range.
@@ -133,18 +136,19 @@ KL_EXT_INLINE Shift<T> shift(T mu_p, T mu_q, T log_var_q) {
     const Scientific<T> mean = to_scientific(overflow ? T(0.5) * mu_p - T(0.5) * mu_q : difference);
     const T k = x.shifted_k - kShift<T>;
     const T exponent = mean.exponent + (overflow ? T(1) : T(0));
-    const T scaled = (T(kTimes) * mean.significand) * inverse_var;
+    const T scaled = (scale * mean.significand) * inverse_var;
     return {scale_by_power_of_two<T>({scaled, T(1)}, k + exponent).value(),
             scale_by_power_of_two<T>({T(0.5) * mean.significand, scaled}, k + T(2) * exponent)};
   }
 }
 
-template <Range range, int kTimes, class T>
+// D^2 w / 2.
+template <Range range, class T>
 KL_EXT_INLINE Product<T> half_square(T mu_p, T mu_q, T log_var_q) {
   if constexpr (range == Range::kNarrow) {
-    return square_over(mu_p, mu_q, inverse_variance<kTimes - 2>(log_var_q));
+    return half_square_over(mu_p, mu_q, inverse_variance<true>(log_var_q));
   } else {
-    return shift<range, kTimes>(mu_p, mu_q, log_var_q).half_square;
+    return mean_gradient<range>(mu_p, mu_q, log_var_q, T(1)).of_log_var;
   }
 }
 
@@ -156,7 +160,7 @@ struct Difference {
   Reduced<T> reduced;
 };
 
-template <Range range, int step = 0, For purpose = For::kPhi, class T>
+template <Range range, int step = 0, Use use = Use::kPhi, class T>
 KL_EXT_INLINE Difference<T> subtract(T p, T q) {
   const T difference = p - q;
   const T minus_q = difference - p;
@@ -164,121 +168,124 @@ KL_EXT_INLINE Difference<T> subtract(T p, T q) {
   if constexpr (range == Range::kWide) {
     error = error == error ? error : T(0); // NaN where something overflows, be it but on the way
   }
-  return {difference, reduce<range, step, purpose>(difference, error)};
+  return {difference, reduce<range, step, use>(difference, error)};
 }
 
-// KL(p||q) but for the means.
-template <Range range, class T>
-KL_EXT_INLINE T variances_divergence(T log_var_p, T log_var_q) {
-  const Difference<T> half = subtract<range, 1>(T(0.5) * log_var_p, T(0.5) * log_var_q);
-  return half_phi<range, Argument::kNumberWithError>(half.rounded, half.reduced);
-}
+// The formulas, for kernels of any kind: inputs in the order of the operators' arguments, log-variances not yet clamped. Each has
+//
+//   kInputs, kGradients                     the numbers that it takes, and the first of them that it has gradients for
+//   kRanges                                 whether a clamp may make the narrow range enough
+//   kIsWeighted                             whether the last input is a weight, which may be of bools
+//   GivenQ                                  the formula with one more input, what only q decides: void if that is nothing
+//   forward<range>(input, settings)         the divergence
+//   result(divergence, settings)            what an elementwise operator returns of it
+//   backward<range>(grad_output, input, settings, gradient)      the gradients of the result
+
+struct Formula {
+  static constexpr bool kRanges = true;
+  static constexpr bool kIsWeighted = false;
+  using GivenQ = void;
+
+  template <class T>
+  KL_EXT_INLINE static T result(T divergence, Settings<T>) {
+    return divergence;
+  }
+};
 
 // KL(p||N(0, 1)).
-template <Range range, class T>
-KL_EXT_INLINE T divergence(T mu, T log_var) {
-  const T half_log_var = T(0.5) * log_var;
-  const T variance = half_phi<range, Argument::kNumber>(half_log_var, reduce<range, 1>(half_log_var));
-  return fma(T(0.5) * mu, mu, variance);
-}
-
-// The losses, for kernels of any kind: inputs in the order of the operators' arguments, log-variances not yet clamped.
-
-struct SingleLoss {
+struct StandardDivergence : Formula {
   static constexpr int kInputs = 2;
   static constexpr int kGradients = 2;
 
   template <Range range, class T>
-  KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T> bounds) {
-    return divergence<range>(input[0], clamp(input[1], bounds.low, bounds.high));
+  KL_EXT_INLINE static T forward(const T (&input)[kInputs], Settings<T> settings) {
+    const T half_log_var = T(0.5) * clamp(input[1], settings.low, settings.high);
+    const T variance = half_phi<range, Exactness::kExact>(half_log_var, reduce<range, 1>(half_log_var));
+    return fma(T(0.5) * input[0], input[0], variance);
   }
 
   template <Range range, class T>
-  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T> bounds, T (&gradient)[kInputs]) {
-    const T log_var = clamp(input[1], bounds.low, bounds.high);
+  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Settings<T> settings, T (&gradient)[kInputs]) {
+    const T log_var = clamp(input[1], settings.low, settings.high);
     gradient[0] = grad_output * input[0];
-    gradient[1] = grad_output * half_expm1<range>(reduce<range, 0, For::kExpm1>(log_var));
-    gradient[1] = clamp_gradient(gradient[1], input[1], bounds.low, bounds.high);
+    gradient[1] = grad_output * half_expm1<range>(reduce<range, 0, Use::kExpm1>(log_var));
+    gradient[1] = clamp_gradient(gradient[1], input[1], settings.low, settings.high);
   }
 };
 
-// KL(p||q), or, as documented for the pair loss, log(var_q / var_p) + (var_p + D^2) / var_q - 1/2 = 2 KL(p||q) + 1/2.
-template <bool documented>
-struct PairOf {
+struct DivergenceGivenQ;
+
+// KL(p||q).
+struct Divergence : Formula {
+  using GivenQ = DivergenceGivenQ;
   static constexpr int kInputs = 4;
   static constexpr int kGradients = 4;
-  static constexpr int kTimes = documented ? 2 : 1;
-  // Values and ratios of variances are doubled as they are computed; in the wide range, where that overflows on the way,
-  // afterwards.
-  template <Range range>
-  static constexpr int kTimesOf = range == Range::kNarrow ? kTimes : 1;
 
   template <Range range, class T>
-  KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T> bounds) {
-    const T log_var_q = clamp(input[3], bounds.low, bounds.high);
-    return value<range>(input, bounds, [&] { return half_square<range, kTimesOf<range>>(input[0], input[2], log_var_q); });
+  KL_EXT_INLINE static T forward(const T (&input)[kInputs], Settings<T> settings) {
+    const T log_var_q = clamp(input[3], settings.low, settings.high);
+    return value<range>(input, settings, half_square<range>(input[0], input[2], log_var_q));
+  }
+
+  template <class T>
+  KL_EXT_INLINE static T result(T divergence, Settings<T> settings) {
+    return fma(settings.scale, divergence, settings.offset);
   }
 
   template <Range range, class T>
-  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T> bounds, T (&gradient)[kGradients]) {
-    const T log_var_q = clamp(input[3], bounds.low, bounds.high);
-    gradients<range>(grad_output, input, bounds, [&] { return shift<range, kTimes>(input[0], input[2], log_var_q); }, gradient);
+  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Settings<T> settings,
+                                     T (&gradient)[kGradients]) {
+    const T log_var_q = clamp(input[3], settings.low, settings.high);
+    const auto means = mean_gradient<range>(input[0], input[2], log_var_q, settings.scale);
+    gradients<range>(grad_output, input, settings, means, gradient);
   }
 
-  template <Range range, class T, class Means>
-  KL_EXT_INLINE static T value(const T* input, Clamp<T> bounds, const Means& means) {
-    const T log_var_p = clamp(input[1], bounds.low, bounds.high);
-    const T log_var_q = clamp(input[3], bounds.low, bounds.high);
-    if constexpr (kTimesOf<range> == 2) {
-      const Difference<T> difference = subtract<range>(log_var_p, log_var_q);
-      return means().plus(phi(difference.rounded, difference.reduced)) + T(0.5);
-    } else {
-      const T value = means().plus(variances_divergence<range>(log_var_p, log_var_q));
-      return documented ? fma(T(2), value, T(0.5)) : value;
-    }
+  // half_square: D^2 w / 2.
+  template <Range range, class T>
+  KL_EXT_INLINE static T value(const T* input, Settings<T> settings, Product<T> half_square) {
+    const T log_var_p = clamp(input[1], settings.low, settings.high);
+    const T log_var_q = clamp(input[3], settings.low, settings.high);
+    const Difference<T> half = subtract<range, 1>(T(0.5) * log_var_p, T(0.5) * log_var_q);
+    return half_square.plus(half_phi<range, Exactness::kWithError>(half.rounded, half.reduced));
   }
 
-  template <Range range, class T, class Means>
-  KL_EXT_INLINE static void gradients(T grad_output, const T* input, Clamp<T> bounds, const Means& means,
+  template <Range range, class T>
+  KL_EXT_INLINE static void gradients(T grad_output, const T* input, Settings<T> settings, MeanGradient<T> means,
                                       T (&gradient)[kGradients]) {
-    const T log_var_p = clamp(input[1], bounds.low, bounds.high);
-    const T log_var_q = clamp(input[3], bounds.low, bounds.high);
-    const Reduced<T> difference = subtract<range, 0, For::kExpm1>(log_var_p, log_var_q).reduced;
-    const T half_ratio = T(kTimes / kTimesOf<range>) * half_expm1<range, kTimesOf<range>>(difference);
-    const Shift<T> shift = means();
-    gradient[0] = grad_output * shift.scaled;
-    gradient[1] = clamp_gradient(grad_output * half_ratio, input[1], bounds.low, bounds.high);
+    const T log_var_p = clamp(input[1], settings.low, settings.high);
+    const T log_var_q = clamp(input[3], settings.low, settings.high);
+    const Reduced<T> difference = subtract<range, 0, Use::kExpm1>(log_var_p, log_var_q).reduced;
+    const T half_ratio = settings.scale * half_expm1<range>(difference);
+    gradient[0] = grad_output * means.of_mean;
+    gradient[1] = clamp_gradient(grad_output * half_ratio, input[1], settings.low, settings.high);
     gradient[2] = -gradient[0];
-    gradient[3] = -grad_output * shift.half_square.plus(half_ratio);
-    gradient[3] = clamp_gradient(gradient[3], input[3], bounds.low, bounds.high);
+    gradient[3] = -grad_output * means.of_log_var.plus(half_ratio);
+    gradient[3] = clamp_gradient(gradient[3], input[3], settings.low, settings.high);
   }
 };
 
-// The same where q is shared by many p: the last input is what only q decides, inverse_variance of its clamped log-variance
-// with the power that the direction has. In the narrow range.
-template <bool documented>
-struct PairGivenQ {
+// The same where q is shared by many p: the last input is what only q decides, prepared<forward>(log_var_q). In the narrow range.
+struct DivergenceGivenQ : Divergence {
   static constexpr int kInputs = 5;
-  static constexpr int kGradients = 4;
-  using Pair = PairOf<documented>;
-  static constexpr int kForwardPower = Pair::kTimes - 2;
-  static constexpr int kBackwardPower = Pair::kTimes - 1;
 
-  template <Range range, class T>
-  KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T> bounds) {
-    static_assert(range == Range::kNarrow);
-    return Pair::template value<range>(input, bounds, [&] { return square_over(input[0], input[2], input[4]); });
+  template <bool forward, class T>
+  KL_EXT_INLINE static T prepared(T log_var_q, Settings<T> settings) {
+    const T clamped = clamp(log_var_q, settings.low, settings.high);
+    return forward ? inverse_variance<true>(clamped) : settings.scale * inverse_variance<false>(clamped);
   }
 
   template <Range range, class T>
-  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T> bounds, T (&gradient)[kGradients]) {
+  KL_EXT_INLINE static T forward(const T (&input)[kInputs], Settings<T> settings) {
     static_assert(range == Range::kNarrow);
-    const auto means = [&] { return shift_over(input[0], input[2], input[4]); };
-    Pair::template gradients<range>(grad_output, input, bounds, means, gradient);
+    return value<range>(input, settings, half_square_over(input[0], input[2], input[4]));
+  }
+
+  template <Range range, class T>
+  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Settings<T> settings,
+                                     T (&gradient)[kGradients]) {
+    static_assert(range == Range::kNarrow);
+    gradients<range>(grad_output, input, settings, mean_gradient_over(input[0], input[2], input[4]), gradient);
   }
 };
-
-using PairLoss = PairOf<true>;
-using Divergence = PairOf<false>;
 
 } // namespace kl_ext::math

@@ -1,4 +1,4 @@
-// float16 and bfloat16 as 16 bits: widened exactly, narrowed with one rounding to nearest even.
+// float16 and bfloat16 as 16 bits: widened exactly, narrowed with one rounding to nearest even. A bool as its byte, to be read.
 #pragma once
 
 #include "platform.h"
@@ -12,6 +12,12 @@ struct Half {
 struct BFloat16 {
   std::uint16_t bits;
 };
+
+struct Bool {
+  std::uint8_t byte;
+};
+
+KL_EXT_INLINE float widen(Bool x) { return x.byte != 0 ? 1.0f : 0.0f; }
 
 KL_EXT_INLINE float widen(BFloat16 x) { return from_bits<float>(std::uint32_t{x.bits} << 16); }
 

@@ -1,7 +1,8 @@
 // The emulated kernels for tests/test_cuda_emulation.py, through ctypes.
 #include <algorithm>
 
-#include "../../csrc/cuda/sum_layout.h"
+#include "cuda/sum_layout.h"
+#include "driver.h"
 
 using namespace kl_ext;
 
@@ -57,15 +58,14 @@ extern "C" void set_indices(std::int64_t indices) { emulation::indices = indices
 
 extern "C" void set_few_threads(std::int64_t threads) { emulation::few_threads = threads; }
 
-extern "C" int run(int kernel, int ndim, const std::int64_t* sizes, int operands, char* const* data, const int* dtypes,
-                   const std::int64_t* strides, double low, double high, std::uint32_t last_blocks, std::uint32_t* grids,
+// settings: low, high, scale and offset.
+extern "C" int run(const char* kernel, int ndim, const std::int64_t* sizes, int operands, char* const* data, const int* dtypes,
+                   const std::int64_t* strides, const double* settings, std::uint32_t last_blocks, std::uint32_t* grids,
                    int most) {
-  constexpr decltype(&cuda::kernels::kl_div_single_loss) kKernels[] = {
-      cuda::kernels::kl_div_single_loss, cuda::kernels::kl_div_single_loss_backward,
-      cuda::kernels::kl_div_pair_loss,   cuda::kernels::kl_div_pair_loss_backward,
-      cuda::kernels::gaussian_kl_div,    cuda::kernels::gaussian_kl_div_backward};
-  return report(last_blocks, grids, most,
-                [&] { kKernels[kernel](to_iteration(ndim, sizes, operands, data, dtypes, strides), {low, high}, nullptr); });
+  const cuda::Iteration iteration = to_iteration(ndim, sizes, operands, data, dtypes, strides);
+  return report(last_blocks, grids, most, [&] {
+    emulation::elementwise().at(kernel)(iteration, {settings[0], settings[1], settings[2], settings[3]}, nullptr);
+  });
 }
 
 cuda::SumResults to_results(int count, void* const* sums, const int* dtypes) {
@@ -79,22 +79,22 @@ cuda::SumResults to_results(int count, void* const* sums, const int* dtypes) {
 
 // Dimensions are the logical shape's, the last first, with a flag for each that is reduced; an output is summed if it has a
 // flag.
-extern "C" int run_sum(int kernel, int ndim, const std::int64_t* sizes, const bool* reduced, int operands, char* const* data,
-                       const int* dtypes, const std::int64_t* strides, const bool* summed, std::int64_t divisor, double low,
-                       double high, void* const* sums, const int* sum_dtypes, std::uint32_t last_blocks, std::uint32_t* grids,
-                       int most) {
+extern "C" int run_sum(const char* kernel, int ndim, const std::int64_t* sizes, const bool* reduced, int operands,
+                       char* const* data, const int* dtypes, const std::int64_t* strides, const bool* summed,
+                       std::int64_t divisor, const double* settings, void* const* sums, const int* sum_dtypes,
+                       std::uint32_t last_blocks, std::uint32_t* grids, int most) {
   cuda::Summation summation;
   summation.terms = to_iteration(ndim, sizes, operands, data, dtypes, strides);
   std::copy_n(reduced, ndim, summation.reduced);
   std::copy_n(summed, cuda::kMaxOutputs, summation.summed);
   summation.divisor = divisor;
-  constexpr decltype(&cuda::kernels::gaussian_kl_div_sum) kKernels[] = {
-      cuda::kernels::kl_div_single_loss_sum, cuda::kernels::gaussian_kl_div_sum, cuda::kernels::kl_div_single_loss_backward_sum,
-      cuda::kernels::kl_div_pair_loss_backward_sum, cuda::kernels::gaussian_kl_div_backward_sum};
   std::vector<double> scratch(static_cast<std::size_t>(cuda::scratch_numel(summation)));
   const cuda::SumResults results =
       to_results(static_cast<int>(std::count(summed, summed + cuda::kMaxOutputs, true)), sums, sum_dtypes);
-  return report(last_blocks, grids, most, [&] { kKernels[kernel](summation, {low, high}, results, scratch.data(), nullptr); });
+  return report(last_blocks, grids, most, [&] {
+    emulation::sums().at(kernel)(summation, {settings[0], settings[1], settings[2], settings[3]}, results, scratch.data(),
+                                 nullptr);
+  });
 }
 
 template <class T>

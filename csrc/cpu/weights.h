@@ -1,0 +1,88 @@
+// The weights of consecutive terms: read where they are, whatever their dtype and however they are broadcast, a few chunks at a time.
+#pragma once
+
+#include "block.h"
+
+namespace kl_ext::cpu {
+
+class Weights {
+ public:
+  // shape: of the terms.
+  Weights(const at::Tensor& weight, at::IntArrayRef shape, Arithmetic arithmetic)
+      : data_(static_cast<const char*>(weight.const_data_ptr())),
+        size_(size_of(arithmetic)),
+        is_arithmetic_(storage_of(weight.scalar_type()) == storage_of(arithmetic)),
+        load_(kernels().load[storage_of(weight.scalar_type())][arithmetic]) {
+    const at::Tensor expanded = weight.expand(shape);
+    for (int64_t dim = expanded.dim(); dim-- > 0;) {
+      const Axis axis{shape[dim], expanded.stride(dim) * static_cast<int64_t>(weight.element_size())};
+      if (!axes_.empty() && axis.stride == axes_.back().stride * axes_.back().size) {
+        axes_.back().size *= axis.size;
+      } else if (axis.size != 1) {
+        axes_.push_back(axis);
+      }
+    }
+    if (axes_.empty()) {
+      axes_.push_back({1, 0});
+    }
+  }
+
+  // Where all of them are, if they are one behind the other in the arithmetic type.
+  const void* contiguous() const { return axes_.size() == 1 && axes_[0].stride == size_ && is_arithmetic_ ? data_ : nullptr; }
+
+  // What a buffer holds.
+  struct Loaded {
+    const char* from = nullptr;
+    Tile tile{};
+  };
+
+  // Those of `count` terms from the first on, one behind the other in the arithmetic type. loaded: what was there before.
+  void load(char* to, int64_t first, int64_t count, Loaded& loaded) const {
+    bool is_first = true;
+    while (count > 0) {
+      const char* from = data_;
+      int64_t rank = first;
+      int64_t coordinates[2] = {};
+      for (size_t i = 0; i < axes_.size(); ++i) {
+        const int64_t coordinate = rank % axes_[i].size;
+        rank /= axes_[i].size;
+        from += coordinate * axes_[i].stride;
+        if (i < 2) {
+          coordinates[i] = coordinate;
+        }
+      }
+      Tile tile{std::min(axes_[0].size - coordinates[0], count), 1, axes_[0].stride, 0};
+      if (tile.columns == axes_[0].size && axes_.size() > 1) { // whole rows
+        tile.rows = std::min(axes_[1].size - coordinates[1], count / tile.columns);
+        tile.row_stride = axes_[1].stride;
+      }
+      const int64_t numel = tile.columns * tile.rows;
+      const bool repeats = tile.columns == axes_[0].size && tile.row_stride == 0;
+      const bool is_there =
+          is_first && repeats && from == loaded.from && tile.columns == loaded.tile.columns && tile.rows <= loaded.tile.rows;
+      if (!is_there) {
+        load_(to, from, tile);
+        loaded = is_first && repeats ? Loaded{from, tile} : Loaded{};
+      }
+      is_first = false;
+      to += numel * size_;
+      first += numel;
+      count -= numel;
+    }
+  }
+
+ private:
+  // Some dimensions that are walked as one; the last come first.
+  struct Axis {
+    int64_t size;
+    int64_t stride; // in bytes
+  };
+
+  const char* data_;
+  int64_t size_;
+  bool is_arithmetic_;
+  Load load_;
+  c10::SmallVector<Axis, 4> axes_;
+};
+
+} // namespace kl_ext::cpu

@@ -1,9 +1,0 @@
-#include "elementwise.cuh"
-
-namespace kl_ext::cuda::kernels {
-
-void kl_div_single_loss_backward(const Iteration& iteration, Bounds bounds, CUstream_st* stream) {
-  run<Backward<math::SingleLoss>>(iteration, bounds, stream);
-}
-
-} // namespace kl_ext::cuda::kernels

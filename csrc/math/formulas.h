@@ -1,0 +1,90 @@
+// The formulas that have kernels, on every backend: one list, and what a weight makes of each.
+#pragma once
+
+#include <type_traits>
+
+#include "gaussian.h"
+
+namespace kl_ext::math {
+
+// The inputs of a formula, without what is behind them.
+template <class F, class T>
+struct OwnInputs {
+  T values[F::kInputs];
+
+  KL_EXT_INLINE explicit OwnInputs(const T* input) {
+    for (int i = 0; i < F::kInputs; ++i) {
+      values[i] = input[i];
+    }
+  }
+};
+
+// weight * term, with the weight as the last input. Where it is 0 the term is left out: it is +0, and so are its gradients,
+// whatever the inputs are.
+template <class F>
+struct Weighted {
+  static constexpr int kInputs = F::kInputs + 1;
+  static constexpr int kGradients = F::kGradients;
+  static constexpr bool kRanges = F::kRanges;
+  static constexpr bool kIsWeighted = true;
+  using GivenQ = std::conditional_t<std::is_void_v<typename F::GivenQ>, void, Weighted<typename F::GivenQ>>;
+
+  template <class T>
+  KL_EXT_INLINE static T result(T term, Settings<T> settings) {
+    return F::result(term, settings);
+  }
+
+  template <Range range, class T>
+  KL_EXT_INLINE static T forward(const T (&input)[kInputs], Settings<T> settings) {
+    const T weight = input[F::kInputs];
+    const T term = weight * F::template forward<range>(OwnInputs<F, T>(input).values, settings);
+    return weight == T(0) ? T(0) : term;
+  }
+
+  template <Range range, class T>
+  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Settings<T> settings,
+                                     T (&gradient)[kGradients]) {
+    const T weight = input[F::kInputs];
+    F::template backward<range>(weight * grad_output, OwnInputs<F, T>(input).values, settings, gradient);
+    for (int i = 0; i < kGradients; ++i) {
+      gradient[i] = weight == T(0) ? T(0) : gradient[i];
+    }
+  }
+};
+
+// A weight as a term, for the sum of weights that a weighted mean is divided by.
+struct Weight : Formula {
+  static constexpr int kInputs = 1;
+  static constexpr int kGradients = 0;
+  static constexpr bool kRanges = false;
+  static constexpr bool kIsWeighted = true;
+
+  template <Range, class T>
+  KL_EXT_INLINE static T forward(const T (&input)[kInputs], Settings<T>) {
+    return input[0];
+  }
+};
+
+template <class... F>
+struct FormulaList {
+  static constexpr int kCount = sizeof...(F);
+
+  template <class Wanted>
+  static constexpr int index_of() {
+    int index = 0;
+    const bool found = ((std::is_same_v<F, Wanted> || (++index, false)) || ...);
+    return found ? index : -1;
+  }
+};
+
+using Formulas = FormulaList<StandardDivergence, Divergence>;
+
+// A formula where its type is not known.
+template <class F>
+constexpr int kFormula = Formulas::index_of<F>();
+
+// A weight is a formula as well, the one behind all others.
+template <>
+inline constexpr int kFormula<Weight> = Formulas::kCount;
+
+} // namespace kl_ext::math
