@@ -161,7 +161,8 @@ KL_EXT_INLINE T ratio_divergence(RatioExponent<T> r, T f) {
   const T curve = fma(f, RatioConstants<T>::template q<-3>(f, square), fma(T(0.5), r.eighth_square, T(0.0625)));
   const T constant = fma(r.k, T(-0.125) * C::kLn2High, T(0.5) * slope);
   const T linear = fma(r.k, T(-0.125) * C::kLn2Low, fma(slope, f, constant));
-  return T(8) * fma(square, curve, linear);
+  // f curve and not f^2 is what is rounded: its ulp is the smaller where the sum's is smallest, just below f^2 for k = 0.
+  return T(8) * fma(f * curve, f, linear);
 }
 
 // What stands for the above where p is 0 or q infinite, so that the ratio is 0, and where a deviation is none.
@@ -208,26 +209,25 @@ struct NormalDivergence {
   template <Range range, class T>
   KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T>, T (&gradient)[kGradients]) {
     constexpr int kHalfway = (Format<T>::kBias + 1) / 2;
-    const T p = input[1] >= T(0) ? input[1] : not_a_number<T>();
-    const T q = input[3] > T(0) ? input[3] : not_a_number<T>();
     // (p - q) factor_p stays in range by 9 powers of two less, where p is tiny and q huge.
-    const ScaledDeviation<T> scaled_p = scale_deviation<9>(input[1]);
-    const ScaledDeviation<T> scaled_q = scale_deviation(q);
-    const T inverse_p = T(1) / scaled_p.value;
-    const T inverse = T(1) / scaled_q.value;
-    // 1 / q.value^2, rounded as if but once.
-    const T error = fma(-inverse, scaled_q.value, T(1));
+    const ScaledDeviation<T> p = scale_deviation<9>(input[1]);
+    const ScaledDeviation<T> q = scale_deviation(input[3]);
+    const T value_q = q.value > T(0) ? q.value : not_a_number<T>();
+    const T shift = ((input[1] >= T(0) ? input[1] : not_a_number<T>()) - input[3]) * q.factor;
+    const T mean_shift = scaled_difference(input[0], input[2], q.factor);
+    const T inverse_p = T(1) / p.value;
+    const T inverse = T(1) / value_q;
+    // 1 / value_q^2, rounded as if but once.
+    const T error = fma(-inverse, value_q, T(1));
     const T square = inverse * inverse;
     const T inverse_square = square + fma(square, error + error, fma(inverse, inverse, -square));
     // 1 / q^2 = inverse_square * factor_q^2, and 1 / q^3 has one factor more: the inner factor is used before the terms are added,
     // the outer one afterwards. It is 1 but for the smallest q, of which no term is subnormal without it.
-    const T inner = at_most_power_of_two<kHalfway>(scaled_q.factor);
-    const T outer = at_least_power_of_two<kHalfway>(scaled_q.factor) * from_bits<T>(kBitsOfTwoTo<T, -kHalfway>);
-    const T mean_shift = scaled_difference(input[0], input[2], scaled_q.factor);
-    const T shift = (p - q) * scaled_q.factor;
+    const T inner = at_most_power_of_two<kHalfway>(q.factor);
+    const T outer = at_least_power_of_two<kHalfway>(q.factor) * from_bits<T>(kBitsOfTwoTo<T, -kHalfway>);
     const T by_mean = (mean_shift * inner) * inverse_square;
     const T by_deviation = (shift * inner) * inverse_square;
-    const T by_p = fma(shift * scaled_p.factor, inverse * inverse_p, by_deviation * outer);
+    const T by_p = fma(shift * p.factor, inverse * inverse_p, by_deviation * outer);
     const T by_q = fma(mean_shift * inverse, by_mean, by_deviation * fma(shift, inverse, T(2)));
     gradient[0] = grad_output * (by_mean * outer);
     gradient[1] = grad_output * by_p;
