@@ -20,6 +20,9 @@ VALUE, MEAN, USUAL_MEAN, SCALE_P, SCALE_Q, SCALE_Q_ITSELF = 4.5, 4.5, 2.5, 4.0, 
 STANDARD, STANDARD_SCALE = 3.0, 1.5
 GRADIENTS = (MEAN, SCALE_P, MEAN, SCALE_Q)
 
+# Ratios at which the formula goes from one power of two to the next, and 1.
+SEAMS = [0.73046875, 1.0]
+
 # The worst that searches found, for the value, a mean, scale_p and scale_q, in float32.
 WORST_KNOWN = [
     ("0x1.2d4efcp-28", "0x1.a6b762p-25", "0x1.1979aep-28", "0x1.8dc9f4p-25"),
@@ -100,7 +103,7 @@ def pair(rng: numpy.random.Generator, n: int, dtype: Any) -> tuple[Any, Any, Any
     info = numpy.finfo(dtype)
     q, half = deviations(rng, n, dtype), info.maxexp / 2 + 2
     exact = q.astype(numpy.longdouble)
-    seams = numpy.ldexp(rng.choice(numpy.array([0.75, 1.0, 1.5], numpy.longdouble), n), rng.integers(-3, 4, n))
+    seams = numpy.ldexp(rng.choice(numpy.array(SEAMS, numpy.longdouble), n), rng.integers(-3, 4, n))
     p = points.mixed(
         rng,
         n,
@@ -141,7 +144,7 @@ def standard(rng: numpy.random.Generator, n: int, dtype: Any) -> tuple[Any, Any]
     """Deviations over all exponents, next to 1, and where the deviation leaves one octave for the next; means of every size."""
     one = numpy.ones(n, dtype)
     info = numpy.finfo(dtype)
-    seams = numpy.ldexp(rng.choice([0.75, 1.0, 1.5], n), rng.integers(-3, 4, n)).astype(dtype)
+    seams = numpy.ldexp(rng.choice(SEAMS, n), rng.integers(-3, 4, n)).astype(dtype)
     near = one + points.sign(rng, n) * numpy.exp2(-rng.uniform(0, info.nmant + 1, n))
     p = points.mixed(
         rng, n, deviations(rng, n, dtype), one, points.nudge(rng, seams, 20), positive(near, dtype), rng.uniform(0.25, 4, n)

@@ -1,5 +1,5 @@
 // The divergence of two Gaussians from their standard deviations p and q, and its derivatives, per element: the only home of
-// these formulas. With D = mu_p - mu_q, r = p / q = 2^k (1 + f) where 3/4 <= 1 + f <= 3/2, and x = D / q, in nats:
+// these formulas. With D = mu_p - mu_q, r = p / q = 2^k (1 + f) where 0.73 <= 1 + f <= 1.46, and x = D / q, in nats:
 //
 //   KL = ((r^2 - 1) / 2 - ln r) + x^2 / 2
 //      = [(4^k - 1) / 2 - k ln 2] + (4^k - 1) f + f^2 ((4^k + 1) / 2 + f Q(f)) + x^2 / 2
@@ -11,29 +11,41 @@
 // mu_q = 0, q = 1. Error bounds, for finite means and positive finite deviations, subnormal ones too, in ulps of the result
 // (largest found, float and double):
 //
-//   KL                             4.5 (TODO)
-//   gradients of means             4.5 (TODO)
-//   gradient of p                  4.5 (TODO)
-//   gradient of q                  9 (TODO) of the larger of its two terms
-//   against N(0, 1): KL            3 (TODO)
-//   against N(0, 1): gradient      1.5 (TODO)
+//   KL                             4.5 (@V)
+//   gradients of means             4.5 (3.4, 2.9)
+//     the same, away from subnormal numbers: it and D / q are 16 times the least normal number, or more: 2.5 (@M)
+//   gradient of p                  4 (3.8, 3.8)
+//   gradient of q                  9 (8.0, 8.3) of the larger of its two terms
+//     the same, where p >= q       8 (5.5, 4.7) of itself
+//   against N(0, 1): KL            3 (@S)
+//   against N(0, 1): gradient      1.5 (1.0, 1.0)
 //
-// never negative, exactly 0 where p = q, infinite only where the value itself overflows: r, r^2, D, x^2 or 1 / q^2 may be beyond
-// the exponents where the result is not. Nothing is clamped, and deviations are known to nobody before the call, so that there is
-// one range: a faster one for the usual numbers would have to be chosen by a number's neighbours, on which its bits would then
-// depend.
+// never negative, exactly 0 where p = q, infinite only where the value itself overflows: r, r^2, D or 1 / q^2 may be beyond the
+// exponents where the result is not. Nothing is clamped, and nobody knows the deviations before the call, so that there is one
+// range: a faster one for usual numbers would have to be chosen by a number's neighbours, and its bits would depend on them.
 //
-// NaN propagates. A deviation that is negative or NaN makes the value and the gradients of deviations NaN, a q of 0 all of them. A
-// p of 0 or an infinite q makes the value infinite, an infinite p makes it NaN, as the plain formula does; an infinite difference
-// of means makes it infinite too, unless q is infinite. The gradient of a p of 0 is -inf. An infinite q makes every gradient NaN,
-// an infinite p that of p NaN and that of q -inf; against N(0, 1), that of an infinite p is inf.
+// NaN propagates. A negative deviation makes the value and the gradients of deviations NaN; a q that is negative or 0 makes the
+// gradients of means NaN as well. As in the plain formula, the value is infinite where p is 0 or q is infinite, NaN where p is
+// infinite or q is 0, and infinite where the difference of means is, unless q is infinite as well. The gradient of a p of 0 is
+// -inf. An infinite q makes every gradient NaN. An infinite p makes its own gradient NaN and that of q -inf; against N(0, 1),
+// its own is inf.
+//
+// The second derivatives, row by row the Hessian times a direction v: v_D and v_d are the differences, p's less q's, of its
+// means and of its deviations, v_q is its deviation of q, and d = (p - q) / q:
+//
+//   mu_p:  (v_D - 2 x v_q) / q^2, and its opposite for mu_q
+//   p:     [(1 + 1 / r^2) v_d - d (2 + 1 / r + 1 / r^2) v_q] / q^2
+//   q:     [d (3 r + 1) v_q - 2 r v_d + x (3 x v_q - 2 v_D)] / q^2
+//
+// Next to p = q they have no terms that cancel but those of v_d. Against N(0, 1): v_mu, and (1 + 1 / p^2) v_p.
 #pragma once
 
 #include "gaussian.h"
 
 namespace kl_ext::math {
 
-// Q of f - log1p f = f^2 (1/2 + f Q(f)), minimax for f from -1/4 to 1/2. q<power>(f, f^2) is 2^power Q(f).
+// Q of f - log1p f = f^2 (1/2 + f Q(f)), for f from -0.2725 to 0.468: where f Q(f) is off most, it is by a tenth of an ulp of 1/2.
+// q<power>(f, f^2) is 2^power Q(f).
 template <class T>
 struct RatioConstants;
 
@@ -41,8 +53,8 @@ template <>
 struct RatioConstants<float> {
   template <int power>
   KL_EXT_INLINE static float q(float f, float square) {
-    return polynomial<power, 0>(f, square, -0x1.555556p-2f, 0x1.000050p-2f, -0x1.999954p-3f, 0x1.5524b0p-3f, -0x1.24493ap-3f,
-                                0x1.040c14p-3f, -0x1.df2e5ap-4f, 0x1.7a8c48p-4f, -0x1.3f3adcp-5f);
+    return polynomial<power, 0>(f, square, -0x1.555550p-2f, 0x1.000034p-2f, -0x1.999fbap-3f, 0x1.553c50p-3f, -0x1.238f48p-3f,
+                                0x1.0111e6p-3f, -0x1.e7acaep-4f, 0x1.b36dccp-4f, -0x1.b3b954p-5f);
   }
 };
 
@@ -50,12 +62,12 @@ template <>
 struct RatioConstants<double> {
   template <int power>
   KL_EXT_INLINE static double q(double f, double square) {
-    return polynomial<power, 0>(f, square, -0x1.5555555555550p-2, 0x1.0000000000080p-2, -0x1.999999999b577p-3,
-                                0x1.5555555541d8fp-3, -0x1.249249233a99fp-3, 0x1.00000006fd832p-3, -0x1.c71c72b8f3fe4p-4,
-                                0x1.999998060c069p-4, -0x1.745ceaa850ce3p-4, 0x1.55553814f5cbbp-4, -0x1.3b18164485581p-4,
-                                0x1.249d1c5d7639dp-4, -0x1.10dd3729d872ep-4, 0x1.fe14f9cf3466ep-5, -0x1.e2536211141f8p-5,
-                                0x1.d81251540cb1fp-5, -0x1.cf10667065cf6p-5, 0x1.8566ca5fddc70p-5, -0x1.bbf92bed1be68p-6,
-                                0x1.df92f574f54d0p-8);
+    return polynomial<power, 0>(f, square, -0x1.5555555555551p-2, 0x1.ffffffffffe9ep-3, -0x1.999999999ae67p-3,
+                                0x1.5555555574950p-3, -0x1.24924923d03edp-3, 0x1.ffffffe0e7f73p-4, -0x1.c71c7216fc94dp-4,
+                                0x1.9999a130fab9dp-4, -0x1.745d144e21712p-4, 0x1.55545109751c0p-4, -0x1.3b12858afe0b2p-4,
+                                0x1.24a59e86ce579p-4, -0x1.114103cfe46eep-4, 0x1.fe969cdde0aa6p-5, -0x1.dbd6b0a1db0c7p-5,
+                                0x1.c961290351586p-5, -0x1.d99e2734e6711p-5, 0x1.d2687c70bd1a5p-5, -0x1.453ad716064d6p-5,
+                                0x1.ac2bd0a44666cp-7);
   }
 };
 
@@ -71,8 +83,8 @@ KL_EXT_INLINE T not_a_number() {
   return from_bits<T>(kInfinity | kInfinity >> 1);
 }
 
-// min(x, 2^n) and max(x, 2^n) of a positive x, as integers: of two floating-point selects between constants gcc makes a path for
-// each outcome, and computes all that follows, divisions included, on each.
+// min(x, 2^n) and max(x, 2^n) of a positive x, as integers: of floating-point selects between constants gcc makes a path for
+// each outcome, and computes all that follows, divisions too, on each.
 template <int n, class T>
 KL_EXT_INLINE T at_most_power_of_two(T x) {
   constexpr typename Format<T>::Bits kPower = kBitsOfTwoTo<T, n>;
@@ -93,9 +105,9 @@ struct ScaledDeviation {
   typename Format<T>::Bits exponent; // in the place of an exponent: with another deviation's, the ratio of the two factors
 };
 
-// The value is from 1/2 to 1, times 2^-lower; less for subnormal deviations, and up to 2^8 for the largest: of those the factor
-// stops falling, so that products of two factors and a difference of deviations are exact, which they would not be where they are
-// subnormal. The factor is a power of two for whatever is no positive number, too.
+// The value is from 1/2 to 1, times 2^-lower; less for subnormal deviations, and up to 2^8 for the largest. For those the
+// factor stays at 2^-120 (double: 2^-1016), so that it times another times a difference of deviations is exact, and does not
+// lose bits as a subnormal number would. The factor is a power of two whatever x is.
 template <int lower = 0, class T>
 KL_EXT_INLINE ScaledDeviation<T> scale_deviation(T x) {
   using F = Format<T>;
@@ -108,7 +120,9 @@ KL_EXT_INLINE ScaledDeviation<T> scale_deviation(T x) {
   return {x * factor, factor, exponent};
 }
 
-// An n for which 2^-n ratio is from 3/4 to 3/2, for |n| < 64; nothing else than two powers of two for 0, infinity and NaN.
+// The n for which 2^-n ratio is from 0.73 to 1.46, |n| < 64. With 3/4 in the place of 0.73, f would reach 1/2, next to which the
+// divergence is small for k = -1 and what is added up to it is not: an ulp would be lost. For ratios of 0, infinity and NaN, n
+// means nothing.
 template <class T>
 struct Octave {
   static constexpr int kBias = 64;
@@ -121,15 +135,15 @@ template <class T>
 KL_EXT_INLINE Octave<T> octave_of(T ratio) {
   using F = Format<T>;
   using Bits = typename F::Bits;
-  constexpr Bits kThreeQuarters = kBitsOfTwoTo<T, -1> + (Bits{1} << (F::kMantissaBits - 1));
+  constexpr Bits kLowest = kBitsOfTwoTo<T, -1> + (Bits{59} << (F::kMantissaBits - 7)); // 0.73046875
   constexpr Bits kOctaves = static_cast<Bits>(Octave<T>::kBias) << F::kMantissaBits;
   constexpr Bits kMantissa = (Bits{1} << F::kMantissaBits) - 1;
-  const Bits bits = to_bits(ratio) + (kOctaves - kThreeQuarters);
+  const Bits bits = to_bits(ratio) + (kOctaves - kLowest);
   return {from_bits<T>(kBitsOfTwoTo<T, Octave<T>::kBias> - (bits & ~kMantissa)), bits >> F::kMantissaBits};
 }
 
-// k of r = p / q = 2^k (1 + f), and 4^k / 8. Where r^2 overflows, 4^k stays at a size for which the value does, too; where r^2 is
-// lost beside 1, at one that is.
+// k of r = p / q = 2^k (1 + f), and 4^k / 8. 4^k stays at a size for which the value overflows where it would itself, and at
+// one that is lost beside 1 where it would be less.
 template <class T>
 struct RatioExponent {
   T k;
@@ -165,14 +179,14 @@ KL_EXT_INLINE T ratio_divergence(RatioExponent<T> r, T f) {
   return T(8) * fma(f * curve, f, linear);
 }
 
-// What stands for the above where p is 0 or q infinite, so that the ratio is 0, and where a deviation is none.
+// What stands for the above where p is 0 or q is infinite, so that the ratio is 0, and where a deviation is not one.
 template <class T>
 KL_EXT_INLINE T or_special(T divergence, T ratio, bool deviations) {
   const T or_infinite = ratio == T(0) ? Format<T>::kInfinity : divergence;
   return deviations & (ratio < Format<T>::kInfinity) ? or_infinite : not_a_number<T>();
 }
 
-// (mu_p - mu_q) factor, in two steps: neither a difference that overflows nor one that is subnormal is on the way.
+// (mu_p - mu_q) factor. A factor below 1 comes before the difference, which might overflow, and one above 1 after it.
 template <class T>
 KL_EXT_INLINE T scaled_difference(T mu_p, T mu_q, T factor) {
   const T down = at_most_power_of_two<0>(factor);
@@ -209,7 +223,7 @@ struct NormalDivergence {
   template <Range range, class T>
   KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T>, T (&gradient)[kGradients]) {
     constexpr int kHalfway = (Format<T>::kBias + 1) / 2;
-    // (p - q) factor_p stays in range by 9 powers of two less, where p is tiny and q huge.
+    // Lower by 2^9, shift * p.factor stays in range where p is tiny and q is huge.
     const ScaledDeviation<T> p = scale_deviation<9>(input[1]);
     const ScaledDeviation<T> q = scale_deviation(input[3]);
     const T value_q = q.value > T(0) ? q.value : not_a_number<T>();
@@ -221,8 +235,8 @@ struct NormalDivergence {
     const T error = fma(-inverse, value_q, T(1));
     const T square = inverse * inverse;
     const T inverse_square = square + fma(square, error + error, fma(inverse, inverse, -square));
-    // 1 / q^2 = inverse_square * factor_q^2, and 1 / q^3 has one factor more: the inner factor is used before the terms are added,
-    // the outer one afterwards. It is 1 but for the smallest q, of which no term is subnormal without it.
+    // 1 / q^2 = inverse_square * q.factor^2, and 1 / q^3 has one factor more, which is inner * outer. The outer one comes last,
+    // so that no product overflows before. It is 1 but for q < 2^-kHalfway, of which no product is subnormal without it.
     const T inner = at_most_power_of_two<kHalfway>(q.factor);
     const T outer = at_least_power_of_two<kHalfway>(q.factor) * from_bits<T>(kBitsOfTwoTo<T, -kHalfway>);
     const T by_mean = (mean_shift * inner) * inverse_square;
