@@ -11,13 +11,13 @@
 // mu_q = 0, q = 1. Error bounds, for finite means and positive finite deviations, subnormal ones too, in ulps of the result
 // (largest found, float and double):
 //
-//   KL                             4.5 (@V)
-//   gradients of means             4.5 (3.4, 2.9)
-//     the same, away from subnormal numbers: it and D / q are 16 times the least normal number, or more: 2.5 (@M)
+//   KL                             4.5 (4.0, 3.9)
+//   gradients of means             4.5 (3.3, 2.9)
+//     where it and D / q are at least 16 times the least normal number: 2.5 (1.9, 1.9)
 //   gradient of p                  4 (3.8, 3.8)
-//   gradient of q                  9 (8.0, 8.3) of the larger of its two terms
-//     the same, where p >= q       8 (5.5, 4.7) of itself
-//   against N(0, 1): KL            3 (@S)
+//   gradient of q                  9 (7.9, 8.3) of the larger of its two terms
+//     where p >= q                 8 (5.5, 4.7) of itself
+//   against N(0, 1): KL            3 (2.8, 2.5)
 //   against N(0, 1): gradient      1.5 (1.0, 1.0)
 //
 // never negative, exactly 0 where p = q, infinite only where the value itself overflows: r, r^2, D or 1 / q^2 may be beyond the
