@@ -44,8 +44,8 @@
 
 namespace kl_ext::math {
 
-// Q of f - log1p f = f^2 (1/2 + f Q(f)), for f from -0.2725 to 0.468: where f Q(f) is off most, it is by a tenth of an ulp of 1/2.
-// q<power>(f, f^2) is 2^power Q(f).
+// Q of f - log1p f = f^2 (1/2 + f Q(f)), for f from -0.2725 to 0.468, over which f Q(f) is off by at most a tenth of an
+// ulp of 1/2. q<power>(f, f^2) is 2^power Q(f).
 template <class T>
 struct RatioConstants;
 
@@ -120,9 +120,9 @@ KL_EXT_INLINE ScaledDeviation<T> scale_deviation(T x) {
   return {x * factor, factor, exponent};
 }
 
-// The n for which 2^-n ratio is from 0.73 to 1.46, |n| < 64. With 3/4 in the place of 0.73, f would reach 1/2, next to which the
-// divergence is small for k = -1 and what is added up to it is not: an ulp would be lost. For ratios of 0, infinity and NaN, n
-// means nothing.
+// The n for which 2^-n ratio is from 0.73 to 1.46, |n| < 64. With 3/4 in the place of 0.73, f would reach 1/2, next to which
+// the divergence is small for k = -1 and what is added up to it is not: an ulp would be lost. For ratios of 0, infinity and
+// NaN, n means nothing.
 template <class T>
 struct Octave {
   static constexpr int kBias = 64;
