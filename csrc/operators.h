@@ -72,10 +72,21 @@ inline constexpr Description kGaussianKlDiv = {
     .of_most = math::kFormula<math::Divergence>,
 };
 
+inline constexpr Description kNormalKlDiv = {
+    .name = "normal_kl_div",
+    .inputs = {"loc_p", "scale_p", "loc_q", "scale_q"},
+    .least = 2,
+    .most = 4,
+    .clamps = false,
+    .reduces = true,
+    .of_least = math::kFormula<math::StandardNormalDivergence>,
+    .of_most = math::kFormula<math::NormalDivergence>,
+};
+
 template <const Description&... descriptions>
 struct OperatorList {};
 
-using Operators = OperatorList<kKlDivSingleLoss, kKlDivPairLoss, kGaussianKlDiv>;
+using Operators = OperatorList<kKlDivSingleLoss, kKlDivPairLoss, kGaussianKlDiv, kNormalKlDiv>;
 
 using Gradients = std::array<at::Tensor, kMaxInputs>; // undefined where one is not wanted
 using Mask = std::array<bool, kMaxInputs>;

@@ -28,14 +28,14 @@ template <class T, Range range>
 void exponentials(const T* x, T* half_phi_of_x, T* half_expm1_of_x, long n) {
   for (long i = 0; i < n; ++i) {
     const T half = T(0.5) * x[i];
-    half_phi_of_x[i] = half_phi<range, Argument::kNumber>(half, reduce<range, 1>(half));
-    half_expm1_of_x[i] = half_expm1<range>(reduce<range, 0, For::kExpm1>(x[i]));
+    half_phi_of_x[i] = half_phi<range, Exactness::kExact>(half, reduce<range, 1>(half));
+    half_expm1_of_x[i] = half_expm1<range>(reduce<range, 0, Use::kExpm1>(x[i]));
   }
 }
 
 template <class T, Range range>
 void divergences(const T* mu_p, const T* log_var_p, const T* mu_q, const T* log_var_q, T* out, long n) {
-  const Clamp<T> none{-Format<T>::kInfinity, Format<T>::kInfinity};
+  const Settings<T> none{-Format<T>::kInfinity, Format<T>::kInfinity};
   for (long i = 0; i < n; ++i) {
     const T inputs[] = {mu_p[i], log_var_p[i], mu_q[i], log_var_q[i]};
     out[i] = Divergence::forward<range>(inputs, none);
@@ -43,21 +43,21 @@ void divergences(const T* mu_p, const T* log_var_p, const T* mu_q, const T* log_
 }
 
 // Of every loss the result and the gradients, interleaved.
-template <class T, Range range, class Loss>
-void loss(const T* const* inputs, Clamp<T> bounds, long i, T*& out) {
-  T values[Loss::kInputs], gradients[Loss::kInputs];
-  for (int input = 0; input < Loss::kInputs; ++input) values[input] = inputs[input][i];
-  *out++ = Loss::template forward<range>(values, bounds);
-  Loss::template backward<range>(T(0.75), values, bounds, gradients);
-  out = std::copy_n(gradients, Loss::kInputs, out);
+template <class T, Range range, class F>
+void loss(const T* const* inputs, Settings<T> settings, long i, T*& out) {
+  T values[F::kInputs], gradients[F::kInputs];
+  for (int input = 0; input < F::kInputs; ++input) values[input] = inputs[input][i];
+  *out++ = F::result(F::template forward<range>(values, settings), settings);
+  F::template backward<range>(T(0.75), values, settings, gradients);
+  out = std::copy_n(gradients, F::kInputs, out);
 }
 
 template <class T, Range range>
 void losses(const T* mu_p, const T* log_var_p, const T* mu_q, const T* log_var_q, T low, T high, T* out, long n) {
   const T* const inputs[] = {mu_p, log_var_p, mu_q, log_var_q};
   for (long i = 0; i < n; ++i) {
-    loss<T, range, SingleLoss>(inputs, {low, high}, i, out);
-    loss<T, range, PairLoss>(inputs, {low, high}, i, out);
+    loss<T, range, StandardDivergence>(inputs, {low, high}, i, out);
+    loss<T, range, Divergence>(inputs, {low, high, T(2), T(0.5)}, i, out);
     loss<T, range, Divergence>(inputs, {low, high}, i, out);
   }
 }

@@ -31,8 +31,8 @@ void over(const T* const* inputs, const T* grad_output, T* const* out, long n) {
   for (long i = 0; i < n; ++i) {
     T values[Loss::kInputs], gradients[Loss::kInputs];
     for (int input = 0; input < Loss::kInputs; ++input) values[input] = inputs[input][i];
-    out[0][i] = Loss::template forward<Range::kNarrow>(values, Clamp<T>{T(-1), T(1)});
-    Loss::template backward<Range::kNarrow>(grad_output[i], values, Clamp<T>{T(-1), T(1)}, gradients);
+    out[0][i] = Loss::template forward<Range::kNarrow>(values, Settings<T>{T(-1), T(1)});
+    Loss::template backward<Range::kNarrow>(grad_output[i], values, Settings<T>{T(-1), T(1)}, gradients);
     for (int input = 0; input < Loss::kInputs; ++input) out[1 + input][i] = gradients[input];
   }
 }
@@ -55,7 +55,7 @@ KL_EXT_EXPORT(double)
 
 // errors: of the value, of p and of q; or, for q = 1, of the value and of p against N(0, 1).
 void worst(std::uint32_t first, std::uint32_t last, std::uint32_t step, float q, bool standard, float* errors) {
-  const Clamp<float> none{0, 0};
+  const Settings<float> none{0, 0};
   for (std::uint32_t bits = first; bits < last; bits += step) {
     const float p = from_bits<float>(bits);
     const long double d = static_cast<long double>(p) - q, shift = d / q;

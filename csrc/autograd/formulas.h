@@ -67,6 +67,47 @@ struct Derivatives<math::Divergence> {
   }
 };
 
+// Against N(0, 1), from a standard deviation. The Hessian is diagonal: 1 for the mean, 1 + 1 / p^2 for the deviation p.
+template <>
+struct Derivatives<math::StandardNormalDivergence> {
+  static constexpr bool kNeeds[kMaxInputs][kMaxInputs] = {{true, false}, {false, true}};
+  static constexpr double kHarmless[kMaxInputs] = {0, 1};
+
+  static Tensors curvature(const Options&, const Tensors& x, const Tensors& v) {
+    if (!v[1].defined()) {
+      return {v[0], v[1]};
+    }
+    const at::Tensor inverse = 1.0 / x[1];
+    return {v[0], v[1] + inverse * inverse * v[1]};
+  }
+};
+
+// From standard deviations p and q: math/normal.h.
+template <>
+struct Derivatives<math::NormalDivergence> {
+  static constexpr bool kNeeds[kMaxInputs][kMaxInputs] = {
+      {true, false, true, true}, {false, true, false, true}, {true, false, true, true}, {true, true, true, true}};
+  static constexpr double kHarmless[kMaxInputs] = {0, 1, 0, 1};
+
+  static Tensors curvature(const Options&, const Tensors& x, const Tensors& v) {
+    const at::Tensor zero = at::zeros({}, x[0].options());
+    const auto or_zero = [&](const at::Tensor& direction) { return direction.defined() ? direction : zero; };
+    const at::Tensor inverse = 1.0 / x[3];
+    const auto over_square = [&](const at::Tensor& row) { return row * inverse * inverse; };
+    const at::Tensor shift = (x[0] - x[2]) * inverse;
+    const at::Tensor d = (x[1] - x[3]) * inverse;
+    const at::Tensor r = x[1] * inverse;
+    const at::Tensor s = x[3] / x[1];
+    const at::Tensor v_mean = or_zero(v[0]) - or_zero(v[2]);
+    const at::Tensor v_q = or_zero(v[3]);
+    const at::Tensor v_d = or_zero(v[1]) - v_q;
+    const at::Tensor mean = over_square(v_mean - 2.0 * shift * v_q);
+    const at::Tensor p = over_square((1.0 + s * s) * v_d - d * (2.0 + s + s * s) * v_q);
+    const at::Tensor q = over_square(d * (3.0 * r + 1.0) * v_q - 2.0 * r * v_d + shift * (3.0 * shift * v_q - 2.0 * v_mean));
+    return {mean, p, -mean, q};
+  }
+};
+
 // The same where the type of the formula is not known.
 struct AnyDerivatives {
   const bool (&needs)[kMaxInputs][kMaxInputs]; // whether the gradient of input i needs input j

@@ -45,10 +45,10 @@ struct Inputs {
     for (int input = 0; input < F::kInputs; ++input) {
       T numbers[kNumbers];
       read_group(numbers, data[input] + i);
-      const bool is_log_var = input % 2 == 1;
+      const bool is_clamped = input % 2 == 1; // a log-variance
       KL_EXT_UNROLL
       for (int n = 0; n < kNumbers; ++n) {
-        values[n][input] = sizeof(S) == 2 && is_log_var ? detach(numbers[n]) : numbers[n];
+        values[n][input] = sizeof(S) == 2 && is_clamped ? detach(numbers[n]) : numbers[n];
       }
     }
   }

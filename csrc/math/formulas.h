@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "gaussian.h"
+#include "normal.h"
 
 namespace kl_ext::math {
 
@@ -77,7 +78,7 @@ struct FormulaList {
   }
 };
 
-using Formulas = FormulaList<StandardDivergence, Divergence>;
+using Formulas = FormulaList<StandardDivergence, Divergence, StandardNormalDivergence, NormalDivergence>;
 
 // A formula where its type is not known.
 template <class F>

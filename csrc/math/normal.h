@@ -193,14 +193,15 @@ KL_EXT_INLINE T scaled_difference(T mu_p, T mu_q, T factor) {
   return fma(mu_p, down, -(mu_q * down)) * at_least_power_of_two<0>(factor);
 }
 
-// The losses, for kernels of any kind: inputs in the order of the operators' arguments. Neither range nor bounds mean anything.
+// The formulas, for kernels of any kind: inputs in the order of the operators' arguments. Range and settings mean nothing here.
 
-struct NormalDivergence {
+struct NormalDivergence : Formula {
+  static constexpr bool kRanges = false;
   static constexpr int kInputs = 4;
   static constexpr int kGradients = 4;
 
   template <Range range, class T>
-  KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T>) {
+  KL_EXT_INLINE static T forward(const T (&input)[kInputs], Settings<T>) {
     const ScaledDeviation<T> p = scale_deviation(input[1]);
     const ScaledDeviation<T> q = scale_deviation(input[3]);
     const T inverse = T(1) / q.value;
@@ -221,7 +222,7 @@ struct NormalDivergence {
   }
 
   template <Range range, class T>
-  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T>, T (&gradient)[kGradients]) {
+  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Settings<T>, T (&gradient)[kGradients]) {
     constexpr int kHalfway = (Format<T>::kBias + 1) / 2;
     // Lower by 2^9, shift * p.factor stays in range where p is tiny and q is huge.
     const ScaledDeviation<T> p = scale_deviation<9>(input[1]);
@@ -251,12 +252,13 @@ struct NormalDivergence {
 };
 
 // KL(p||N(0, 1)).
-struct StandardNormalDivergence {
+struct StandardNormalDivergence : Formula {
+  static constexpr bool kRanges = false;
   static constexpr int kInputs = 2;
   static constexpr int kGradients = 2;
 
   template <Range range, class T>
-  KL_EXT_INLINE static T forward(const T (&input)[kInputs], Clamp<T>) {
+  KL_EXT_INLINE static T forward(const T (&input)[kInputs], Settings<T>) {
     const ScaledDeviation<T> p = scale_deviation(input[1]);
     const Octave<T> octave = octave_of(p.value);
     const T f = fma(p.value, octave.inverse, T(-1));
@@ -266,7 +268,7 @@ struct StandardNormalDivergence {
   }
 
   template <Range range, class T>
-  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Clamp<T>, T (&gradient)[kGradients]) {
+  KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Settings<T>, T (&gradient)[kGradients]) {
     const T p = input[1] >= T(0) ? input[1] : not_a_number<T>();
     const T inverse = T(1) / p;
     const T rounded = p - inverse;
