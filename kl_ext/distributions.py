@@ -54,8 +54,9 @@ def register() -> None:
         \log \frac{\sigma_q}{\sigma_p} + \frac{\sigma_p^2 + (\mu_p - \mu_q)^2}{2 \sigma_q^2} - \frac12
 
     In plain text: log(scale_q / scale_p) + (scale_p^2 + (loc_p - loc_q)^2) / (2 scale_q^2) - 1/2, one term for each element of
-    the broadcast shape, in the promoted dtype. Whatever torch derives from that follows: Independent, transformed
-    distributions, subclasses of Normal that have no divergence of their own. So do libraries that call torch's function.
+    the broadcast shape, in the promoted dtype (float32 under autocast). Whatever torch derives from that follows: Independent,
+    transformed distributions, subclasses of Normal that have no divergence of their own. So do libraries that call torch's
+    function.
 
     Normals of other tensors are treated as before: of other dtypes than float16, bfloat16, float32 and float64, on devices for
     which this build has no kernels, of classes of tensors that do not know the operator. It holds for the whole process, until
