@@ -1,5 +1,6 @@
 """Types of arguments that several modules name."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 # A bound of the clamp. Type checkers see that None, no bound, is taken too; help() shows the documented signature.
@@ -7,3 +8,6 @@ if TYPE_CHECKING:
     Bound = float | None
 else:
     Bound = float
+
+# Dimensions to reduce: one, several, or all of them.
+Dims = int | Sequence[int] | None

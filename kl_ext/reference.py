@@ -1,13 +1,14 @@
-"""The losses and the divergence written out in plain torch, the way a training script would write them.
+"""The losses and the divergences written out in plain torch, the way a training script would write them.
 
 This is the baseline: the benchmarks and the demo run it beside the operators. It has the same names, signatures, shapes,
 result types and gradients (torch's own autograd differentiates it), and it needs nothing that is compiled but torch. What it
 does not have is the accuracy: ``exp(x) - 1 - x`` cancels where a distribution approaches its prior, so that in float32 the
 smallest losses come out as zero or negative. It also checks nothing that torch does not check, and at the very bounds of a
 clamp its gradients are those of ``torch.clamp``, which pass there up to torch 2.13 and are 0 from torch 2.14 on; those of the
-operators pass in every version.
+operators pass in every version. A weight that requires grad gets its gradient here; the operators refuse it.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -16,12 +17,48 @@ from torch import Tensor
 
 from ._types import Bound
 
-__all__ = ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss"]
+__all__ = ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss", "normal_kl_div"]
+
+_Q = Tensor | float | None
 
 
 def _clamp(x: Tensor, low: float | None, high: float | None) -> Tensor:
     """torch.clamp, which asks for at least one bound."""
     return x if low is None and high is None else x.clamp(low, high)
+
+
+def _keep(weight: Tensor, inputs: Sequence[_Q], fills: Sequence[float]) -> list[_Q]:
+    """The inputs with harmless numbers where the weight is 0: 0 * NaN is NaN, in the terms and in their gradients."""
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    kept = weight.expand(torch.broadcast_shapes(*(x.shape for x in tensors))) != 0
+    dtypes = [x.dtype for x in tensors if x.dim() > 0] or [x.dtype for x in tensors]
+    dtype = functools.reduce(torch.promote_types, dtypes)  # before 0-dim tensors get dimensions
+    return [torch.where(kept, x.to(dtype), fill) if isinstance(x, Tensor) else x for x, fill in zip(inputs, fills, strict=True)]
+
+
+def _reduce(
+    function: str,
+    terms: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    dim: int | Sequence[int] | None,
+    keepdim: bool,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    weighted = terms if weight is None else weight * terms
+    dims = dim if dim is None or isinstance(dim, int) else tuple(dim)
+    if reduction == "none":
+        return weighted if dtype is None else weighted.to(dtype)
+    if reduction == "sum":
+        return weighted.sum(dims, keepdim, dtype=dtype)
+    if reduction == "mean":
+        if weight is None:
+            return terms.mean(dims, keepdim, dtype=dtype)
+        weights = weight.to(weighted.dtype).expand_as(weighted)
+        return weighted.sum(dims, keepdim, dtype=dtype) / weights.sum(dims, keepdim, dtype=dtype)
+    if reduction == "batchmean":
+        return weighted.sum(None, keepdim, dtype=dtype) / terms.shape[0]
+    raise ValueError(f"{function}: expected reduction to be none, sum, mean or batchmean, got {reduction!r}")
 
 
 def kl_div_single_loss(mu: Tensor, log_var: Tensor, *, clamp_min: Bound = -30.0, clamp_max: Bound = 20.0) -> Tensor:
@@ -94,6 +131,7 @@ def gaussian_kl_div(
     mu_q: Tensor | float | None = None,
     log_var_q: Tensor | float | None = None,
     *,
+    weight: Tensor | None = None,
     clamp_min: float | None = -30.0,
     clamp_max: float | None = 20.0,
     reduction: str = "none",
@@ -114,11 +152,14 @@ def gaussian_kl_div(
         log_var_p: The logarithms of the variances of p.
         mu_q: The means of q, a tensor or a number; without q, q is the standard normal. All shapes broadcast together.
         log_var_q: The logarithms of the variances of q, a tensor or a number.
+        weight: What the terms are multiplied by, of bool or a floating dtype; its shape expands to that of the terms. Where it
+            is 0 or False, a term is left out: it counts as 0 and gives no gradient, whatever stands there.
         clamp_min: The smallest log-variance used, for p and q; smaller ones count as this and receive no gradient.
             None: no bound.
         clamp_max: The largest log-variance used, for p and q; larger ones count as this and receive no gradient.
             None: no bound.
-        reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"batchmean"``, the sum over the size of the first dimension.
+        reduction: ``"none"``; ``"sum"``; ``"mean"``, with a weight the sum over the sum of the weights; or ``"batchmean"``, the
+            sum over the size of the first dimension.
         dim: What ``"sum"`` and ``"mean"`` reduce, everything by default.
         keepdim: Whether reduced dimensions stay, with size 1.
         dtype: Of the result. The terms are computed in the promoted dtype all the same; only torch's sum is in this one.
@@ -134,6 +175,9 @@ def gaussian_kl_div(
     """
     if (mu_q is None) != (log_var_q is None):
         raise ValueError("gaussian_kl_div: expected mu_q and log_var_q together")
+    if weight is not None:
+        inputs = _keep(weight, (mu_p, log_var_p, mu_q, log_var_q), (0.0, 0.0, 0.0, 0.0))
+        mu_p, log_var_p, mu_q, log_var_q = inputs  # type: ignore[assignment]  # tensors stay tensors
     log_var_p = _clamp(log_var_p, clamp_min, clamp_max)
     if mu_q is None or log_var_q is None:
         terms = 0.5 * (mu_p.square() + log_var_p.exp() - log_var_p - 1.0)
@@ -146,13 +190,56 @@ def gaussian_kl_div(
             log_var_q = min(log_var_q, math.inf if clamp_max is None else clamp_max)
             var_q = math.exp(log_var_q)
         terms = 0.5 * (log_var_q - log_var_p + (log_var_p.exp() + (mu_p - mu_q).square()) / var_q - 1.0)
-    dims = dim if dim is None or isinstance(dim, int) else tuple(dim)
-    if reduction == "none":
-        return terms if dtype is None else terms.to(dtype)
-    if reduction == "sum":
-        return terms.sum(dims, keepdim, dtype=dtype)
-    if reduction == "mean":
-        return terms.mean(dims, keepdim, dtype=dtype)
-    if reduction == "batchmean":
-        return terms.sum(None, keepdim, dtype=dtype) / terms.shape[0]
-    raise ValueError(f"gaussian_kl_div: expected reduction to be none, sum, mean or batchmean, got {reduction!r}")
+    return _reduce("gaussian_kl_div", terms, weight, reduction, dim, keepdim, dtype)
+
+
+def normal_kl_div(
+    loc_p: Tensor,
+    scale_p: Tensor,
+    loc_q: Tensor | float | None = None,
+    scale_q: Tensor | float | None = None,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "none",
+    dim: int | Sequence[int] | None = None,
+    keepdim: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""The KL divergence of p = N(loc_p, scale_p^2) from q = N(loc_q, scale_q^2), in nats, and its reduction after it.
+
+    .. math::
+        \log \frac{\sigma_q}{\sigma_p} + \frac{\sigma_p^2 + (\mu_p - \mu_q)^2}{2 \sigma_q^2} - \frac{1}{2}
+
+    In plain text: log(scale_q / scale_p) + (scale_p^2 + (loc_p - loc_q)^2) / (2 scale_q^2) - 1/2. Nothing is clamped. A
+    deviation of p that is 0 gives inf; one that is negative gives NaN.
+
+    Args:
+        loc_p: The means of p, of any shape and floating dtype.
+        scale_p: The standard deviations of p.
+        loc_q: The means of q, a tensor or a number; without q, q is the standard normal. All shapes broadcast together.
+        scale_q: The standard deviations of q, a tensor or a positive number.
+        weight: As in :func:`gaussian_kl_div`.
+        reduction: As in :func:`gaussian_kl_div`.
+        dim: What ``"sum"`` and ``"mean"`` reduce, everything by default.
+        keepdim: Whether reduced dimensions stay, with size 1.
+        dtype: Of the result. The terms are computed in the promoted dtype all the same; only torch's sum is in this one.
+
+    Returns:
+        The terms or their reduction.
+
+    Example:
+        >>> import torch
+        >>> normal_kl_div(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
+        tensor([0.0000, 1.3069])
+    """
+    if (loc_q is None) != (scale_q is None):
+        raise ValueError("normal_kl_div: expected loc_q and scale_q together")
+    if weight is not None:
+        inputs = _keep(weight, (loc_p, scale_p, loc_q, scale_q), (0.0, 1.0, 0.0, 1.0))
+        loc_p, scale_p, loc_q, scale_q = inputs  # type: ignore[assignment]  # tensors stay tensors
+    if loc_q is None or scale_q is None:
+        terms = 0.5 * (scale_p.square() + loc_p.square() - 1.0) - scale_p.log()
+    else:
+        log_scale_q = scale_q.log() if isinstance(scale_q, Tensor) else math.log(scale_q)
+        terms = log_scale_q - scale_p.log() + 0.5 * ((scale_p.square() + (loc_p - loc_q).square()) / (scale_q * scale_q) - 1.0)
+    return _reduce("normal_kl_div", terms, weight, reduction, dim, keepdim, dtype)
