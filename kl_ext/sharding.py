@@ -18,8 +18,8 @@ are moved. A tensor that broadcasts along the sharded dimension is needed whole 
 - each rank's part of such a sum is rounded to the dtype of the result, and torch adds the parts when the result is used, in an
   order of its own. Across shards sums therefore do not have the same bits as without sharding, or with other shards.
 
-A tensor that is not a DTensor goes beside DTensors if it has one element, or within
-`torch.distributed.tensor.experimental.implicit_replication`. It has to be the same on every rank, and its gradient is no DTensor
+A tensor that is not a DTensor goes beside DTensors if it is a single number, expanded or not, or within
+`torch.distributed.tensor.experimental.implicit_replication`. It has to be the same on every rank. Its gradient is no DTensor
 either.
 
 Example:
@@ -170,8 +170,9 @@ def _common_mesh(function: str, tensors: Mapping[str, Tensor]) -> DeviceMesh:
 def _as_dtensor(function: str, name: str, tensor: Tensor, mesh: DeviceMesh) -> DTensor:
     if isinstance(tensor, DTensor):
         return tensor
-    if tensor.numel() != 1 and not DTensor._op_dispatcher._allow_implicit_replication:
-        raise TypeError(f"{function}: expected {name} to be a DTensor like others, or to have one element, got a plain tensor")
+    is_number = not any(stride for size, stride in zip(tensor.shape, tensor.stride()) if size != 1)
+    if not (is_number or DTensor._op_dispatcher._allow_implicit_replication):
+        raise TypeError(f"{function}: expected {name} to be a DTensor like others, or a single number, got a plain tensor")
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim)
 
 
@@ -206,9 +207,11 @@ def _backward(
             arguments.update(reduction="sum", dim=call.reduced)
         gradients: list[Tensor | None] = []
         for name, local, meta in zip(_inputs(operator), call.run(arguments), call.results, strict=True):
-            gradient = None if local is None else call.whole(local, call.axes[name], meta)
-            is_plain = gradient is not None and not isinstance(call.arguments[name], DTensor)
-            gradients.append(gradient.full_tensor() if is_plain else gradient)
+            if local is None:
+                gradients.append(None)
+                continue
+            gradient = call.whole(local, call.axes[name], meta)
+            gradients.append(gradient if isinstance(call.arguments[name], DTensor) else gradient.full_tensor())
         return tuple(gradients)
 
 
@@ -223,7 +226,7 @@ def _backward_out(cls: type, operator: OpOverload, types: Any, args: Sequence[An
         gradients = _run(backward, {**arguments, "output_mask": [x is not None for x in given]})
         for x, gradient in zip(given, gradients, strict=True):
             if x is not None:
-                x.copy_(gradient)
+                x.copy_(gradient.redistribute(x.device_mesh, x.placements) if isinstance(x, DTensor) else gradient)
 
 
 def _inputs(backward: OpOverload) -> list[str]:
