@@ -15,7 +15,7 @@ from . import _fake, _vmap, reference  # noqa: E402, F401
 from .functional import gaussian_kl_div, kl_div_pair_loss, kl_div_single_loss  # noqa: E402
 
 if "torch.distributed.tensor" in sys.modules:
-    from . import sharding  # noqa: F401  # elsewhere it is imported by who needs it: it loads torch.distributed.tensor
+    from . import sharding  # noqa: F401
 
 __all__ = ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss"]
 __version__ = _library.build_facts().version

@@ -22,9 +22,12 @@ A tensor that is not a DTensor goes beside DTensors if it is a single number, ex
 `torch.distributed.tensor.experimental.implicit_replication`. It has to be the same on every rank. Its gradient is no DTensor
 either.
 
-Example:
-    >>> import kl_ext.sharding
-    >>> from torch.distributed.tensor import DTensor
+Example, on each rank:
+    >>> from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+    >>> mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    >>> mu = distribute_tensor(torch.tensor([[0.0, 1.0], [2.0, 0.0]]), mesh, [Shard(0)])
+    >>> kl_ext.gaussian_kl_div(mu, 0 * mu, reduction="batchmean").full_tensor()
+    tensor(1.2500)
 """
 
 from __future__ import annotations
@@ -42,6 +45,10 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from ._checks import common_shape, reduced_dims
 from ._fake import arithmetic_dtype
+
+# Why these are rules of dispatch and not sharding strategies: torch does not redistribute a tensor that is given by keyword, as
+# weights are; a strategy cannot divide by the global count; and the strategies' cache knows nothing of reduction and dim unless
+# told. Here every call is looked at afresh.
 
 # For each dimension of a tensor, the dimension of the terms that it runs along. None: it has one number for all of them.
 Axes = Sequence[int | None]
@@ -168,6 +175,7 @@ def _common_mesh(function: str, tensors: Mapping[str, Tensor]) -> DeviceMesh:
 
 
 def _as_dtensor(function: str, name: str, tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+    tensor = tensor.detach()  # autograd is above this; what moves a DTensor would record its steps all the same
     if isinstance(tensor, DTensor):
         return tensor
     is_number = not any(stride for size, stride in zip(tensor.shape, tensor.stride()) if size != 1)
@@ -178,55 +186,52 @@ def _as_dtensor(function: str, name: str, tensor: Tensor, mesh: DeviceMesh) -> D
 
 def _forward(cls: type, operator: OpOverload, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> DTensor:
     """Each rank reduces its own terms. Where those of one mean lie on several ranks, it sums them and divides by all."""
-    with torch.no_grad():
-        call = _Call(operator, args, kwargs)
-        arguments, meta = call.local(), call.results
-        if call.reduction == "none":
-            axes: Axes = list(range(len(call.shape)))
-        else:
-            axes = call.axes_of_reduced()
-        if call.is_split() and call.reduction != "sum":
-            wide = arithmetic_dtype([meta, *call.tensors.values()])
-            sums = call.run({**arguments, "reduction": "sum", "dim": call.reduced, "dtype": wide})
-            local = call.divided(sums, arguments.get("weight")).to(meta.dtype)
-        else:
-            local = call.run(arguments)
-        return call.whole(local, axes, meta)
+    call = _Call(operator, args, kwargs)
+    arguments, meta = call.local(), call.results
+    if call.reduction == "none":
+        axes: Axes = list(range(len(call.shape)))
+    else:
+        axes = call.axes_of_reduced()
+    if call.is_split() and call.reduction != "sum":
+        wide = arithmetic_dtype([meta, *call.tensors.values()])
+        sums = call.run({**arguments, "reduction": "sum", "dim": call.reduced, "dtype": wide})
+        local = call.divided(sums, arguments.get("weight")).to(meta.dtype)
+    else:
+        local = call.run(arguments)
+    return call.whole(local, axes, meta)
 
 
 def _backward(
     cls: type, operator: OpOverload, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor | None, ...]:
     """Each rank has the gradients of its own terms; those of a tensor that several ranks share are to be added up."""
-    with torch.no_grad():
-        call = _Call(operator, args, kwargs)
-        arguments = call.local()
-        if call.is_split() and call.reduction != "sum":
-            grad = arguments["grad_output"].to(arithmetic_dtype(list(call.tensors.values())))
-            arguments["grad_output"] = call.divided(grad, arguments.get("weight"))
-            arguments.update(reduction="sum", dim=call.reduced)
-        gradients: list[Tensor | None] = []
-        for name, local, meta in zip(_inputs(operator), call.run(arguments), call.results, strict=True):
-            if local is None:
-                gradients.append(None)
-                continue
-            gradient = call.whole(local, call.axes[name], meta)
-            gradients.append(gradient if isinstance(call.arguments[name], DTensor) else gradient.full_tensor())
-        return tuple(gradients)
+    call = _Call(operator, args, kwargs)
+    arguments = call.local()
+    if call.is_split() and call.reduction != "sum":
+        grad = arguments["grad_output"].to(arithmetic_dtype(list(call.tensors.values())))
+        arguments["grad_output"] = call.divided(grad, arguments.get("weight"))
+        arguments.update(reduction="sum", dim=call.reduced)
+    gradients: list[Tensor | None] = []
+    for name, local, meta in zip(_inputs(operator), call.run(arguments), call.results, strict=True):
+        if local is None:
+            gradients.append(None)
+            continue
+        gradient = call.whole(local, call.axes[name], meta)
+        gradients.append(gradient if isinstance(call.arguments[name], DTensor) else gradient.full_tensor())
+    return tuple(gradients)
 
 
 def _backward_out(cls: type, operator: OpOverload, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """By way of the gradients: copies of them are sharded as the tensors are that they are written into."""
     arguments = _by_name(operator, args, kwargs)
     backward = getattr(torch.ops.kl_ext, operator._schema.name.removeprefix("kl_ext::")).default
-    with torch.no_grad():
-        whole = _without_numbers({name: x for name, x in arguments.items() if isinstance(x, Tensor)})
-        _run(operator, {**arguments, **whole})  # its checks
-        given = [arguments.pop(f"grad_{name}") for name in _inputs(backward)]
-        gradients = _run(backward, {**arguments, "output_mask": [x is not None for x in given]})
-        for x, gradient in zip(given, gradients, strict=True):
-            if x is not None:
-                x.copy_(gradient.redistribute(x.device_mesh, x.placements) if isinstance(x, DTensor) else gradient)
+    whole = _without_numbers({name: x for name, x in arguments.items() if isinstance(x, Tensor)})
+    _run(operator, {**arguments, **whole})  # its checks
+    given = [arguments.pop(f"grad_{name}") for name in _inputs(backward)]
+    gradients = _run(backward, {**arguments, "output_mask": [x is not None for x in given]})
+    for x, gradient in zip(given, gradients, strict=True):
+        if x is not None:
+            x.copy_(gradient.redistribute(x.device_mesh, x.placements) if isinstance(x, DTensor) else gradient)
 
 
 def _inputs(backward: OpOverload) -> list[str]:
