@@ -1,5 +1,5 @@
-"""Sharded calls as their tests see them: layouts on meshes of four ranks, plain torch in float64, and the comparison with it that
-every rank makes."""
+"""Sharded calls as their tests see them: layouts on meshes of four ranks, plain torch in float64, and the comparison with it
+that every rank makes."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ whole tensors."""
 from __future__ import annotations
 
 import doctest
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
