@@ -5,12 +5,17 @@ documented elementwise losses. The operators behind them are `torch.ops.kl_ext.g
 holds the same formulas in plain torch.
 """
 
+import sys
+
 from . import _library
 
 _library.load()
 
 from . import _fake, _vmap, distributions, nn, reference  # noqa: E402, F401
 from .functional import gaussian_kl_div, kl_div_pair_loss, kl_div_single_loss  # noqa: E402
+
+if "torch.distributed.tensor" in sys.modules:
+    from . import sharding  # noqa: F401
 
 __all__ = ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss"]
 __version__ = _library.build_facts().version

@@ -1,5 +1,6 @@
 """The public functions: documented signatures over the operators."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -261,6 +262,8 @@ def _as_q(
 
 def _call(operator: Callable[..., Tensor], function: str, tensors: dict[str, Any], **others: Any) -> Tensor:
     """Refuses a tensor by its name whose class does not know the operator, which torch answers with a list of classes."""
+    if not _is_compiling() and "torch.distributed.tensor" in sys.modules:
+        from . import sharding  # noqa: F401  # torch.distributed.tensor may have been loaded after kl_ext
     try:
         return operator(*tensors.values(), **others)
     except TypeError as error:
