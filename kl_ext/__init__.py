@@ -9,7 +9,7 @@ from . import _library
 
 _library.load()
 
-from . import _fake, _vmap, reference  # noqa: E402, F401
+from . import _fake, _jagged, _vmap, reference  # noqa: E402, F401
 from .functional import gaussian_kl_div, kl_div_pair_loss, kl_div_single_loss  # noqa: E402
 
 __all__ = ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss"]
