@@ -1,10 +1,10 @@
 """Jagged nested tensors: every operator, from its schema, on the numbers that these tensors hold.
 
-A jagged tensor of shape [B, *, D] holds B sequences of rows one after another, in values of shape [rows, D]. Where every result
-belongs to one row, or all sequences are reduced together, an operator goes over the values as they are: *packed*. The sum or mean
-of each sequence (the ragged dimension reduced, the batch not) and the gradient of a dense tensor that has numbers of its own for
-each sequence need the sequences apart. For these the tensors are *padded* to [B, longest, D], and a weight leaves the padding out.
-Terms that are left out change no sum: that of a sequence has the bits of the same call on this sequence alone.
+A jagged tensor of shape [B, *, D] holds B sequences of rows, one after another in values of shape [rows, D]. Where each result
+belongs to one row, or all sequences are reduced together, an operator goes over the values as they are: *packed*. The sequences
+have to be kept apart for the sum or mean of each (the ragged dimension is reduced, the batch is not) and for the gradient of a
+dense tensor that has numbers of its own for each. For these the tensors are *padded* to [B, longest, D], and a weight leaves
+the padding out. Terms that are left out change no sum: a sequence has the bits of the same call on this sequence alone.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ class _Ragged:
     """The ragged structure that the tensors of one call share."""
 
     def __init__(self, function: str, tensors: Mapping[str, Tensor]) -> None:
-        (name, like), *others = ((name, x) for name, x in tensors.items() if isinstance(x, NestedTensor))
-        self.rank, self.dim = like.dim(), like._ragged_idx
+        jagged = {name: x for name, x in tensors.items() if isinstance(x, NestedTensor)}
+        name, like = next(iter(jagged.items()))
+        self.rank, self.dim, self.size = like.dim(), like._ragged_idx, like.shape[like._ragged_idx]
         self.offsets, self.cache = like._offsets, like._metadata_cache
         self.batch, self.rows = like.shape[0], like._values.shape[self.dim - 1]
-        for other, x in ((name, like), *others):
+        for other, x in jagged.items():
             if x._lengths is not None:
                 raise NotImplementedError(
                     f"{function}: expected {other} to have no gaps between its sequences, got a nested tensor with lengths; "
                     f"{other}.contiguous() has none"
                 )
-            if (x.dim(), x._ragged_idx) != (self.rank, self.dim) or x.shape[self.dim] != like.shape[self.dim]:
+            if (x.dim(), x._ragged_idx) != (self.rank, self.dim) or x.shape[self.dim] != self.size:
                 raise RuntimeError(
                     f"{function}: expected {other} to have the ragged structure of {name}, shape {_shown(like)}, got shape "
                     f"{_shown(x)}; torch.nested.nested_tensor_from_jagged(values, {name}.offsets()) has it"
                 )
-        for other, x in tensors.items():
-            if not isinstance(x, NestedTensor) and not self._is_broadcast(x):
+        for other, tensor in tensors.items():
+            if not isinstance(tensor, NestedTensor) and not self._is_broadcast(tensor):
                 raise RuntimeError(
                     f"{function}: expected {other} to broadcast with the shape {_shown(like)} of {name}, with size 1 in the "
-                    f"ragged dimension, got shape {_shown(x)}"
+                    f"ragged dimension, got shape {_shown(tensor)}"
                 )
         self._like = like
 
@@ -105,7 +106,8 @@ class _Ragged:
         size = [*x._values.shape]
         size[dim] = 1
         rows = torch.cat([x._values, x._values.new_zeros(size)], dim)
-        return rows.index_select(dim, places.flatten()).unflatten(dim, places.shape).movedim(dim, 0)
+        padded: Tensor = rows.index_select(dim, places.flatten()).unflatten(dim, places.shape)
+        return padded.movedim(dim, 0)
 
     def weight(self, weight: Tensor | None) -> Tensor:
         """Padded, and zero in the padding."""
@@ -138,7 +140,9 @@ class _Call:
         tensors = self.present([*self.inputs, "weight"])
         self.reduction: str = self.given.get("reduction", "none")
         self.keepdim: bool = self.given.get("keepdim", False)
-        if self.reduction == "none" and "grad_output" in self.given:  # it has the structure where an input that is broadcast has none
+        if (
+            self.reduction == "none" and "grad_output" in self.given
+        ):  # it has the structure where an input that is broadcast has none
             tensors["grad_output"] = self.given["grad_output"]
         elif not any(isinstance(tensors[name], NestedTensor) for name in tensors if name != "weight"):
             shape = torch.broadcast_shapes(*(x.shape for name, x in tensors.items() if name != "weight"))
@@ -152,7 +156,7 @@ class _Call:
         self.is_by_sequence = self.is_ragged_reduced and 0 not in self.reduced
         if 0 in self.reduced and not self.is_ragged_reduced:
             raise NotImplementedError(
-                f"{self.function}: expected dim to have the ragged dimension {self.ragged.dim} where it has the batch dimension 0, "
+                f"{self.function}: expected dim to have the ragged dimension {self.ragged.dim} where it has dimension 0, "
                 f"got {self.given['dim']}"
             )
 
@@ -176,7 +180,7 @@ class _Call:
         return {**self.given, **tensors, **how}
 
 
-def _forward(op: OpOverload, call: _Call) -> Tensor:
+def _forward(op: Callable[..., Tensor], call: _Call) -> Tensor:
     given, ragged, tensors = call.given, call.ragged, list(call.present([*call.inputs, "weight"]).values())
     dtype = given["dtype"] or result_dtype(tensors)
     if call.is_by_sequence:
@@ -192,8 +196,9 @@ def _forward(op: OpOverload, call: _Call) -> Tensor:
     return result.unsqueeze(0) if call.keepdim else result
 
 
-def _backward(op: OpOverload, call: _Call) -> list[Tensor | None]:
+def _backward(op: Callable[..., Any], call: _Call) -> list[Tensor | None]:
     """In up to two calls: a gradient that needs the sequences apart comes from padded tensors, every other from packed ones."""
+    _check_grad_output(call)
     ragged, mask = call.ragged, call.given["output_mask"]
     inputs = [x if is_wanted else None for x, is_wanted in zip((call.given[name] for name in call.inputs), mask)]
     apart = [x is not None and (call.is_by_sequence or ragged.is_by_sequence(x)) for x in inputs]
@@ -212,6 +217,14 @@ def _backward(op: OpOverload, call: _Call) -> list[Tensor | None]:
                 is_jagged = isinstance(x, NestedTensor)
                 gradients[i] = ragged.jagged(found[i], ragged.dim) if is_jagged else found[i].reshape(x.shape)
     return gradients
+
+
+def _check_grad_output(call: _Call) -> None:
+    grad_output = call.given["grad_output"]
+    is_jagged = isinstance(grad_output, NestedTensor)
+    if is_jagged == call.is_ragged_reduced or (is_jagged and grad_output.shape[grad_output._ragged_idx] != call.ragged.size):
+        expected = "a strided tensor" if call.is_ragged_reduced else f"jagged with the ragged size {call.ragged.size}"
+        raise RuntimeError(f"{call.function}: expected grad_output to be {expected}, got shape {_shown(grad_output)}")
 
 
 def _packed_grad_output(call: _Call) -> Tensor:
