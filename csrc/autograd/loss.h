@@ -245,7 +245,10 @@ at::Tensor forward(const Op& op, const Tensors<N>& inputs, std::optional<at::Sca
   if (any_requires_grad(inputs)) {
     auto node = make_node<Backward<Op>>(inputs);
     node->op = op;
-    const auto needed = needed_by_gradients<Op>(inputs);
+    // All of them where one is jagged: what stands in for an input that is not saved cannot be given a ragged shape.
+    const bool any_jagged =
+        std::any_of(inputs.begin(), inputs.end(), [](const at::Tensor& input) { return input.layout() == at::kJagged; });
+    const auto needed = any_jagged ? all_of<N>() : needed_by_gradients<Op>(inputs);
     node->save(inputs, needed);
     node->add_edges_of_halves(inputs);
     if (op.needs_shapes() && needed != all_of<N>()) {
