@@ -115,8 +115,8 @@ class _Arithmetic:
         return op.Constant(value=onnx_ir.tensor(value, dtype=self.dtype))
 
     def phi(self, x: _Value) -> _Value:
-        """e^x - 1 - x. Up to 1 by the Taylor series x²/2 (1 + x/3 (1 + x/4 (1 + …))): what it lacks is less than a tenth of a unit
-        in the last place. In this form because the optimiser of onnxscript takes the addition of 1/12! for that of 0."""
+        """e^x - 1 - x. Up to 1 by the Taylor series x²/2 (1 + x/3 (1 + x/4 (1 + …))), which lacks less than a tenth of an ulp.
+        It has this form because the optimiser of onnxscript takes the addition of 1/12! for that of 0."""
         one = series = self.number(1)
         for n in range(19 if self.dtype == _DOUBLE else 12, 2, -1):
             series = op.Add(op.Mul(op.Mul(x, self.number(1 / n)), series), one)
@@ -152,8 +152,8 @@ class _Arithmetic:
         return op.Where(is_safe, op.Log(ratio), op.Sub(op.Log(a), op.Log(b)))
 
     def divergence_of_deviations(self, loc_p: _Value, scale_p: _Value, *q: _Value) -> _Value:
-        """With s = δ / (2 + δ), log(1 + δ) is 2 (s + s³/3 + s⁵/5 + …), and δ - 2 s is δ s. The series is used for δ from -1/2 to 1,
-        where |s| is at most 1/3."""
+        """With s = δ / (2 + δ), log(1 + δ) is 2 (s + s³/3 + s⁵/5 + …), and δ - 2 s is δ s. The series serves for δ from -1/2 to
+        1, where |s| is at most 1/3."""
         loc_q, scale_q = q or (self.number(0), self.number(1))
         distance = op.Div(op.Sub(loc_p, loc_q), scale_q)
         delta = op.Div(op.Sub(scale_p, scale_q), scale_q)

@@ -112,8 +112,8 @@ def inputs_of(rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_every_operator_and_reduction_gives_what_kl_ext_gives(dtype: torch.dtype) -> None:
-    """For other sizes than those of the export, too. Half types pass into the graph and out of it as float32. The optimiser, which
-    takes ten seconds for so many calls, runs in the other tests."""
+    """For other sizes than those of the export, too. Half types pass into the graph and out of it as float32. The optimiser
+    takes ten seconds for so many calls: it runs in the other tests."""
     outside = torch.float32 if dtype.itemsize == 2 else dtype
     all_calls = calls(HOW if dtype == torch.float32 else HOW[1:3])
 
