@@ -89,31 +89,35 @@ class _Ragged:
         return self._like._get_max_seqlen() if self.batch else 0
 
     def _places(self) -> Tensor:
-        """[B, longest]: the row that stands at each place, and behind the end of a sequence one beyond the last."""
-        rows = self.offsets[:-1, None] + torch.arange(self._longest(), device=self.offsets.device)
-        return torch.where(rows < self.offsets[1:, None], rows, self.rows)
+        """[1, longest]: the places of a sequence."""
+        return torch.arange(self._longest(), device=self.offsets.device).unsqueeze(0)
 
-    def mask(self) -> Tensor:
-        """True where there is a row, false in the padding; [B, longest] with ones for the other dimensions."""
-        mask = self._places() < self.rows
-        return mask.reshape(self.batch, *(1,) * (self.dim - 1), mask.shape[1], *(1,) * (self.rank - self.dim - 1))
+    def mask(self, x: NestedTensor) -> Tensor:
+        """True where a sequence has a row, false in its padding: [B, longest], with ones for the other dimensions of x."""
+        mask, dim = self._places() < self.offsets.diff().unsqueeze(1), x._ragged_idx
+        return mask.reshape(self.batch, *(1,) * (dim - 1), mask.shape[1], *(1,) * (x.dim() - dim - 1))
 
     def padded(self, x: Tensor) -> Tensor:
-        """With zeros behind the end of each sequence."""
+        """Behind its end, a sequence is filled with its last row."""
         if not isinstance(x, NestedTensor):
             return x
-        places, dim = self._places(), x._ragged_idx - 1  # it may have fewer dimensions, being a gradient
-        size = [*x._values.shape]
-        size[dim] = 1
-        rows = torch.cat([x._values, x._values.new_zeros(size)], dim)
-        padded: Tensor = rows.index_select(dim, places.flatten()).unflatten(dim, places.shape)
+        rows = self.offsets[:-1].unsqueeze(1) + self._places()
+        rows = rows.minimum(self.offsets[1:].unsqueeze(1) - 1).clamp_min(0)
+        dim = x._ragged_idx - 1
+        padded: Tensor = x._values.index_select(dim, rows.flatten()).unflatten(dim, rows.shape)
         return padded.movedim(dim, 0)
+
+    def masked(self, x: Tensor) -> Tensor:
+        """The same with zeros. A gradient may have fewer dimensions than the inputs."""
+        if isinstance(x, NestedTensor):
+            return torch.where(self.mask(x), self.padded(x), x._values.new_zeros(()))
+        return x
 
     def weight(self, weight: Tensor | None) -> Tensor:
         """Padded, and zero in the padding."""
         if weight is None or isinstance(weight, NestedTensor):
-            return self.mask() if weight is None else self.padded(weight)
-        return torch.where(self.mask(), weight, weight.new_zeros(()))
+            return self.mask(self._like) if weight is None else self.masked(weight)
+        return torch.where(self.mask(self._like), weight, weight.new_zeros(()))
 
     def unpadded(self, padded: Tensor) -> Tensor:
         """The rows of the sequences, packed."""
@@ -165,7 +169,8 @@ class _Call:
 
     def padded(self) -> dict[str, Any]:
         """The arguments of the same call on padded tensors."""
-        tensors = {name: self.ragged.padded(x) for name, x in self.present([*self.inputs, "grad_output"]).items()}
+        tensors = {name: self.ragged.padded(x) for name, x in self.present(self.inputs).items()}
+        tensors |= {name: self.ragged.masked(x) for name, x in self.present(["grad_output"]).items()}
         weight = {"weight": self.ragged.weight(self.given["weight"])} if "weight" in self.given else {}
         return {**self.given, **tensors, **weight}
 
@@ -271,8 +276,9 @@ def _rule(op: OpOverload) -> Callable[..., Any]:
     return rule
 
 
-for _name in torch._C._dispatch_get_all_op_names():
-    if _name.startswith("kl_ext::"):
-        _packet, _, _overload = _name.removeprefix("kl_ext::").partition(".")
-        _op = getattr(getattr(torch.ops.kl_ext, _packet), _overload or "default")
-        torch.library.register_torch_dispatch(_name, NestedTensor, _rule(_op))
+for _name in ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div", "normal_kl_div"):
+    for _packet in (_name, f"{_name}_backward"):
+        if hasattr(torch.ops.kl_ext, _packet):
+            for _overload in getattr(torch.ops.kl_ext, _packet).overloads():
+                _op = getattr(getattr(torch.ops.kl_ext, _packet), _overload)
+                torch.library.register_torch_dispatch(_op, NestedTensor, _rule(_op))

@@ -391,6 +391,11 @@ def test_compiled_whole(how: dict[str, Any]) -> None:
         assert same_bits(a, b)
 
 
+def test_every_operator_is_tested_here() -> None:
+    names = {name.removeprefix("kl_ext::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("kl_ext::")}
+    assert {name for name in names if not name.endswith(("_backward", ".out"))} <= set(FORMULAS)
+
+
 # What is refused.
 
 

@@ -13,7 +13,9 @@ import kl_ext
 import kl_ext.reference
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / name for name in ("README.md", "csrc/README.md", "csrc/cuda/README.md", "benchmarks/README.md")]
+PAGES = [
+    ROOT / name for name in ("README.md", "csrc/README.md", "csrc/cuda/README.md", "benchmarks/README.md", "docs/export.md")
+]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
