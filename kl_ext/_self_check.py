@@ -34,11 +34,18 @@ def _divergence(*point: float) -> tuple[float, ...]:
     return 0.5 * (loss - 0.5), *(0.5 * gradient for gradient in gradients)
 
 
+def _normal(*point: float) -> tuple[float, ...]:
+    """The divergence from standard deviations and its gradients, with q or without. Log-variances make the deviations."""
+    loss, *gradients = _divergence(*(2 * math.log(x) if i % 2 else x for i, x in enumerate(point)))
+    return loss, *(2 * gradient / x if i % 2 else gradient for i, (gradient, x) in enumerate(zip(gradients, point)))
+
+
 # Each operator with its formula and the numbers of tensors it takes. Autograd calls the backward operators.
 OPERATORS: dict[str, tuple[Formula, Sequence[int]]] = {
     "kl_div_single_loss": (_standard, [2]),
     "kl_div_pair_loss": (_pair, [4]),
     "gaussian_kl_div": (_divergence, [2, 4]),
+    "normal_kl_div": (_normal, [2, 4]),
 }
 REDUCTIONS: list[dict[str, Any]] = [
     {},
@@ -81,6 +88,8 @@ def _join(tensors: Sequence[Tensor], layout: str, join_rows: Callable[[Tensor], 
 
 def _case_errors(name: str, arity: int, options: dict[str, Any], layout: str, dtype: torch.dtype, device: str) -> Iterator[str]:
     points = [point[:arity] for point in POINTS]
+    if name == "normal_kl_div":  # any positive numbers are deviations
+        points = [tuple(abs(x) + 0.25 if i % 2 else x for i, x in enumerate(point)) for point in points]
     inputs = torch.tensor(points, dtype=dtype, device=device).T.reshape(arity, ROWS, COLUMNS)
     leaves = [leaf.clone().requires_grad_() for leaf in _join(list(inputs), layout, lambda q: q[0])]
     arguments = [half for leaf in leaves for half in leaf.chunk(2, dim=1)] if layout == "halves" else leaves

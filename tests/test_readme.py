@@ -14,7 +14,8 @@ import kl_ext.reference
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
-    ROOT / name for name in ("README.md", "csrc/README.md", "csrc/cuda/README.md", "benchmarks/README.md", "docs/recipes.md")
+    *(ROOT / name for name in ("README.md", "csrc/README.md", "csrc/cuda/README.md", "benchmarks/README.md")),
+    *(ROOT / "docs" / name for name in ("export.md", "recipes.md")),
 ]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")

@@ -348,9 +348,16 @@ struct Backward : SavingNode {
   }
 };
 
-// The inputs that the gradients of those that require one depend on.
+// The inputs that the gradients of those that require one depend on. All of them where one is jagged: what stands in for an input
+// that is not saved cannot be given a ragged shape.
 Mask needed_by_gradients(const Call& call) {
   const Arguments inputs = call.inputs();
+  const bool any_jagged = std::any_of(inputs.begin(), inputs.end(), [](const Argument& input) {
+    return input.tensor.layout() == at::kJagged;
+  });
+  if (any_jagged) {
+    return {true, true, true, true};
+  }
   const auto& needs = derivatives_of(call.formula()).needs;
   Mask needed{};
   for (size_t i = 0; i < inputs.size(); ++i) {
