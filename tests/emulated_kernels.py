@@ -81,7 +81,7 @@ def objects() -> list[Path]:
 
 
 def instances(folder: Path) -> list[Path]:
-    """The source files that the build makes of csrc/cuda/instances.txt, each of which enters its functions in the driver's list."""
+    """What the build makes of csrc/cuda/instances.txt, each file entering its functions in the driver's list."""
     template = (ROOT / "csrc/cuda/instance.cu.in").read_text()
     sources = []
     for line in (ROOT / "csrc/cuda/instances.txt").read_text().splitlines():

@@ -131,7 +131,9 @@ def test_gradients_of_halves_are_written_into_the_whole_in_vectors(emulated, rng
         wholes = [torch.full((6, 32), float("nan"), dtype=input_dtype) for _ in pairs]
         halves = [half for whole in wholes for half in whole.chunk(2, 1)]
         kernel = kernel_of("backward", loss, inputs)
-        assert launch(emulated, kernel, [*halves, grad_output, *inputs], settings_of(loss, NARROW)) == vector_grid(6 * 16, items)
+        assert launch(emulated, kernel, [*halves, grad_output, *inputs], settings_of(loss, NARROW)) == vector_grid(
+            6 * 16, items
+        )
         for i, half in enumerate(halves):
             assert_same_bits(half, expected[i], f"gradient {i}")
 

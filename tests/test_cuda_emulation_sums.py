@@ -194,7 +194,14 @@ def test_more_rows_than_32_bits_count(emulated, rng, tmp_path):
     sums = torch.from_file(str(tmp_path / "sums"), shared=True, size=rows, dtype=torch.float32)
     for x in inputs:
         x[-last:] = torch.randn(last, 4).to(x.dtype)
-    assert len(launch_sum(emulated, "forward_sum StandardDivergence", [rows, 4], [1], ["sum", *inputs], [sums], last_blocks=last // 128)) == 2
+    assert (
+        len(
+            launch_sum(
+                emulated, "forward_sum StandardDivergence", [rows, 4], [1], ["sum", *inputs], [sums], last_blocks=last // 128
+            )
+        )
+        == 2
+    )
     expected = torch.ops.kl_ext.gaussian_kl_div(*(x[-last:] for x in inputs), reduction="sum", dim=[1], dtype=torch.float32)
     assert_same_bits(sums[-last:], expected, "the last rows")
     assert not sums[: 2**20].any()
