@@ -239,7 +239,7 @@ def normal_kl_div(
     inf, one that is negative NaN. Gradients of means and of ``scale_p`` are within 4.5 units, that of ``scale_q`` within 9 of
     the larger of its two terms. Sums have the same bits for any number of threads, instruction set, memory layout and device.
 
-    Where you have logarithms of deviations, ``gaussian_kl_div(mu, 2 * log_std)`` is what you want: doubling is exact.
+    Where you have logarithms of deviations, ``gaussian_kl_div(mu, 2 * log_std)`` is the divergence: doubling is exact.
 
     Args:
         loc_p: Means of p, of any shape. All shapes must broadcast together.
@@ -266,8 +266,8 @@ def normal_kl_div(
         RuntimeError: The shapes do not broadcast, the devices differ, a dimension is named twice, or ``weight`` would enlarge
             the terms or requires grad.
         IndexError: A dimension is out of range.
-        ValueError: ``reduction`` is not one of the four; ``dim`` is given with ``"none"`` or ``"batchmean"``; ``"batchmean"`` of
-            0-dim tensors; only one of ``loc_q`` and ``scale_q`` is given.
+        ValueError: ``reduction`` is not one of the four; ``dim`` is given with ``"none"`` or ``"batchmean"``; ``"batchmean"``
+            of 0-dim tensors; only one of ``loc_q`` and ``scale_q`` is given.
 
     Source: Kullback and Leibler, `On Information and Sufficiency <https://doi.org/10.1214/aoms/1177729694>`_ (1951).
 
