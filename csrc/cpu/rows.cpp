@@ -223,7 +223,7 @@ std::optional<at::Tensor> sum_by_rows(const Terms& terms, at::ScalarType result,
       (kept > 0 && c10::multiply_integers(shape) == 0)) {
     return std::nullopt;
   }
-  if (Rows rows(inputs, kept); rows) {
+  if (Rows rows(inputs, kept); rows && rows.shape().sizes == shape) {
     rows.add_arguments();
     if (!rows || (kept > 0 && rows.shape().dim != kept)) {
       return std::nullopt;
