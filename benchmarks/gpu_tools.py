@@ -133,8 +133,10 @@ _NCU_LINE = """\
 "{}","1","python3","127.0.0.1","void {}","1","7","(256, 1, 1)","(1184, 1, 1)","0","9.0",\
 "Command line profiler metrics","{}","{}","{}"
 """
-_NCU_FORWARD = "forward<math::SingleLoss, 0, float, float, float, Vectors<4, 1>>(T6::Plan<kInputs+1>, math::Clamp<T3>)"
-_NCU_SUM = "sum_rows<Forward<math::PairOf<0>>, 0, float, float, float, VectorTerms<4>>(T6::Plan<kOperands>, SumShape<T3>)"
+_NCU_FORWARD = (
+    "forward<math::StandardDivergence, 0, float, float, float, Vectors<4, 1>>(T6::Plan<kInputs+1>, math::Settings<T3>)"
+)
+_NCU_SUM = "sum_rows<Forward<math::Divergence>, 0, float, float, float, VectorTerms<4>>(T6::Plan<kOperands>, SumShape<T3>)"
 _NCU_MEASURED = [
     ("0", _NCU_FORWARD, "dram__bytes_read.sum", "byte", "6,710,000"),
     ("0", _NCU_FORWARD, "dram__bytes_write.sum", "byte", "3,300,000"),

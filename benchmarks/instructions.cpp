@@ -49,11 +49,19 @@ int main(int, char** arguments) {
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, std::array<bool, 4>)>(
       "kl_ext::kl_div_pair_loss_backward");
   const auto divergence =
-      find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, double, double, std::string_view,
-                  at::OptionalIntArrayRef, bool, std::optional<at::ScalarType>)>("kl_ext::gaussian_kl_div");
+      find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, double,
+                  double, std::string_view, at::OptionalIntArrayRef, bool, std::optional<at::ScalarType>)>(
+          "kl_ext::gaussian_kl_div");
   const auto divergence_backward = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, double, double,
-      std::string_view, at::OptionalIntArrayRef, std::array<bool, 4>, bool)>("kl_ext::gaussian_kl_div_backward");
+      std::string_view, at::OptionalIntArrayRef, std::array<bool, 4>, bool, const OptionalTensor&)>(
+      "kl_ext::gaussian_kl_div_backward");
+  const auto normal =
+      find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                  std::string_view, at::OptionalIntArrayRef, bool, std::optional<at::ScalarType>)>("kl_ext::normal_kl_div");
+  const auto normal_backward = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, std::string_view,
+      at::OptionalIntArrayRef, std::array<bool, 4>, bool, const OptionalTensor&)>("kl_ext::normal_kl_div_backward");
   constexpr double kLow = -30, kHigh = 20;
   constexpr std::array<bool, 2> kBoth{true, true};
   constexpr std::array<bool, 4> kAll{true, true, true, true}, kOfP{true, true, false, false};
@@ -67,9 +75,9 @@ int main(int, char** arguments) {
     measure("call single", kCalls, [&] { single.call(x, y, kLow, kHigh, {}); });
     measure("call single grad", kCalls, [&] { single.call(leaf_x, leaf_y, kLow, kHigh, {}); });
     measure("call pair", kCalls, [&] { pair.call(x, y, y, x, kLow, kHigh, {}); });
-    measure("call batchmean", kCalls, [&] { divergence.call(x, y, {}, {}, kLow, kHigh, "batchmean", {}, false, {}); });
+    measure("call batchmean", kCalls, [&] { divergence.call(x, y, {}, {}, {}, kLow, kHigh, "batchmean", {}, false, {}); });
     measure("call batchmean grad", kCalls,
-            [&] { divergence.call(leaf_x, leaf_y, {}, {}, kLow, kHigh, "batchmean", {}, false, {}); });
+            [&] { divergence.call(leaf_x, leaf_y, {}, {}, {}, kLow, kHigh, "batchmean", {}, false, {}); });
   }
 
   for (const at::ScalarType dtype : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) {
@@ -92,23 +100,36 @@ int main(int, char** arguments) {
     measure("pair backward" + suffix, 1, [&] { pair_backward.call(grad, x, y, y, x, kLow, kHigh, kAll); });
     measure("pair backward with a prior" + suffix, 1,
             [&] { pair_backward.call(grad, x, y, prior_mu, prior_log_var, kLow, kHigh, kAll); });
-    measure("batchmean" + suffix, 1, [&] { divergence.call(x, y, {}, {}, kLow, kHigh, "batchmean", {}, false, {}); });
+    measure("batchmean" + suffix, 1, [&] { divergence.call(x, y, {}, {}, {}, kLow, kHigh, "batchmean", {}, false, {}); });
     measure("batchmean of halves" + suffix, 1,
-            [&] { divergence.call(halves[0], halves[1], {}, {}, kLow, kHigh, "batchmean", {}, false, {}); });
+            [&] { divergence.call(halves[0], halves[1], {}, {}, {}, kLow, kHigh, "batchmean", {}, false, {}); });
     measure("sum of rows" + suffix, 1,
-            [&] { divergence.call(x, y, {}, {}, kLow, kHigh, "sum", at::IntArrayRef({1}), false, {}); });
+            [&] { divergence.call(x, y, {}, {}, {}, kLow, kHigh, "sum", at::IntArrayRef({1}), false, {}); });
     measure("sum of columns" + suffix, 1,
-            [&] { divergence.call(x, y, {}, {}, kLow, kHigh, "sum", at::IntArrayRef({0}), false, {}); });
-    measure("divergence, batchmean" + suffix, 1, [&] { divergence.call(x, y, y, x, kLow, kHigh, "batchmean", {}, false, {}); });
+            [&] { divergence.call(x, y, {}, {}, {}, kLow, kHigh, "sum", at::IntArrayRef({0}), false, {}); });
+    measure("divergence, batchmean" + suffix, 1,
+            [&] { divergence.call(x, y, y, x, {}, kLow, kHigh, "batchmean", {}, false, {}); });
+    const Tensor mask = at::rand({rows, 1}) < 0.7;
+    measure("masked batchmean" + suffix, 1,
+            [&] { divergence.call(x, y, {}, {}, mask, kLow, kHigh, "batchmean", {}, false, {}); });
+    measure("masked batchmean backward" + suffix, 1,
+            [&] { divergence_backward.call(one, x, y, {}, {}, kLow, kHigh, "batchmean", {}, kOfP, false, mask); });
+    const Tensor p = at::rand({rows, columns}).to(dtype) + 0.5, q = at::rand({rows, columns}).to(dtype) + 0.5;
+    measure("normal" + suffix, 1, [&] { normal.call(x, p, y, q, {}, "none", {}, false, {}); });
+    measure("normal, batchmean" + suffix, 1, [&] { normal.call(x, p, y, q, {}, "batchmean", {}, false, {}); });
+    measure("normal backward" + suffix, 1, [&] { normal_backward.call(grad, x, p, y, q, "none", {}, kAll, false, {}); });
     measure("batchmean backward" + suffix, 1,
-            [&] { divergence_backward.call(one, x, y, {}, {}, kLow, kHigh, "batchmean", {}, kOfP, false); });
-    measure("batchmean backward of halves" + suffix, 1,
-            [&] { divergence_backward.call(one, halves[0], halves[1], {}, {}, kLow, kHigh, "batchmean", {}, kOfP, false); });
-    measure("backward of the sums of rows" + suffix, 1, [&] {
-      divergence_backward.call(rows_grad, halves[0], halves[1], {}, {}, kLow, kHigh, "sum", at::IntArrayRef({1}), kOfP, false);
+            [&] { divergence_backward.call(one, x, y, {}, {}, kLow, kHigh, "batchmean", {}, kOfP, false, {}); });
+    measure("batchmean backward of halves" + suffix, 1, [&] {
+      divergence_backward.call(one, halves[0], halves[1], {}, {}, kLow, kHigh, "batchmean", {}, kOfP, false, {});
     });
-    measure("batchmean backward with a prior" + suffix, 1,
-            [&] { divergence_backward.call(one, x, y, prior_mu, prior_log_var, kLow, kHigh, "batchmean", {}, kAll, false); });
+    measure("backward of the sums of rows" + suffix, 1, [&] {
+      divergence_backward.call(rows_grad, halves[0], halves[1], {}, {}, kLow, kHigh, "sum", at::IntArrayRef({1}), kOfP, false,
+                               {});
+    });
+    measure("batchmean backward with a prior" + suffix, 1, [&] {
+      divergence_backward.call(one, x, y, prior_mu, prior_log_var, kLow, kHigh, "batchmean", {}, kAll, false, {});
+    });
   }
   return 0;
 }

@@ -51,9 +51,8 @@ def check_together(function: str, optional: Mapping[str, object]) -> None:
 def check_weight(function: str, weight: Tensor) -> None:
     """Its dtype and layout."""
     if weight.dtype not in (torch.bool, *DTYPES):
-        raise TypeError(
-            f"{function}: expected weight to be a bool, float16, bfloat16, float32 or float64 tensor, got {_named(weight.dtype)}"
-        )
+        got = _named(weight.dtype)
+        raise TypeError(f"{function}: expected weight to be a bool, float16, bfloat16, float32 or float64 tensor, got {got}")
     if weight.layout not in LAYOUTS:
         raise TypeError(f"{function}: expected weight to be a strided tensor, got {weight.layout}")
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ._checks import check_clamp, check_result_dtype, check_tensors, check_together, check_weight
 
+Overload = torch._ops.OpOverload
+
 
 @dataclass
 class Call:
@@ -45,18 +47,21 @@ class Operator:
     reduces: bool
 
     @property
-    def forward(self) -> torch._ops.OpOverload:
-        return getattr(torch.ops.kl_ext, self.name).default
+    def forward(self) -> Overload:
+        overload: Overload = getattr(torch.ops.kl_ext, self.name).default
+        return overload
 
     @property
-    def backward(self) -> torch._ops.OpOverload:
-        return getattr(torch.ops.kl_ext, f"{self.name}_backward").default
+    def backward(self) -> Overload:
+        overload: Overload = getattr(torch.ops.kl_ext, f"{self.name}_backward").default
+        return overload
 
     @property
-    def backward_out(self) -> torch._ops.OpOverload:
-        return getattr(torch.ops.kl_ext, f"{self.name}_backward").out
+    def backward_out(self) -> Overload:
+        overload: Overload = getattr(torch.ops.kl_ext, f"{self.name}_backward").out
+        return overload
 
-    def read(self, overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    def read(self, overload: Overload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """What an overload is called with, once the types of it are checked."""
         values = {**_defaults(overload), **dict(zip(names_of(overload), args)), **kwargs}
         function = self.name if overload is self.forward else f"{self.name}_backward"
@@ -78,33 +83,35 @@ class Operator:
     def run(self, call: Call, inputs: Sequence[Tensor], weight: Tensor | None, **how: Any) -> Tensor:
         """The operator with the arguments of a call but for its tensors, and whatever else is given."""
         padded = [*inputs, *[None] * (len(self.inputs) - len(inputs)), weight] if self.reduces else inputs
-        return self.forward(*padded, **call.clamp, **{"dtype": call.dtype, **how})
+        result: Tensor = self.forward(*padded, **call.clamp, **{"dtype": call.dtype, **how})
+        return result
 
     def run_backward(
         self, call: Call, grad_output: Tensor, inputs: Sequence[Tensor], weight: Tensor | None, **how: Any
     ) -> tuple[Tensor | None, ...]:
         """Likewise its backward, of the inputs that the call has."""
         padded = [*inputs, *[None] * (len(self.inputs) - len(inputs))]
-        arguments = [grad_output, *padded, *call.clamp.values()]
+        arguments: list[Any] = [grad_output, *padded, *call.clamp.values()]
         if self.reduces:
             reduction = {"reduction": "none", "dim": None, "keepdim": False, **how}
             arguments += [reduction["reduction"], reduction["dim"], call.output_mask, reduction["keepdim"], weight]
         else:
             arguments.append(call.output_mask)
-        return self.backward(*arguments)
+        gradients: tuple[Tensor | None, ...] = self.backward(*arguments)
+        return gradients
 
 
 _PLAIN = ("weight", "reduction", "dim", "keepdim", "dtype", "grad_output", "output_mask")
 
 
 @functools.cache
-def names_of(overload: torch._ops.OpOverload) -> tuple[str, ...]:
+def names_of(overload: Overload) -> tuple[str, ...]:
     """Of the arguments of an overload."""
     return tuple(argument.name for argument in overload._schema.arguments)
 
 
 @functools.cache
-def _defaults(overload: torch._ops.OpOverload) -> dict[str, Any]:
+def _defaults(overload: Overload) -> dict[str, Any]:
     return {a.name: a.default_value for a in overload._schema.arguments if a.has_default_value()}
 
 

@@ -34,10 +34,16 @@ def _divergence(*point: float) -> tuple[float, ...]:
     return 0.5 * (loss - 0.5), *(0.5 * gradient for gradient in gradients)
 
 
+def _deviation(x: float) -> float:
+    """A deviation in the place of a log-variance: any positive number is one."""
+    return abs(x) + 0.25
+
+
 def _normal(*point: float) -> tuple[float, ...]:
-    """The divergence from standard deviations and its gradients, with q or without. Log-variances make the deviations."""
-    loss, *gradients = _divergence(*(2 * math.log(x) if i % 2 else x for i, x in enumerate(point)))
-    return loss, *(2 * gradient / x if i % 2 else gradient for i, (gradient, x) in enumerate(zip(gradients, point)))
+    """The divergence from standard deviations and its gradients, with q or without."""
+    inputs = [_deviation(x) if i % 2 else x for i, x in enumerate(point)]
+    loss, *gradients = _divergence(*(2 * math.log(x) if i % 2 else x for i, x in enumerate(inputs)))
+    return loss, *(2 * gradient / x if i % 2 else gradient for i, (gradient, x) in enumerate(zip(gradients, inputs)))
 
 
 # Each operator with its formula and the numbers of tensors it takes. Autograd calls the backward operators.
@@ -88,9 +94,9 @@ def _join(tensors: Sequence[Tensor], layout: str, join_rows: Callable[[Tensor], 
 
 def _case_errors(name: str, arity: int, options: dict[str, Any], layout: str, dtype: torch.dtype, device: str) -> Iterator[str]:
     points = [point[:arity] for point in POINTS]
-    if name == "normal_kl_div":  # any positive numbers are deviations
-        points = [tuple(abs(x) + 0.25 if i % 2 else x for i, x in enumerate(point)) for point in points]
     inputs = torch.tensor(points, dtype=dtype, device=device).T.reshape(arity, ROWS, COLUMNS)
+    if name == "normal_kl_div":
+        inputs[1::2] = inputs[1::2].abs() + 0.25  # as _deviation
     leaves = [leaf.clone().requires_grad_() for leaf in _join(list(inputs), layout, lambda q: q[0])]
     arguments = [half for leaf in leaves for half in leaf.chunk(2, dim=1)] if layout == "halves" else leaves
     result = getattr(torch.ops.kl_ext, name)(*arguments, **options)

@@ -157,9 +157,9 @@ def gaussian_kl_div(
         log_var_p: Logarithms of the variances of p.
         mu_q: Means of q, a tensor or a number. Without q: against the standard normal.
         log_var_q: Logarithms of the variances of q, a tensor or a number.
-        weight: A bool or floating tensor that broadcasts to the shape of the terms, which it may not enlarge. Terms are multiplied
-            by it. Where it is 0 or False the term is left out, whatever stands there, NaN or memory never written: it adds
-            nothing and its gradients are 0. Weights are not differentiated.
+        weight: A bool or floating tensor that broadcasts to the shape of the terms, which it may not enlarge. Terms are
+            multiplied by it. Where it is 0 or False the term is left out, whatever stands there, NaN or memory never written:
+            it adds nothing and its gradients are 0. Weights are not differentiated.
         clamp_min: Log-variances below it count as this number, and get no gradient. None: no bound.
         clamp_max: Log-variances above it count as this number, and get no gradient. None: no bound. At the bounds themselves
             the gradient passes, in every version of torch.
@@ -177,8 +177,8 @@ def gaussian_kl_div(
     Raises:
         TypeError: A tensor is not strided, or not of dtype float16, bfloat16, float32 or float64; another argument is of a
             type that torch would not take.
-        RuntimeError: The shapes do not broadcast, the devices differ, a dimension is named twice, or ``weight`` would enlarge the
-            terms or requires grad.
+        RuntimeError: The shapes do not broadcast, the devices differ, a dimension is named twice, or ``weight`` would enlarge
+            the terms or requires grad.
         IndexError: A dimension is out of range.
         ValueError: ``clamp_min`` is not at most ``clamp_max``; ``reduction`` is not one of the four; ``dim`` is given with
             ``"none"`` or ``"batchmean"``; ``"batchmean"`` of 0-dim tensors; only one of ``mu_q`` and ``log_var_q`` is given.
@@ -235,20 +235,20 @@ def normal_kl_div(
     That is ln(scale_q / scale_p) + (scale_p^2 + (loc_p - loc_q)^2) / (2 scale_q^2) - 1/2. The parameters are named as those of
     ``torch.distributions.Normal``. Nothing is clamped. Each term is within 4.5 units in the last place of the true value of the
     given numbers (3 against the standard normal) for all positive finite deviations, also where a variance or the ratio of two
-    overflows and the result does not; it is never negative, and exactly 0 where p equals q. A deviation of p that is 0 gives inf,
-    one that is negative NaN. Gradients of means and of ``scale_p`` are within 4.5 units, that of ``scale_q`` within 9 of the
-    larger of its two terms. Sums have the same bits for any number of threads, instruction set, memory layout and device.
+    overflows and the result does not; it is never negative, and exactly 0 where p equals q. A deviation of p that is 0 gives
+    inf, one that is negative NaN. Gradients of means and of ``scale_p`` are within 4.5 units, that of ``scale_q`` within 9 of
+    the larger of its two terms. Sums have the same bits for any number of threads, instruction set, memory layout and device.
 
-    Where you have logarithms of deviations, ``gaussian_kl_div(mu, 2 * log_std)`` is what you want: doubling is exact.
+    Where you have logarithms of deviations, ``gaussian_kl_div(mu, 2 * log_std)`` is the divergence: doubling is exact.
 
     Args:
         loc_p: Means of p, of any shape. All shapes must broadcast together.
         scale_p: Standard deviations of p.
         loc_q: Means of q, a tensor or a number. Without q: against the standard normal.
         scale_q: Standard deviations of q, a tensor or a number.
-        weight: A bool or floating tensor that broadcasts to the shape of the terms, which it may not enlarge. Terms are multiplied
-            by it. Where it is 0 or False the term is left out, whatever stands there, NaN or memory never written: it adds
-            nothing and its gradients are 0. Weights are not differentiated.
+        weight: A bool or floating tensor that broadcasts to the shape of the terms, which it may not enlarge. Terms are
+            multiplied by it. Where it is 0 or False the term is left out, whatever stands there, NaN or memory never written:
+            it adds nothing and its gradients are 0. Weights are not differentiated.
         reduction: ``"none"``; ``"sum"`` or ``"mean"`` over ``dim``; or ``"batchmean"``, the sum of everything divided by the
             size of the first dimension. The mean of weighted terms is their sum divided by the sum of the weights, broadcast as
             the terms are.
@@ -263,11 +263,11 @@ def normal_kl_div(
     Raises:
         TypeError: A tensor is not strided, or not of dtype float16, bfloat16, float32 or float64; another argument is of a
             type that torch would not take.
-        RuntimeError: The shapes do not broadcast, the devices differ, a dimension is named twice, or ``weight`` would enlarge the
-            terms or requires grad.
+        RuntimeError: The shapes do not broadcast, the devices differ, a dimension is named twice, or ``weight`` would enlarge
+            the terms or requires grad.
         IndexError: A dimension is out of range.
-        ValueError: ``reduction`` is not one of the four; ``dim`` is given with ``"none"`` or ``"batchmean"``; ``"batchmean"`` of
-            0-dim tensors; only one of ``loc_q`` and ``scale_q`` is given.
+        ValueError: ``reduction`` is not one of the four; ``dim`` is given with ``"none"`` or ``"batchmean"``; ``"batchmean"``
+            of 0-dim tensors; only one of ``loc_q`` and ``scale_q`` is given.
 
     Source: Kullback and Leibler, `On Information and Sufficiency <https://doi.org/10.1214/aoms/1177729694>`_ (1951).
 

@@ -1,5 +1,6 @@
 """The gate on the machine code of the CUDA kernels (csrc/cuda/sass) finds what it is there for; it needs no nvcc."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -17,14 +18,14 @@ import names  # noqa: E402
 import paths  # noqa: E402
 
 FORWARD = (
-    "_ZN6kl_ext4cuda7forwardINS_4math10SingleLossELNS2_5RangeE0EfffNS0_7VectorsILi4ELb1EEEEEvNT4_4PlanIXplsrT_7kInputsLi1EEEE"
-    "NS2_5ClampIT1_EE"
+    "_ZN6kl_ext4cuda7forwardINS_4math18StandardDivergenceELNS2_5RangeE0EfffNS0_7VectorsILi4ELb1EEEEEvNT4_4PlanIXplsrT_7kInputsLi1EEEE"
+    "NS2_8SettingsIT1_EE"
 )
 DIVIDE = "_ZN6kl_ext4cuda41_GLOBAL__N__a1b7e21e_9_finish_cu_fb527d4611divide_eachIfEEvPT_lS3_"
 TABLE = """
 architectures sm_90
-kernel       loss        dtype            access  range  loads  stores  registers
-forward      SingleLoss  float64|float32  rows    *      2      1       40
+kernel       formula     dtype            access  range  loads  stores  registers
+forward      StandardDivergence  float64|float32  rows    *      2      1       40
 divide_each  -           *                -       -      0      0       32  # beside it
 """
 
@@ -122,7 +123,7 @@ def with_instruction(text: str) -> str:
 def test_a_fault_in_the_code_is_found(sass, expected):
     assert sass != SASS
     (fault,) = faults(sass)
-    assert fault.startswith("sm_90: forward SingleLoss float32 rows narrow: ")
+    assert fault.startswith("sm_90: forward StandardDivergence float32 rows narrow: ")
     assert expected in fault
 
 
@@ -137,7 +138,9 @@ def test_a_fault_in_the_code_is_found(sass, expected):
     ],
 )
 def test_a_fault_in_the_resources_is_found(old, new, expected):
-    assert faults(resources=RESOURCES.replace(old, new, 1)) == [f"sm_90: forward SingleLoss float32 rows narrow: {expected}"]
+    assert faults(resources=RESOURCES.replace(old, new, 1)) == [
+        f"sm_90: forward StandardDivergence float32 rows narrow: {expected}"
+    ]
 
 
 @needs_cppfilt
@@ -150,7 +153,7 @@ def test_a_fault_in_the_resources_is_found(old, new, expected):
         ),
         (TABLE.replace("float64|float32", "float64"), ["no kernel for the row forward", "float32 rows narrow: no row"]),
         (f"{TABLE}\nforward * * strided * 0 0 64", ["no kernel for the row forward * * strided *"]),
-        (f"{TABLE}\nforward * * * narrow 2 1 64", ["forward SingleLoss float32 rows narrow: more than one row"]),
+        (f"{TABLE}\nforward * * * narrow 2 1 64", ["forward StandardDivergence float32 rows narrow: more than one row"]),
         (TABLE.replace("sm_90", "sm_90 sm_120"), ["sm_120: no machine code in the library"]),
     ],
 )
@@ -173,28 +176,34 @@ def test_a_line_that_is_not_understood_is_not_passed_over():
         kernels(with_instruction("<STL>"))
 
 
-@pytest.mark.parametrize(
-    ("demangled", "expected"),
-    [
-        ("void kl_ext::cuda::forward<kl_ext::math::PairOf<true>, (kl_ext::math::Range)1, float, kl_ext::math::Half, float, "
-         "kl_ext::cuda::Vectors<8, false> >", "forward PairLoss float16->float32 vectors wide"),
-        ("void kl_ext::cuda::sum_rows<kl_ext::cuda::Backward<kl_ext::math::PairOf<false> >, (kl_ext::math::Range)0, double, "
-         "void, void, kl_ext::cuda::StridedTerms<double> >", "backward_rows Divergence float64 strided narrow"),
-        ("void kl_ext::cuda::sum_columns<kl_ext::cuda::Forward<kl_ext::math::SingleLoss>, (kl_ext::math::Range)0, float, "
-         "kl_ext::math::BFloat16, kl_ext::math::BFloat16, kl_ext::cuda::VectorTerms<8>>",
-         "forward_columns SingleLoss bfloat16 vectors narrow"),
-        ("void kl_ext::cuda::sum_rows<kl_ext::cuda::Forward<kl_ext::math::SingleLoss>, (kl_ext::math::Range)0, float, float, "
-         "float, kl_ext::cuda::RowTerms<4> >", "forward_rows SingleLoss float32 rows narrow"),
-        ("void kl_ext::cuda::sum_columns<kl_ext::cuda::BackwardGivenQ<true>, (kl_ext::math::Range)0, float, float, float, "
-         "kl_ext::cuda::VectorTerms<4> >", "backward_columns PairLossGivenQ float32 vectors narrow"),
-        ("void kl_ext::cuda::(anonymous namespace)::sum_partials<double, 64>", "sum_partials float64 lanes"),
-        ("void kl_ext::cuda::(anonymous namespace)::divide_each<float>", "divide_each float32"),
-        ("kl_ext::cuda::new_kernel", "new_kernel"),
-        ("void kl_ext::cuda::forward<kl_ext::math::NewLoss, int>", "forward<NewLoss,int>"),
-    ],
-)  # fmt: skip
-def test_names_say_what_a_kernel_is(demangled, expected):
-    assert str(names.name_of(demangled)) == expected
+NAMES = {
+    "forward<math::NormalDivergence, (math::Range)1, float, math::Half, float, Vectors<8, false> >": (
+        "forward NormalDivergence float16->float32 vectors wide"
+    ),
+    "sum_rows<Backward<math::Weighted<math::Divergence> >, (math::Range)0, double, void, void, StridedTerms<double, true> >": (
+        "backward_rows WeightedDivergence float64 strided narrow"
+    ),
+    "sum_columns<Forward<math::StandardDivergence>, (math::Range)0, float, math::BFloat16, math::BFloat16, VectorTerms<8>>": (
+        "forward_columns StandardDivergence bfloat16 vectors narrow"
+    ),
+    "sum_rows<Forward<math::StandardDivergence>, (math::Range)0, float, float, float, RowTerms<4> >": (
+        "forward_rows StandardDivergence float32 rows narrow"
+    ),
+    "sum_columns<BackwardGivenQ<math::Divergence>, (math::Range)0, float, float, float, VectorTerms<4> >": (
+        "backward_columns DivergenceGivenQ float32 vectors narrow"
+    ),
+    "(anonymous namespace)::sum_partials<double, 64>": "sum_partials float64 lanes",
+    "(anonymous namespace)::divide_each<float>": "divide_each float32",
+    "new_kernel": "new_kernel",
+    "forward<math::NewFormula, int>": "forward<NewFormula,int>",
+}
+
+
+@pytest.mark.parametrize(("short", "expected"), NAMES.items())
+def test_names_say_what_a_kernel_is(short, expected):
+    spelt = re.sub(r"\b(?=(math::|Backward|Forward|Vector|Strided|Row)[\w:<])", "kl_ext::cuda::", short)
+    spelt = spelt.replace("kl_ext::cuda::math::", "kl_ext::math::").replace("math::kl_ext::cuda::", "math::")
+    assert str(names.name_of(f"void kl_ext::cuda::{spelt}")) == expected
 
 
 def test_the_main_path_is_that_of_whole_vectors():
@@ -231,7 +240,7 @@ def test_the_model_counts_instructions_and_bytes_per_element():
     assert (cost.instructions, cost.float64, cost.bytes) == (16 / 4, 0, 12)
     slots = 32 * 4 * 132 * 1.755e9  # of a thread, per second
     assert cost.issue_share == pytest.approx(4 * 3.35e12 / 12 / slots)
-    assert "| forward | SingleLoss | 4 / 12 / 4% |" in model.markdown([cost])
+    assert "| forward | StandardDivergence | 4 / 12 / 4% |" in model.markdown([cost])
 
 
 def test_what_is_missing_is_named(monkeypatch):

@@ -237,15 +237,18 @@ def test_the_filter_is_spelt_as_the_tool_has_it(load, help_text, option):
 def test_a_kernel_is_known_by_its_name(load, anonymous):
     kernel = load("gpu_tools").KERNEL
     assert kernel.search(f"void kl_ext::cuda::{anonymous}::sum_partials<float>(const T1 *, long)")[1] == "sum_partials"
-    assert kernel.search("void kl_ext::cuda::sum_rows<kl_ext::cuda::Forward<kl_ext::math::SingleLoss>>(T7)")[1] == "sum_rows"
+    assert (
+        kernel.search("void kl_ext::cuda::sum_rows<kl_ext::cuda::Forward<kl_ext::math::StandardDivergence>>(T7)")[1]
+        == "sum_rows"
+    )
     assert not kernel.search("void at::native::vectorized_elementwise_kernel<4>(int)")
 
 
 @pytest.mark.parametrize(
     "printed, name",
     [
-        ("void backward<math::PairOf<0>, 0, float, math::BFloat16, float, Vectors<8, 0>>(T6::Plan<2*kInputs+1>)", "backward"),
-        ("void sum_rows<Forward<math::PairOf<0>>, 0, float>(T6::Plan<kOperands>, SumShape<T3>)", "sum_rows"),
+        ("void backward<math::Divergence, 0, float, math::BFloat16, float, Vectors<8, 0>>(T6::Plan<2*kInputs+1>)", "backward"),
+        ("void sum_rows<Forward<math::Divergence>, 0, float>(T6::Plan<kOperands>, SumShape<T3>)", "sum_rows"),
         ("void unnamed>::divide_each<float>(T1 *, long, T1)", "divide_each"),
         ("unnamed>::sum_partials(const float *, long)", "sum_partials"),
         ("void kl_ext::cuda::<unnamed>::sum_partials<float>(const T1 *, long)", "sum_partials"),

@@ -26,7 +26,8 @@ SCHEMAS = {
     "kl_div_pair_loss_backward": "(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor mu_q, Tensor log_var_q,"
     " float clamp_min, float clamp_max, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
     "gaussian_kl_div": "(Tensor mu_p, Tensor log_var_p, Tensor? mu_q=None, Tensor? log_var_q=None, Tensor? weight=None, *,"
-    ' float clamp_min=-30.0, float clamp_max=20.0, str reduction="none", int[]? dim=None, bool keepdim=False, ScalarType? dtype=None) -> Tensor',
+    ' float clamp_min=-30.0, float clamp_max=20.0, str reduction="none", int[]? dim=None, bool keepdim=False,'
+    " ScalarType? dtype=None) -> Tensor",
     "gaussian_kl_div_backward": "(Tensor grad_output, Tensor mu_p, Tensor log_var_p, Tensor? mu_q, Tensor? log_var_q,"
     " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] output_mask, bool keepdim=False,"
     " Tensor? weight=None)"

@@ -36,7 +36,7 @@ class Row(NamedTuple):
     """A row of the table."""
 
     kernel: str
-    loss: str
+    formula: str
     dtype: str
     access: str
     range: str
@@ -73,9 +73,9 @@ def read_table(text: str) -> tuple[list[str], list[Row]]:
         if words and words[0] == "architectures":
             architectures = words[1:]
         elif words and words != list(Row._fields):
-            kernel, loss, dtype, access, reach, *numbers = words
+            kernel, formula, dtype, access, reach, *numbers = words
             loads, stores, registers = map(int, numbers)
-            rows.append(Row(kernel, loss, dtype, access, reach, loads, stores, registers))
+            rows.append(Row(kernel, formula, dtype, access, reach, loads, stores, registers))
     return architectures, rows
 
 

@@ -55,9 +55,9 @@ class Cost:
 def cost_of(name: Name, path: Sequence[Instruction]) -> Cost | None:
     """The cost of the path that all 128-bit accesses are on; nothing for a kernel that is not known."""
     inputs, _, result = name.dtype.partition("->")
-    if name.loss not in INPUTS or not path:
+    if name.formula not in INPUTS or not path:
         return None
-    read = INPUTS[name.loss] * BYTES[inputs]
+    read = INPUTS[name.formula] * BYTES[inputs]
     written = BYTES[result or inputs]  # by forward
     if name.kernel.startswith("backward"):
         read, written = read + written, read
@@ -84,13 +84,13 @@ def markdown(costs: Sequence[Cost]) -> str:
     column for each dtype."""
     shown = [cost for cost in costs if cost.name.range == "narrow" and (cost.name.access == "rows" or cost.name.sums)]
     shown.sort(key=lambda cost: cost.name.access == "rows")
-    cells = {(cost.name.kernel, cost.name.loss, cost.name.dtype): cost for cost in shown}
+    cells = {(cost.name.kernel, cost.name.formula, cost.name.dtype): cost for cost in shown}
     dtypes = sorted({dtype for _, _, dtype in cells}, key=lambda dtype: (-BYTES[dtype.partition("->")[0]], dtype))
-    lines = [["kernel", "loss", *dtypes], ["---", "---", *("---:" for _ in dtypes)]]
-    for kernel, loss in sorted({(kernel, loss) for kernel, loss, _ in cells}):
-        row = [cells.get((kernel, loss, dtype)) for dtype in dtypes]
+    lines = [["kernel", "formula", *dtypes], ["---", "---", *("---:" for _ in dtypes)]]
+    for kernel, formula in sorted({(kernel, formula) for kernel, formula, _ in cells}):
+        row = [cells.get((kernel, formula, dtype)) for dtype in dtypes]
         texts = [f"{cost.instructions:.0f} / {cost.bytes} / {cost.issue_share:.0%}" if cost else "" for cost in row]
-        lines.append([kernel, loss, *texts])
+        lines.append([kernel, formula, *texts])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -7,8 +7,15 @@ from typing import NamedTuple
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES = {"double": "float64", "float": "float32", "BFloat16": "bfloat16", "Half": "float16"}
-LOSSES = {"SingleLoss": "SingleLoss", "PairOf<true>": "PairLoss", "PairOf<false>": "Divergence"}
-INPUTS = {"SingleLoss": 2, "PairLoss": 4, "Divergence": 4, "PairLossGivenQ": 2, "DivergenceGivenQ": 2}
+# Of a formula of math/formulas.h; a Weighted one has another.
+INPUTS = {
+    "StandardDivergence": 2,
+    "Divergence": 4,
+    "DivergenceGivenQ": 2,
+    "StandardNormalDivergence": 2,
+    "NormalDivergence": 4,
+    "Weight": 1,
+}
 GROUPS = {"64": "lanes", "1024": "chunks"}
 RANGES = {"(Range)0": "narrow", "(Range)1": "wide"}
 
@@ -17,7 +24,7 @@ class Name(NamedTuple):
     """A kernel in the words of the table; "-" where a word does not apply. An unknown kernel is its C++ name."""
 
     kernel: str  # forward, backward; with _rows or _columns those that sum; or a function of finish.cu
-    loss: str = "-"
+    formula: str = "-"
     dtype: str = "-"  # of the inputs, and after -> of the result where it has another; of the arithmetic where strided
     access: str = "-"  # rows, vectors, strided; of what a sum leaves, chunks or lanes
     range: str = "-"
@@ -50,18 +57,21 @@ def name_of(demangled: str) -> Name:
     try:
         if len(arguments) <= 2:
             return Name(function, "-", DTYPES[arguments[0]], *(GROUPS[group] for group in arguments[1:]))
-        loss, reach, arithmetic, inputs, result, access = arguments
+        formula, reach, arithmetic, inputs, result, access = arguments
         given = ""
         if function.startswith("sum_"):
-            direction, _, loss = loss.removesuffix(">").partition("<")
+            direction, _, formula = formula.removesuffix(">").partition("<")
             if direction == "BackwardGivenQ":
-                direction, loss, given = "Backward", f"PairOf<{loss}>", "GivenQ"
+                direction, given = "Backward", "GivenQ"
             function = f"{direction.lower()}{function.removeprefix('sum')}"
         dtype = DTYPES[arithmetic if inputs == "void" else inputs] + ("" if inputs == result else f"->{DTYPES[result]}")
         if access.startswith("Strided"):
             access = "strided"
         elif access.startswith(("Row", "Vector")):
             access = "rows" if access.startswith("Row") or "true" in access else "vectors"
-        return Name(function, LOSSES[loss] + given, dtype, access, RANGES[reach])
+        weighted = formula.startswith("Weighted<")
+        formula = formula.removeprefix("Weighted<").removesuffix(">" * weighted)
+        INPUTS[formula]  # else an unknown one
+        return Name(function, ("Weighted" if weighted else "") + formula + given, dtype, access, RANGES[reach])
     except (KeyError, ValueError):
         return Name(text.replace(" ", ""))
