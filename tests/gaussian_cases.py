@@ -116,6 +116,10 @@ class Divergence:
         """x as an input at that position: positive where deviations are asked for."""
         return x.abs() + 0.5 if self.has_deviations and position % 2 else x
 
+    def taken(self, how: dict[str, Any]) -> dict[str, Any]:
+        """The keywords without a clamp where there is none."""
+        return how if self.bounds else {key: x for key, x in how.items() if not key.startswith("clamp")}
+
     def inputs(
         self,
         *shapes: Sequence[int],
