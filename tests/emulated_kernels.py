@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import normal_cases
 import points
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +82,7 @@ def objects() -> list[Path]:
 
 
 def instances(folder: Path) -> list[Path]:
-    """What the build makes of csrc/cuda/instances.txt, each file entering its functions in the driver's list."""
+    """The sources that the build makes of csrc/cuda/instances.txt, each of which enters its functions in the driver's list."""
     template = (ROOT / "csrc/cuda/instance.cu.in").read_text()
     sources = []
     for line in (ROOT / "csrc/cuda/instances.txt").read_text().splitlines():
@@ -164,10 +165,19 @@ def inputs_of(loss: str) -> int:
     return 2 if loss == "kl_div_single_loss" else 4
 
 
+def without_q_too(loss: str, inputs: list[Tensor]) -> list[list[Tensor]]:
+    """The inputs, and those of p alone where an operator has a formula for them that no other operator has."""
+    return [inputs, inputs[:2]] if loss == "normal_kl_div" else [inputs]
+
+
 def values(rng: numpy.random.Generator, loss: str, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     """Inputs from all over the format: subnormal, huge and non-finite results come with them."""
-    source = points.wide_single if loss == "kl_div_single_loss" else points.wide_pair
-    columns = source(rng, max(math.prod(shape), 1), numpy.float64 if dtype == torch.float64 else numpy.float32)
+    numel, kind = math.prod(shape), numpy.float64 if dtype == torch.float64 else numpy.float32
+    sources = {"kl_div_single_loss": points.wide_single, "normal_kl_div": normal_cases.pair}
+    columns = sources.get(loss, points.wide_pair)(rng, max(numel, len(normal_cases.WORST_KNOWN)), kind)
     for column in columns:
         column[rng.random(len(column)) < 0.02] = rng.choice([numpy.nan, numpy.inf, -numpy.inf])
-    return [torch.from_numpy(column[: math.prod(shape)].copy()).view(tuple(shape)).to(dtype) for column in columns]
+    if loss == "normal_kl_div":
+        for deviations in columns[1::2]:
+            deviations[rng.random(len(deviations)) < 0.02] *= rng.choice([-1, 0]).astype(kind)
+    return [torch.from_numpy(column[:numel].copy()).view(tuple(shape)).to(dtype) for column in columns]

@@ -16,15 +16,13 @@ from torch import Tensor
 from torch.masked import masked_tensor
 
 import kl_ext
-from gaussian_cases import formula, random_inputs
+from gaussian_cases import DIVERGENCES, GAUSSIAN, NORMAL, Divergence, each_divergence
 from kl_ext import gaussian_kl_div
 from oracle import same_bits
 
-NAME = "gaussian_kl_div"
 
-
-def inputs(device: torch.device) -> tuple[Tensor, Tensor]:
-    x, y = random_inputs([2, 3, 4], [2, 3, 4], device=device, dtype=torch.float32)
+def inputs(divergence: Divergence, device: torch.device) -> tuple[Tensor, Tensor]:
+    x, y = divergence.inputs([2, 3, 4], [2, 3, 4], device=device, dtype=torch.float32)
     return x, y
 
 
@@ -42,30 +40,36 @@ DIMS: dict[str, tuple[Any, int | tuple[int, ...]]] = {
 }
 
 
+@each_divergence
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("keepdim", [False, True])
 @pytest.mark.parametrize(("given", "meant"), DIMS.values(), ids=DIMS)
-def test_every_integer_names_a_dim(given: Any, meant: Any, keepdim: bool, reduction: str, device: torch.device) -> None:
-    x, y = inputs(device)
+def test_every_integer_names_a_dim(
+    divergence: Divergence, given: Any, meant: Any, keepdim: bool, reduction: str, device: torch.device
+) -> None:
+    x, y = inputs(divergence, device)
     x.sum(given)  # torch takes it
-    result = gaussian_kl_div(x, y, reduction=reduction, dim=given, keepdim=keepdim)
-    expected = getattr(formula(x.double(), y.double()), reduction)(meant, keepdim=keepdim)
+    result = divergence(x, y, reduction=reduction, dim=given, keepdim=keepdim)
+    expected = getattr(divergence.formula(x.double(), y.double()), reduction)(meant, keepdim=keepdim)
     assert result.shape == expected.shape
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=0)
 
 
+@each_divergence
 @pytest.mark.parametrize("q", [False, True])
 @pytest.mark.parametrize(
     ("reduction", "dim"),
     [("sum", None), ("sum", 1), ("mean", (0, 2)), ("mean", -1), ("batchmean", None), ("none", None), ("sum", (0, 1, 2))],
     ids=str,
 )
-def test_keepdim_leaves_dimensions_of_size_one(reduction: str, dim: Any, q: bool, device: torch.device) -> None:
+def test_keepdim_leaves_dimensions_of_size_one(
+    divergence: Divergence, reduction: str, dim: Any, q: bool, device: torch.device
+) -> None:
     """In the value, the strides, the gradients and the derivatives of any kind."""
-    leaves = random_inputs(*[[2, 3, 4]] * 2, *[[4]] * (2 * q), device=device, requires_grad=True)
+    leaves = divergence.inputs(*[[2, 3, 4]] * 2, *[[4]] * (2 * q), device=device, requires_grad=True)
 
     def call(keepdim: bool) -> Callable[..., Tensor]:
-        return lambda *x: gaussian_kl_div(*x, reduction=reduction, dim=dim, keepdim=keepdim)
+        return lambda *x: divergence(*x, reduction=reduction, dim=dim, keepdim=keepdim)
 
     kept, plain = call(True)(*leaves), call(False)(*leaves)
     reduced = range(3) if dim is None else {d % 3 for d in ((dim,) if isinstance(dim, int) else dim)}
@@ -88,18 +92,20 @@ def test_keepdim_leaves_dimensions_of_size_one(reduction: str, dim: Any, q: bool
     torch.testing.assert_close(examples, torch.stack(loop))
 
 
-def test_keepdim_of_terms_without_dimensions(device: torch.device) -> None:
+@each_divergence
+def test_keepdim_of_terms_without_dimensions(divergence: Divergence, device: torch.device) -> None:
     x = torch.tensor(0.5, device=device)
-    assert gaussian_kl_div(x, x, reduction="sum", keepdim=True).shape == ()
-    assert gaussian_kl_div(x, x, reduction="mean", dim=0, keepdim=True).shape == x.sum(0, keepdim=True).shape
+    assert divergence(x, x, reduction="sum", keepdim=True).shape == ()
+    assert divergence(x, x, reduction="mean", dim=0, keepdim=True).shape == x.sum(0, keepdim=True).shape
 
 
+@each_divergence
 @pytest.mark.parametrize("kind", [torch.float64, float, torch.double])
-def test_the_dtype_may_be_pythons_float(kind: Any, device: torch.device) -> None:
-    x, y = inputs(device)
-    result = gaussian_kl_div(x, y, reduction="sum", dtype=kind)
+def test_the_dtype_may_be_pythons_float(divergence: Divergence, kind: Any, device: torch.device) -> None:
+    x, y = inputs(divergence, device)
+    result = divergence(x, y, reduction="sum", dtype=kind)
     assert result.dtype == x.sum(dtype=kind).dtype == torch.float64
-    assert same_bits(result, gaussian_kl_div(x, y, reduction="sum", dtype=torch.float64))
+    assert same_bits(result, divergence(x, y, reduction="sum", dtype=torch.float64))
 
 
 # What torch.clamp takes.
@@ -141,7 +147,7 @@ def test_none_is_no_bound(call: Any, bounds: tuple[Any, Any], dtype: torch.dtype
     ids=["int", "numpy", "fraction and bool", "tensors"],
 )
 def test_every_number_bounds_the_clamp(name: str, bounds: tuple[Any, Any], device: torch.device) -> None:
-    x, y = inputs(device)
+    x, y = inputs(GAUSSIAN, device)
     call = CLAMPED[name]
     assert same_bits(call(x, y, clamp_min=bounds[0], clamp_max=bounds[1]), call(x, y, clamp_min=-1.0, clamp_max=1.0))
 
@@ -193,7 +199,23 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mu_q=[1.0]": ({"mu_q": [1.0], "log_var_q": 0.0}, TypeError, "expected mu_q to be a Tensor or a number, got list"),
     "log_var_q='1'": ({"mu_q": 0, "log_var_q": "1"}, TypeError, "expected log_var_q to be a Tensor or a number, got str"),
 }
-each_wrong = pytest.mark.parametrize(("how", "kind", "message"), WRONG.values(), ids=WRONG)
+
+
+def wrong_of(divergence: Divergence) -> Iterator[Any]:
+    """The table by the names of the divergence's own arguments."""
+    own = dict(zip(GAUSSIAN.names, divergence.names, strict=True))
+    for case, (how, kind, message) in WRONG.items():
+        if divergence.taken(how) == how:
+            for name in own:
+                message = message.replace(f"expected {name} to be", f"expected {own[name]} to be")
+            yield pytest.param(
+                divergence, {own.get(k, k): x for k, x in how.items()}, kind, message, id=f"{divergence}, {case}"
+            )
+
+
+each_wrong = pytest.mark.parametrize(
+    ("divergence", "how", "kind", "message"), [case for divergence in DIVERGENCES for case in wrong_of(divergence)]
+)
 
 
 @pytest.fixture
@@ -205,31 +227,36 @@ def nothing_compiled() -> Iterator[None]:
 
 @each_wrong
 def test_other_types_are_refused_by_name(
-    how: dict[str, Any], kind: type[Exception], message: str, device: torch.device
+    divergence: Divergence, how: dict[str, Any], kind: type[Exception], message: str, device: torch.device
 ) -> None:
-    x, y = inputs(device)
-    with pytest.raises(kind, match=f"^{re.escape(f'{NAME}: {message}')}$") as raised:
-        gaussian_kl_div(x, y, **how)
+    x, y = inputs(divergence, device)
+    with pytest.raises(kind, match=f"^{re.escape(f'{divergence.name}: {message}')}$") as raised:
+        divergence(x, y, **how)
     assert raised.type is kind
 
 
 @each_wrong
 def test_other_types_are_refused_by_name_in_compiled_code(
-    how: dict[str, Any], kind: type[Exception], message: str, device: torch.device, nothing_compiled: None
+    divergence: Divergence,
+    how: dict[str, Any],
+    kind: type[Exception],
+    message: str,
+    device: torch.device,
+    nothing_compiled: None,
 ) -> None:
     """With fullgraph=True torch raises an error of its own, which quotes ours."""
-    x, y = inputs(device)
-    with pytest.raises(kind, match=f"^{re.escape(f'{NAME}: {message}')}$") as raised:
-        torch.compile(lambda a, b: gaussian_kl_div(a, b, **how), backend="eager")(x, y)
+    x, y = inputs(divergence, device)
+    with pytest.raises(kind, match=f"^{re.escape(f'{divergence.name}: {message}')}$") as raised:
+        torch.compile(lambda a, b: divergence(a, b, **how), backend="eager")(x, y)
     assert raised.type is kind
     with pytest.raises(Exception, match=re.escape(message.replace("\\", "\\\\")) + "|" + re.escape(message)):
-        torch.compile(lambda a, b: gaussian_kl_div(a, b, **how), backend="eager", fullgraph=True)(x, y)
+        torch.compile(lambda a, b: divergence(a, b, **how), backend="eager", fullgraph=True)(x, y)
 
 
 @pytest.mark.parametrize("function", [kl_ext.kl_div_single_loss, kl_ext.kl_div_pair_loss], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("bound", ["clamp_min", "clamp_max"])
 def test_the_documented_losses_refuse_other_bounds_by_name(function: Any, bound: str, device: torch.device) -> None:
-    x, y = inputs(device)
+    x, y = inputs(GAUSSIAN, device)
     given = (x, y) if function is kl_ext.kl_div_single_loss else (x, y, y, x)
     for value, kind in (("1", "str"), ([1.0], "list"), (1j, "complex"), (torch.ones(2), "Tensor")):
         with pytest.raises(TypeError, match=f"^{function.__name__}: expected {bound} to be a number or None, got {kind}$"):
@@ -240,7 +267,7 @@ def test_the_documented_losses_refuse_other_bounds_by_name(function: Any, bound:
 
 def test_a_class_that_does_not_know_the_operators_is_refused_by_name() -> None:
     """torch answers with a list of classes, and does not say which argument it is."""
-    x, y = inputs(torch.device("cpu"))
+    x, y = inputs(GAUSSIAN, torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         masked = masked_tensor(x, x > 0)
@@ -250,6 +277,8 @@ def test_a_class_that_does_not_know_the_operators_is_refused_by_name() -> None:
             "kl_div_pair_loss: expected mu_q": lambda: kl_ext.kl_div_pair_loss(x, y, masked, y),
             "gaussian_kl_div: expected log_var_p": lambda: gaussian_kl_div(x, masked, reduction="sum"),
             "gaussian_kl_div: expected log_var_q": lambda: gaussian_kl_div(x, y, x, masked),
+            "normal_kl_div: expected scale_p": lambda: kl_ext.normal_kl_div(x, masked, reduction="sum"),
+            "normal_kl_div: expected loc_q": lambda: kl_ext.normal_kl_div(x, y, masked, y),
         }.items():
             with pytest.raises(TypeError, match=f"^{name} to be of a class that knows the operator, got MaskedTensor$"):
                 call()
@@ -259,32 +288,36 @@ def test_a_class_that_does_not_know_the_operators_is_refused_by_name() -> None:
 
 NUMBERS = {
     "int": (0, 1),
-    "float": (0.25, -0.5),
-    "bool": (True, False),
-    "numpy": (np.float32(0.25), np.int64(-1)),
+    "float": (0.25, 0.5),
+    "bool": (True, True),
+    "numpy": (np.float32(0.25), np.int64(1)),
     "mixed": (0.25, None),
 }
+# What both have in common is tested with the first, all of it.
+PROMOTED = [
+    *((GAUSSIAN, rank, asked) for rank in (0, 2) for asked in (None, torch.float64, torch.bfloat16)),
+    (NORMAL, 2, None),
+]
 
 
+@pytest.mark.parametrize(("divergence", "rank", "asked"), PROMOTED, ids=str)
 @pytest.mark.parametrize("kinds", NUMBERS)
 @pytest.mark.parametrize(
     "dtypes", [("float32",) * 2, ("float16", "float64"), ("bfloat16", "float32"), ("float16",) * 2], ids=str
 )
-@pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("asked", [None, torch.float64, torch.bfloat16], ids=str)
 def test_a_number_for_q_has_no_weight_in_the_promotion(
-    kinds: str, dtypes: tuple[str, str], rank: int, autocast: bool, asked: Any, device: torch.device
+    divergence: Divergence, kinds: str, dtypes: tuple[str, str], rank: int, autocast: bool, asked: Any, device: torch.device
 ) -> None:
     """As plain torch promotes a tensor and a number; the same straight to the dispatcher and through compiled code."""
     shape = [2, 3][:rank]
-    x, y = (v.to(getattr(torch, d)) for v, d in zip(random_inputs(shape, shape, device=device), dtypes, strict=True))
+    x, y = (v.to(getattr(torch, d)) for v, d in zip(divergence.inputs(shape, shape, device=device), dtypes, strict=True))
     mu_q, log_var_q = NUMBERS[kinds]
     log_var_q = y if log_var_q is None else log_var_q
     numbers = [0.0 if isinstance(v, Tensor) else float(v) for v in (mu_q, log_var_q)]
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        result = gaussian_kl_div(x, y, mu_q, log_var_q, dtype=asked)
-        compiled = torch.compile(gaussian_kl_div, backend="eager")(x, y, mu_q, log_var_q, dtype=asked) if rank else result
+        result = divergence(x, y, mu_q, log_var_q, dtype=asked)
+        compiled = torch.compile(divergence, backend="eager")(x, y, mu_q, log_var_q, dtype=asked) if rank else result
     plain = ((x - numbers[0]) * (y - numbers[1])).dtype
     wide = torch.promote_types(plain, torch.float32) if autocast else plain
     assert result.dtype == (asked or wide)
@@ -293,7 +326,7 @@ def test_a_number_for_q_has_no_weight_in_the_promotion(
         v.double() if isinstance(v, Tensor) else torch.tensor(float(v), dtype=torch.float64, device=device)
         for v in (mu_q, log_var_q)
     ]
-    expected = formula(x.double(), y.double(), *q)
+    expected = divergence.formula(x.double(), y.double(), *q)
     torch.testing.assert_close(
         result.double(), expected.to(result.dtype).double(), rtol=1e-2 if result.dtype.itemsize == 2 else 1e-5, atol=1e-5
     )
@@ -303,6 +336,8 @@ def test_a_number_for_q_has_no_weight_in_the_promotion(
 
 
 def test_the_plain_formulas_come_with_the_package_and_its_tools_do_not_show() -> None:
-    assert callable(kl_ext.reference.gaussian_kl_div)
-    shown = [name for name in dir(kl_ext) if not name.startswith("_")]
-    assert sorted(shown) == sorted([*kl_ext.__all__, "functional", "reference"])
+    for name in kl_ext.__all__:
+        assert callable(getattr(kl_ext.reference, name))
+    shown = {name for name in dir(kl_ext) if not name.startswith("_")}
+    imported_where_needed = {"onnx", "sharding"}
+    assert shown - imported_where_needed == {*kl_ext.__all__, "distributions", "functional", "nn", "reference"}

@@ -18,8 +18,13 @@ CALLS = {
     "gaussian_kl_div, a list of dims": lambda x, y: kl_ext.gaussian_kl_div(x, y, reduction="sum", dim=[0, 1], keepdim=True),
     "gaussian_kl_div, numbers": lambda x, y: kl_ext.gaussian_kl_div(x, y, 0, 0.5, clamp_min=-8, clamp_max=None),
     "gaussian_kl_div, a number": lambda x, y: kl_ext.gaussian_kl_div(x, y, y, -0.5, dtype=torch.float64),
+    "normal_kl_div": lambda x, y: kl_ext.normal_kl_div(x, y),
+    "normal_kl_div, q": lambda x, y: kl_ext.normal_kl_div(x, y, y, x, reduction="batchmean"),
+    "normal_kl_div, dims": lambda x, y: kl_ext.normal_kl_div(x, y, reduction="mean", dim=(-1, 0), dtype=torch.float64),
+    "normal_kl_div, numbers": lambda x, y: kl_ext.normal_kl_div(x, y, 0, 0.5, reduction="sum", dim=[1], keepdim=True),
     "gaussian_kl_div, dims": lambda x, y: kl_ext.gaussian_kl_div(x, y, reduction="mean", dim=(-1, 0), dtype=torch.float64),
 }
+NAMES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div", "normal_kl_div")
 each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 
 
@@ -42,13 +47,13 @@ def without_torch_ops(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("the call went through torch.ops")
 
-    for name in ("_kl_div_single_loss", "_kl_div_pair_loss", "_gaussian_kl_div"):
-        monkeypatch.setattr(functional, name, fail)
+    for name in NAMES:
+        monkeypatch.setattr(functional, f"_{name}", fail)
 
 
 @pytest.fixture
 def without_bindings(monkeypatch):
-    for name in ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div"):
+    for name in NAMES:
         monkeypatch.setattr(_bindings, name, lambda *arguments: None)
 
 
@@ -76,7 +81,7 @@ def test_a_default_device_does_not_change_the_way(call, how, device, without_tor
 
 @each_call
 def test_both_ways_give_the_same_values_and_gradients(call, device, request):
-    x, y = (torch.randn(2, 3, device=device, requires_grad=True) for _ in range(2))
+    x, y = (torch.rand(2, 3, device=device, requires_grad=True) for _ in range(2))
     straight = call(x, y)
     gradients = torch.autograd.grad(straight.sum(), (x, y))
     request.getfixturevalue("without_bindings")
@@ -93,7 +98,7 @@ def test_a_subclass_and_a_mode_see_the_public_function(call, device):
     assert type(call(x.as_subclass(Subclass), y)) is Subclass
     with Recorder() as recorder, torch.device(device):
         assert same_bits(call(x, y), call(x, y))
-    assert {kl_ext.kl_div_single_loss, kl_ext.kl_div_pair_loss, kl_ext.gaussian_kl_div} & set(recorder.seen)
+    assert {getattr(kl_ext, name) for name in NAMES} & set(recorder.seen)
 
 
 @each_call

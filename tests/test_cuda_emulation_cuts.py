@@ -11,7 +11,8 @@ import layouts
 from emulated_checks import check_backward, check_forward, check_gradients, check_sum
 from emulated_kernels import DTYPES, NARROW, ROOT, inputs_of, values
 
-LOSSES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div")
+LOSSES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div", "normal_kl_div")
+DIVERGENCES = ("gaussian_kl_div", "normal_kl_div")
 INDICES = (1024, 4096)  # in place of 2^31: what a thread counts with 32 bits
 
 
@@ -36,19 +37,20 @@ def test_elements_of_many_launches(emulated, rng, loss, dtype, indices):
 
 @pytest.mark.parametrize("indices", INDICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_of_many_launches(emulated, rng, dtype, indices):
+@pytest.mark.parametrize("operator", DIVERGENCES)
+def test_sums_of_many_launches(emulated, rng, operator, dtype, indices):
     """Rows that several launches share; terms counted with 64 bits."""
     for shape, dims in (([600, 40], [1]), ([40, 1500], [1]), ([40, 70], [0]), ([1500, 3], [0]), ([20, 30, 40], [0, 2])):
-        inputs = values(rng, "gaussian_kl_div", shape, dtype)
+        inputs = values(rng, operator, shape, dtype)
         for operands in (inputs[:2], inputs, [layouts.shifted(x) for x in inputs], [inputs[0], inputs[1][..., :1]]):
             with emulated.indices(indices):
-                grids = check_sum(emulated, operands, dims, rng.choice(["sum", "mean"]))
+                grids = check_sum(emulated, operands, dims, rng.choice(["sum", "mean"]), operator=operator)
             if shape == [600, 40]:
                 assert len(grids) > 1
     for shape in ([300, 33], [1030, 16]):
-        inputs = [x if i < 2 else x[0] for i, x in enumerate(values(rng, "gaussian_kl_div", shape, dtype))]
+        inputs = [x if i < 2 else x[0] for i, x in enumerate(values(rng, operator, shape, dtype))]
         with emulated.indices(indices):
-            check_gradients(emulated, "gaussian_kl_div", torch.randn(shape).to(dtype), inputs)
+            check_gradients(emulated, operator, torch.randn(shape).to(dtype), inputs)
 
 
 def test_nothing_is_asked_of_the_device():

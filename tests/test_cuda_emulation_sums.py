@@ -12,15 +12,21 @@ from torch import Tensor
 import kl_ext  # noqa: F401
 import layouts
 from emulated_checks import arithmetic_of, check_gradients, check_sum, finish_sums, launch_sum
-from emulated_kernels import DTYPES, NARROW, WIDE, Result, assert_same_bits, values
+from emulated_kernels import DTYPES, NARROW, WIDE, Result, assert_same_bits, values, without_q_too
 from ordered_sum import reduced_sum
 
-LOSSES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div")
+LOSSES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div", "normal_kl_div")
+DIVERGENCES = ("gaussian_kl_div", "normal_kl_div")
 LENGTHS = (1, 2, 3, 16, 63, 64, 65, 512, 1023, 1024, 1025, 4096 + 7)
 
 
 def normal(shape: Sequence[int], dtype: torch.dtype, count: int) -> list[Tensor]:
     return [torch.randn(tuple(shape)).to(dtype) for _ in range(count)]
+
+
+def usual(loss: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors as inputs of the loss: every second one has deviations, where it takes those."""
+    return [x.abs() + 0.25 if loss == "normal_kl_div" and i % 2 else x for i, x in enumerate(tensors)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,16 +122,17 @@ DIMS = ([0], [1], [2], [3], [0, 1], [0, 2], [1, 3], [2, 3], [0, 1, 2], [0, 2, 3]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_dims_of_any_layout(emulated, rng, layout):
+@pytest.mark.parametrize("operator", DIVERGENCES)
+def test_any_dims_of_any_layout(emulated, rng, operator, layout):
     for dims in DIMS:
         for dtype in DTYPES:
             clamp = WIDE if rng.random() < 0.3 else NARROW
-            inputs = [LAYOUTS[layout](x, i) for i, x in enumerate(values(rng, "gaussian_kl_div", SHAPE, dtype))]
+            inputs = [LAYOUTS[layout](x, i) for i, x in enumerate(values(rng, operator, SHAPE, dtype))]
             if rng.random() < 0.3:
                 other = rng.integers(4)
                 inputs[other] = inputs[other].to(DTYPES[rng.integers(4)])
             inputs = inputs if rng.random() < 0.7 else inputs[:2]
-            check_sum(emulated, inputs, dims, rng.choice(["sum", "mean"]), clamp)
+            check_sum(emulated, inputs, dims, rng.choice(["sum", "mean"]), clamp, operator)
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS)[-6:])
@@ -146,7 +153,8 @@ def test_gradients_of_what_is_broadcast(emulated, rng, loss, layout):
             other = rng.integers(count)
             inputs[other] = inputs[other].to(DTYPES[rng.integers(4)])
         for grad_output in grads.values():
-            check_gradients(emulated, loss, grad_output, inputs, WIDE if rng.random() < 0.3 else NARROW)
+            for given in without_q_too(loss, inputs):
+                check_gradients(emulated, loss, grad_output, given, WIDE if rng.random() < 0.3 else NARROW)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -156,14 +164,15 @@ def test_gradients_of_a_prior_of_every_width(emulated, loss, dtype):
     for rows, width in ((1, 8), (7, 1), (33, 2), (1030, 16), (65, 31), (1025, 33), (2049, 64), (100, 200)):
         count = 2 if loss == "kl_div_single_loss" else 4
         full = layouts_of_halves(normal([rows, 2 * width], dtype, 1), 1)[: count // 2]
-        inputs = [*full, *normal([width], dtype, count // 2)]
-        check_gradients(emulated, loss, torch.randn(rows, width).to(dtype), inputs)
+        grad_output = torch.randn(rows, width).to(dtype)
+        for inputs in without_q_too(loss, usual(loss, [*full, *normal([width], dtype, count // 2)])):
+            check_gradients(emulated, loss, grad_output, inputs)
 
 
 @pytest.mark.parametrize("loss", LOSSES[1:])
 def test_gradients_of_a_q_that_columns_share(emulated, loss):
     """Each sum rounded to its own dtype; and where p is broadcast too, or q an expanded tensor, every gradient is there."""
-    p, q = normal([1030, 16], torch.float32, 2), normal([16], torch.float32, 2)
+    p, q = (usual(loss, normal(shape, torch.float32, 2)) for shape in ([1030, 16], [16]))
     grad = torch.randn(1030, 16)
     check_gradients(emulated, loss, grad, [*p, *q])
     check_gradients(emulated, loss, grad, [*p, q[0].half(), q[1]])
@@ -194,14 +203,8 @@ def test_more_rows_than_32_bits_count(emulated, rng, tmp_path):
     sums = torch.from_file(str(tmp_path / "sums"), shared=True, size=rows, dtype=torch.float32)
     for x in inputs:
         x[-last:] = torch.randn(last, 4).to(x.dtype)
-    assert (
-        len(
-            launch_sum(
-                emulated, "forward_sum StandardDivergence", [rows, 4], [1], ["sum", *inputs], [sums], last_blocks=last // 128
-            )
-        )
-        == 2
-    )
+    kernel = "forward_sum StandardDivergence"
+    assert len(launch_sum(emulated, kernel, [rows, 4], [1], ["sum", *inputs], [sums], last_blocks=last // 128)) == 2
     expected = torch.ops.kl_ext.gaussian_kl_div(*(x[-last:] for x in inputs), reduction="sum", dim=[1], dtype=torch.float32)
     assert_same_bits(sums[-last:], expected, "the last rows")
     assert not sums[: 2**20].any()

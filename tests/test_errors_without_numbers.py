@@ -29,6 +29,8 @@ PUBLIC: dict[str, tuple[int, Call]] = {
     "kl_div_pair_loss": (4, kl_ext.kl_div_pair_loss),
     "gaussian_kl_div": (4, kl_ext.gaussian_kl_div),
     "gaussian_kl_div, standard": (2, kl_ext.gaussian_kl_div),
+    "normal_kl_div": (4, kl_ext.normal_kl_div),
+    "normal_kl_div, standard": (2, kl_ext.normal_kl_div),
 }
 OPERATORS: dict[str, tuple[int, Call]] = {
     f"torch.ops.{name}": (count, getattr(ops, name.split(",")[0])) for name, (count, _) in PUBLIC.items()
@@ -38,7 +40,8 @@ OPERATORS: dict[str, tuple[int, Call]] = {
 def backward(name: str, count: int, reduction: tuple[Any, ...] = (), q: tuple[None, ...] = ()) -> Call:
     def call(*tensors: Tensor, clamp_min: float = -30.0, clamp_max: float = 20.0, **how: Any) -> Any:
         given = (how.get("reduction", "none"), how.get("dim")) if reduction else ()
-        return getattr(ops, f"{name}_backward")(*tensors, *q, clamp_min, clamp_max, *given, [True] * count)
+        bounds = () if name == "normal_kl_div" else (clamp_min, clamp_max)
+        return getattr(ops, f"{name}_backward")(*tensors, *q, *bounds, *given, [True] * count)
 
     return call
 
@@ -48,6 +51,8 @@ BACKWARD: dict[str, tuple[int, Call]] = {
     "kl_div_pair_loss_backward": (5, backward("kl_div_pair_loss", 4)),
     "gaussian_kl_div_backward": (5, backward("gaussian_kl_div", 4, ("none", None))),
     "gaussian_kl_div_backward, standard": (3, backward("gaussian_kl_div", 4, ("none", None), (None, None))),
+    "normal_kl_div_backward": (5, backward("normal_kl_div", 4, ("none", None))),
+    "normal_kl_div_backward, standard": (3, backward("normal_kl_div", 4, ("none", None), (None, None))),
 }
 EVERY = {**PUBLIC, **OPERATORS, **BACKWARD}
 
@@ -127,10 +132,15 @@ def mode(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("cases", [bad_tensors, bad_clamps], ids=lambda f: f.__name__)
-def test_tensors_and_clamps(name: str, cases: Any) -> None:
+def test_tensors(name: str) -> None:
     count, call = EVERY[name]
-    assert_alike(call, count, cases)
+    assert_alike(call, count, bad_tensors)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if "normal_kl_div" not in name])
+def test_clamps(name: str) -> None:
+    count, call = EVERY[name]
+    assert_alike(call, count, bad_clamps)
 
 
 @pytest.mark.parametrize("name", [*PUBLIC, *OPERATORS])
@@ -148,7 +158,7 @@ def test_shapes(name: str) -> None:
     assert_alike(call, count, bad_shapes, fake=name not in BACKWARD)
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if "gaussian_kl_div" in name])
+@pytest.mark.parametrize("name", [name for name in EVERY if "gaussian_kl_div" in name or "normal_kl_div" in name])
 def test_reductions(name: str) -> None:
     """In backward passes, of fake tensors, what does not depend on a shape."""
     count, call = EVERY[name]

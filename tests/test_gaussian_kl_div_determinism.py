@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from conftest import SEED
-from gaussian_cases import backward_operator, random_case, wide_range
+from gaussian_cases import DIVERGENCES, Divergence, backward_operator, random_case, wide_range
 from kl_ext import gaussian_kl_div
 from oracle import same_bits
 from ordered_sum import additions
@@ -27,32 +27,37 @@ UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 @functools.cache
 def cases(seed):
-    """Inputs, reduction and grad_output of everything that is compared: random ones, and ones large enough for 7 threads."""
+    """Of everything that is compared: the divergence, inputs, reduction and grad_output."""
     rng = numpy.random.default_rng(seed)
+    return {f"{d}, {name}": (d, *case) for d in DIVERGENCES for name, case in cases_of(d, rng).items()}
+
+
+def cases_of(divergence: Divergence, rng):
+    """Random ones, and ones large enough for 7 threads."""
     result = {}
     for i in range(60):
-        inputs, dims = random_case(rng)
+        inputs, dims = random_case(rng, divergence)
         how = [{}, {"reduction": "sum", "dim": dims}, {"reduction": "mean", "dim": dims}][i % 3]
         result[f"random {i}"] = inputs, how
-    encoded, *prior = wide_range(rng, (2000, 400), (200,), (200,))
+    encoded, *prior = divergence.wide_range(rng, (2000, 400), (200,), (200,))
     large = [*encoded.chunk(2, -1), *prior]
-    image = wide_range(rng, (3, 40, 50, 50), (3, 1, 50, 50))
+    image = divergence.wide_range(rng, (3, 40, 50, 50), (3, 1, 50, 50))
     for dim in (None, 0, 1):
         result[f"large rows, sum of {dim}"] = large, {"reduction": "sum", "dim": dim}
     for dim in ((0, 2, 3), 1, None):
         result[f"image, mean of {dim}"] = image, {"reduction": "mean", "dim": dim}
     result["non-finite"] = [torch.where(x > 2, math.inf, torch.where(x < -2, math.nan, x)) for x in large], {"reduction": "sum"}
-    result["1M"] = wide_range(rng, (1024 * 1024 + 3,), ()), {"reduction": "batchmean"}
+    result["1M"] = divergence.wide_range(rng, (1024 * 1024 + 3,), ()), {"reduction": "batchmean"}
     for name, (inputs, how) in result.items():
-        (grad_output,) = wide_range(rng, tuple(gaussian_kl_div(*inputs, **how).shape))
+        (grad_output,) = wide_range(rng, tuple(divergence(*inputs, **how).shape))
         result[name] = inputs, how, grad_output
     return result
 
 
 def digests(seed):
     return {
-        name: digest([gaussian_kl_div(*inputs, **how), *backward_operator(grad_output, *inputs, **how)])
-        for name, (inputs, how, grad_output) in cases(seed).items()
+        name: digest([divergence(*inputs, **how), *divergence.backward(grad_output, *inputs, **how)])
+        for name, (divergence, inputs, how, grad_output) in cases(seed).items()
     }
 
 

@@ -9,7 +9,7 @@ import torch
 
 import oracle
 import points
-from gaussian_cases import DTYPES, backward_operator, formula, random_inputs
+from gaussian_cases import DTYPES, backward_operator, each_divergence, formula, random_inputs
 from kl_ext import gaussian_kl_div, kl_div_pair_loss, kl_div_single_loss
 from oracle import same_bits
 from ordered_sum import reduced_sum
@@ -122,16 +122,17 @@ def test_the_documented_pair_is_twice_the_divergence_and_a_half(device, rng):
 # Numbers for q
 
 
+@each_divergence
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3)], ids=str)
-def test_numbers_for_q_do_not_promote(dtype, shape, device):
-    mu, log_var, tensor = random_inputs(shape, shape, shape, device=device, dtype=dtype)
+def test_numbers_for_q_do_not_promote(divergence, dtype, shape, device):
+    mu, log_var, _, tensor = divergence.inputs(shape, shape, shape, shape, device=device, dtype=dtype)
     for q in itertools.product([0.5, 1, tensor], repeat=2):
-        value = gaussian_kl_div(mu, log_var, *q)
+        value = divergence(mu, log_var, *q)
         assert (value.dtype, value.shape, value.device) == (dtype, mu.shape, mu.device)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         same = [x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=wide, device=device) for x in q]
-        want = gaussian_kl_div(mu.to(wide), log_var.to(wide), *(x.to(wide) for x in same)).to(dtype)
+        want = divergence(mu.to(wide), log_var.to(wide), *(x.to(wide) for x in same)).to(dtype)
         assert same_bits(value, want)
 
 
@@ -146,28 +147,31 @@ def test_numbers_for_q_are_rounded_to_the_arithmetic_and_no_further(dtype, shape
     oracle.assert_within(value, exact, oracle.ulp_error(value, exact), oracle.PAIR, [mu, log_var])
 
 
-def test_numbers_for_q_are_float64_where_the_arithmetic_is(device):
+@each_divergence
+def test_numbers_for_q_are_float64_where_the_arithmetic_is(divergence, device):
     """Whichever of the inputs, or dtype, makes it so."""
-    single, double = (torch.zeros(3, dtype=dtype, device=device) for dtype in (torch.float32, torch.float64))
-    want = gaussian_kl_div(double, double, 0.1, 0.0)
-    assert same_bits(gaussian_kl_div(single, single, 0.1, double), want)
-    assert same_bits(gaussian_kl_div(single, single, 0.1, 0.0, dtype=torch.float64), want)
-    assert same_bits(gaussian_kl_div(single[0], single[0], 0.1, 0.0, dtype=torch.float64), want[0])
+    single, double = (torch.ones(3, dtype=dtype, device=device) for dtype in (torch.float32, torch.float64))
+    want = divergence(double, double, 0.1, 1.0)
+    assert same_bits(divergence(single, single, 0.1, double), want)
+    assert same_bits(divergence(single, single, 0.1, 1.0, dtype=torch.float64), want)
+    assert same_bits(divergence(single[0], single[0], 0.1, 1.0, dtype=torch.float64), want[0])
 
 
-def test_numbers_of_numpy_are_numbers(device):
+@each_divergence
+def test_numbers_of_numpy_are_numbers(divergence, device):
     """`log_var_q=numpy.log(4)` is a float64 scalar of numpy, which is a Python float."""
-    x = torch.zeros(3, device=device)
-    want = gaussian_kl_div(x, x, 0.5, math.log(4))
-    assert same_bits(gaussian_kl_div(x, x, numpy.float64(0.5), numpy.log(4)), want)
-    assert same_bits(gaussian_kl_div(x, x, torch.full_like(x, 0.5), numpy.log(4)), want)
+    x = torch.ones(3, device=device)
+    want = divergence(x, x, 0.5, math.log(4))
+    assert same_bits(divergence(x, x, numpy.float64(0.5), numpy.log(4)), want)
+    assert same_bits(divergence(x, x, torch.full_like(x, 0.5), numpy.log(4)), want)
 
 
-def test_numbers_for_q_go_with_every_reduction_and_gradient(device):
-    mu, log_var = random_inputs([4, 3], [4, 3], device=device, requires_grad=True)
-    q = [torch.full((), x, dtype=torch.float64, device=device) for x in (0.25, -1.0)]
+@each_divergence
+def test_numbers_for_q_go_with_every_reduction_and_gradient(divergence, device):
+    mu, log_var = divergence.inputs([4, 3], [4, 3], device=device, requires_grad=True)
+    q = [torch.full((), x, dtype=torch.float64, device=device) for x in divergence.numbers]
     for how in ({}, {"reduction": "sum", "dim": 0}, {"reduction": "batchmean"}):
-        value, want = gaussian_kl_div(mu, log_var, 0.25, -1, **how), gaussian_kl_div(mu, log_var, *q, **how)
+        value, want = divergence(mu, log_var, *divergence.numbers, **how), divergence(mu, log_var, *q, **how)
         assert same_bits(value, want)
         for a, e in zip(*(torch.autograd.grad(v.sum(), (mu, log_var)) for v in (value, want)), strict=True):
             assert same_bits(a, e)
@@ -176,57 +180,61 @@ def test_numbers_for_q_go_with_every_reduction_and_gradient(device):
 # Reductions
 
 
+@each_divergence
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 3, 4), (2, 3, 4, 5), (2, 1, 4, 1)], ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_any_subset_of_the_dimensions_written_in_any_way(shape, reduction, device):
+def test_any_subset_of_the_dimensions_written_in_any_way(divergence, shape, reduction, device):
     """Values against plain torch in float64; the same bits however dim is written."""
-    inputs = random_inputs(shape, shape, shape[-1:], (), device=device)
+    inputs = divergence.inputs(shape, shape, shape[-1:], (), device=device)
     reduce = getattr(torch, reduction)
-    terms = formula(*inputs)
+    terms = divergence.formula(*inputs)
     for count in range(1, len(shape) + 1):
         for dims in itertools.combinations(range(len(shape)), count):
-            value = gaussian_kl_div(*inputs, reduction=reduction, dim=dims)
+            value = divergence(*inputs, reduction=reduction, dim=dims)
             torch.testing.assert_close(value, reduce(terms, dims), rtol=1e-12, atol=1e-12)
             negative = [d - len(shape) for d in reversed(dims)]
             mixed = tuple(d - len(shape) * (i % 2) for i, d in enumerate(dims))
             for written in (list(dims), negative, mixed, *(dims if count == 1 else ())):
-                assert same_bits(gaussian_kl_div(*inputs, reduction=reduction, dim=written), value)
-    everything = gaussian_kl_div(*inputs, reduction=reduction, dim=tuple(range(len(shape))))
+                assert same_bits(divergence(*inputs, reduction=reduction, dim=written), value)
+    everything = divergence(*inputs, reduction=reduction, dim=tuple(range(len(shape))))
     for none in (None, (), []):  # as in torch.sum
-        assert same_bits(gaussian_kl_div(*inputs, reduction=reduction, dim=none), everything)
+        assert same_bits(divergence(*inputs, reduction=reduction, dim=none), everything)
 
 
-def test_batchmean_is_the_sum_over_the_size_of_the_first_dimension(device):
+@each_divergence
+def test_batchmean_is_the_sum_over_the_size_of_the_first_dimension(divergence, device):
     for shape in ((7,), (4, 3), (4, 3, 2), (1, 5)):
-        inputs = random_inputs(shape, shape, device=device, dtype=torch.float32)
-        total = gaussian_kl_div(*inputs, reduction="sum")
+        inputs = divergence.inputs(shape, shape, device=device, dtype=torch.float32)
+        total = divergence(*inputs, reduction="sum")
         # A tensor: what torch divides by a number on CUDA, it multiplies by the reciprocal.
-        assert same_bits(gaussian_kl_div(*inputs, reduction="batchmean"), total / torch.full_like(total, shape[0]))
-    inputs = random_inputs([3], [3], [4, 3], [3], device=device)  # the first dimension of the terms, not of mu_p
-    assert same_bits(gaussian_kl_div(*inputs, reduction="batchmean"), gaussian_kl_div(*inputs, reduction="sum") / 4)
+        assert same_bits(divergence(*inputs, reduction="batchmean"), total / torch.full_like(total, shape[0]))
+    inputs = divergence.inputs([3], [3], [4, 3], [3], device=device)  # the first dimension of the terms, not of mu_p
+    assert same_bits(divergence(*inputs, reduction="batchmean"), divergence(*inputs, reduction="sum") / 4)
 
 
-def test_zero_dimensional_inputs_reduce_to_themselves(device):
-    inputs = random_inputs([], [], [], [], device=device, dtype=torch.float32)
+@each_divergence
+def test_zero_dimensional_inputs_reduce_to_themselves(divergence, device):
+    inputs = divergence.inputs([], [], [], [], device=device, dtype=torch.float32)
     for how in ({"reduction": r, "dim": d} for r in ("sum", "mean") for d in (None, (), 0, -1, [0])):
-        assert same_bits(gaussian_kl_div(*inputs, **how), gaussian_kl_div(*inputs))
+        assert same_bits(divergence(*inputs, **how), divergence(*inputs))
 
 
+@each_divergence
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3), (0, 0)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_empty_reductions_give_what_torch_gives(shape, dtype, device):
-    inputs = random_inputs(shape, shape, shape[-1:], (), device=device, dtype=dtype)
+def test_empty_reductions_give_what_torch_gives(divergence, shape, dtype, device):
+    inputs = divergence.inputs(shape, shape, shape[-1:], (), device=device, dtype=dtype)
     subsets = [d for n in range(1, len(shape) + 1) for d in itertools.combinations(range(len(shape)), n)]
     for dims, reduction in itertools.product([None, *subsets], ["sum", "mean"]):
-        value = gaussian_kl_div(*inputs, reduction=reduction, dim=dims)
+        value = divergence(*inputs, reduction=reduction, dim=dims)
         want = getattr(torch, reduction)(torch.empty(shape, dtype=dtype, device=device), dims)
         assert same_bits(value, want), (dims, reduction)
         assert not value.signbit()[~value.isnan()].any()
     want = torch.empty(shape, dtype=dtype).sum() / shape[0]
-    assert same_bits(gaussian_kl_div(*inputs, reduction="batchmean"), want)
+    assert same_bits(divergence(*inputs, reduction="batchmean"), want)
     for reduction in ("sum", "mean", "batchmean"):
         leaves = [x.detach().requires_grad_() for x in inputs]
-        for x, g in zip(leaves, torch.autograd.grad(gaussian_kl_div(*leaves, reduction=reduction), leaves), strict=True):
+        for x, g in zip(leaves, torch.autograd.grad(divergence(*leaves, reduction=reduction), leaves), strict=True):
             assert g.shape == x.shape and (g == 0).all()
 
 
@@ -247,16 +255,17 @@ BARELY_ABOVE_HALF_A_SPACING = {
 }
 
 
+@each_divergence
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_a_float64_sum_is_rounded_once_to_a_half_type(dtype, device):
+def test_a_float64_sum_is_rounded_once_to_a_half_type(divergence, dtype, device):
     """By way of float32 it would be rounded to the middle of two half numbers, and from there to the wrong one."""
     mu, want = BARELY_ABOVE_HALF_A_SPACING[dtype]
     mu = torch.tensor(mu, dtype=torch.float64, device=device)
-    zero = torch.zeros_like(mu)
-    assert gaussian_kl_div(mu[None], zero, reduction="sum", dim=1, dtype=dtype).item() == want
-    assert gaussian_kl_div(mu[None], zero, reduction="batchmean", dtype=dtype).item() == want
+    standard = torch.full_like(mu, float(divergence.has_deviations))
+    assert divergence(mu[None], standard, reduction="sum", dim=1, dtype=dtype).item() == want
+    assert divergence(mu[None], standard, reduction="batchmean", dtype=dtype).item() == want
     if len(mu) == 4:  # the division is exact
-        assert gaussian_kl_div(2 * mu, zero, reduction="mean", dtype=dtype).item() == want
+        assert divergence(2 * mu, standard, reduction="mean", dtype=dtype).item() == want
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -271,31 +280,33 @@ def test_a_float64_gradient_of_a_half_prior_is_rounded_once(dtype, device):
 HOWS = ({}, {"reduction": "sum", "dim": 0}, {"reduction": "mean"}, {"reduction": "batchmean"})
 
 
+@each_divergence
 @pytest.mark.parametrize("how", HOWS, ids=str)
 @pytest.mark.parametrize("requested", [None, *DTYPES], ids=str)
-def test_float64_arithmetic_if_an_input_or_dtype_is_float64_and_one_rounding(how, requested, device):
+def test_float64_arithmetic_if_an_input_or_dtype_is_float64_and_one_rounding(divergence, how, requested, device):
     for dtypes in itertools.product(DTYPES, repeat=2):
-        inputs = [x.to(d) for x, d in zip(random_inputs([70, 30], [70, 30], device=device), dtypes, strict=True)]
+        inputs = [x.to(d) for x, d in zip(divergence.inputs([70, 30], [70, 30], device=device), dtypes, strict=True)]
         wide = torch.float64 if torch.float64 in (*dtypes, requested) else torch.float32
-        terms = gaussian_kl_div(*(x.to(wide) for x in inputs))
+        terms = divergence(*(x.to(wide) for x in inputs))
         if how:
             dims = [0] if how.get("dim") == 0 else [0, 1]
             terms = reduced_sum(terms, dims) / torch.tensor(
                 {"sum": 1, "mean": 2100, "batchmean": 70}[how["reduction"]], dtype=wide
             )
         want = rounded_once(terms, requested or torch.promote_types(*dtypes))
-        assert same_bits(gaussian_kl_div(*inputs, **how, dtype=requested), want), dtypes
+        assert same_bits(divergence(*inputs, **how, dtype=requested), want), dtypes
 
 
+@each_divergence
 @pytest.mark.parametrize("how", HOWS, ids=str)
-def test_under_autocast_the_result_is_float32_unless_a_dtype_is_given(how, device):
-    inputs = random_inputs([6, 5], [6, 5], [5], [5], device=device, dtype=torch.bfloat16)
+def test_under_autocast_the_result_is_float32_unless_a_dtype_is_given(divergence, how, device):
+    inputs = divergence.inputs([6, 5], [6, 5], [5], [5], device=device, dtype=torch.bfloat16)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        value = gaussian_kl_div(*inputs, **how)
-        with_numbers = gaussian_kl_div(*inputs[:2], 0.1, 0.2, **how)
-        chosen = [gaussian_kl_div(*inputs, **how, dtype=dtype) for dtype in DTYPES]
-        double = gaussian_kl_div(inputs[0].double(), *inputs[1:], **how)
-    assert same_bits(value, gaussian_kl_div(*(x.float() for x in inputs), **how))
+        value = divergence(*inputs, **how)
+        with_numbers = divergence(*inputs[:2], 0.1, 0.2, **how)
+        chosen = [divergence(*inputs, **how, dtype=dtype) for dtype in DTYPES]
+        double = divergence(inputs[0].double(), *inputs[1:], **how)
+    assert same_bits(value, divergence(*(x.float() for x in inputs), **how))
     assert with_numbers.dtype == torch.float32 and double.dtype == torch.float64
     for dtype, x in zip(DTYPES, chosen, strict=True):
-        assert same_bits(x, gaussian_kl_div(*inputs, **how, dtype=dtype))
+        assert same_bits(x, divergence(*inputs, **how, dtype=dtype))

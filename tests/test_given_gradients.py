@@ -21,19 +21,20 @@ INPUTS = {
     "kl_div_single_loss": ["mu", "log_var"],
     "kl_div_pair_loss": ["mu_p", "log_var_p", "mu_q", "log_var_q"],
     "gaussian_kl_div": ["mu_p", "log_var_p", "mu_q", "log_var_q"],
+    "normal_kl_div": ["loc_p", "scale_p", "loc_q", "scale_q"],
 }
-SUM = {"gaussian_kl_div": ("sum", None)}  # how the last one reduces; the others do not
+REDUCING = ("gaussian_kl_div", "normal_kl_div")
+HOWS = {None: ("none", None), "sum": ("sum", None), "mean of rows": ("mean", [1])}
 each_operator = pytest.mark.parametrize("name", INPUTS)
 each_reduction = pytest.mark.parametrize(
     ("name", "reduction"),
-    [*((name, None) for name in INPUTS), ("gaussian_kl_div", "sum"), ("gaussian_kl_div", "mean of rows")],
+    [(name, how) for name in INPUTS for how in HOWS if how is None or name in REDUCING],
 )
 
 
 def rest(name: str, reduction: str | None = None) -> list[Any]:
-    if name != "gaussian_kl_div":
-        return [-30.0, 20.0]
-    return [-30.0, 20.0, *{None: ("none", None), "sum": ("sum", None), "mean of rows": ("mean", [1])}[reduction]]
+    bounds = [] if name == "normal_kl_div" else [-30.0, 20.0]
+    return [*bounds, *(HOWS[reduction] if name in REDUCING else ())]
 
 
 def into(name: str, tensors: Sequence[Tensor], gradients: dict[str, Tensor], reduction: str | None = None) -> None:
@@ -71,7 +72,9 @@ def mode(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def arguments(name: str, place: torch.device, shape: Sequence[int] = (4, 6)) -> list[Tensor]:
-    return [torch.randn(tuple(shape), device=place) for _ in range(1 + len(INPUTS[name]))]
+    drawn = [torch.randn(tuple(shape), device=place) for _ in range(1 + len(INPUTS[name]))]
+    deviations = (2, 4) if name == "normal_kl_div" else ()
+    return [x.abs() + 0.5 if i in deviations else x for i, x in enumerate(drawn)]
 
 
 def placed(base: Tensor, name: str, position: int, slices: tuple[Any, ...], place: torch.device) -> list[Tensor]:

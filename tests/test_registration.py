@@ -32,6 +32,11 @@ SCHEMAS = {
     " float clamp_min, float clamp_max, str reduction, int[]? dim, bool[4] output_mask, bool keepdim=False,"
     " Tensor? weight=None)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    "normal_kl_div": "(Tensor loc_p, Tensor scale_p, Tensor? loc_q=None, Tensor? scale_q=None, Tensor? weight=None, *,"
+    ' str reduction="none", int[]? dim=None, bool keepdim=False, ScalarType? dtype=None) -> Tensor',
+    "normal_kl_div_backward": "(Tensor grad_output, Tensor loc_p, Tensor scale_p, Tensor? loc_q, Tensor? scale_q,"
+    " str reduction, int[]? dim, bool[4] output_mask, bool keepdim=False, Tensor? weight=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 }
 # The gradients go where they are told.
 OUT_SCHEMAS = {
@@ -45,6 +50,9 @@ OUT_SCHEMAS = {
     " Tensor(a!)? grad_mu_p,"
     " Tensor(b!)? grad_log_var_p,"
     " Tensor(c!)? grad_mu_q, Tensor(d!)? grad_log_var_q) -> ()",
+    "normal_kl_div_backward": "(Tensor grad_output, Tensor loc_p, Tensor scale_p, Tensor? loc_q, Tensor? scale_q,"
+    " str reduction, int[]? dim, bool keepdim=False, Tensor? weight=None, *,"
+    " Tensor(a!)? grad_loc_p, Tensor(b!)? grad_scale_p, Tensor(c!)? grad_loc_q, Tensor(d!)? grad_scale_q) -> ()",
 }
 ELEMENTWISE = ("kl_div_single_loss", "kl_div_pair_loss")
 
@@ -134,7 +142,7 @@ def test_the_public_functions_have_exactly_the_documented_signature(function: An
 
 
 def test_the_package_offers_the_losses_and_nothing_more() -> None:
-    assert sorted(kl_ext.__all__) == ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss"]
+    assert sorted(kl_ext.__all__) == ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss", "normal_kl_div"]
 
 
 @each_loss
@@ -271,6 +279,6 @@ def test_wrapper_subclasses_go_forward_and_backward(loss: Loss, device: torch.de
 
 
 def test_the_schemas_are_those_of_the_losses() -> None:
-    names = [*ELEMENTWISE, "gaussian_kl_div"]
+    names = [*ELEMENTWISE, "gaussian_kl_div", "normal_kl_div"]
     assert {loss.name for loss in LOSSES} == set(ELEMENTWISE)
     assert {f"{name}{suffix}" for name in names for suffix in ("", "_backward")} == set(SCHEMAS)

@@ -14,23 +14,43 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import instructions
 
 VECTORS = {"AVX2": "%ymm", "AVX512": "%zmm"}
-LOSSES = {
-    "SingleLoss": (0, 1),
-    "PairOf<true>": (0, 1),
-    "PairOf<false>": (0, 1),
-    "PairGivenQ<true>": (0,),
-    "PairGivenQ<false>": (0,),
+# Of each formula, the ranges that it has.
+FORMULAS = {
+    "StandardDivergence": (0, 1),
+    "Divergence": (0, 1),
+    "DivergenceGivenQ": (0,),
+    "StandardNormalDivergence": (1,),
+    "NormalDivergence": (1,),
 }
-# The fused operations of the polynomial alone. A word of bfloat16 is two numbers.
+# The fused operations of the polynomial alone, and of gradients that have none. A word of bfloat16 is two numbers.
 FUSED = {"float": 6, "double": 12, "kl_ext::math::Half": 6, "kl_ext::math::BFloat16": 12}
+GRADIENTS = {"StandardNormalDivergence": 2, "NormalDivergence": 7}
+
+
+def fused_operations(formula, function, storage):
+    if formula in GRADIENTS and function.startswith("backward"):
+        return GRADIENTS[formula] * (1 + ("BFloat16" in storage))
+    return FUSED[storage]
+
+
 KERNELS = {
-    f"{function}<kl_ext::math::{loss}, (kl_ext::math::Range){wide}, {storage}>": fused
-    for loss, ranges in LOSSES.items()
-    for function in ("forward", "backward", "accumulate", "sum_chunks")
-    + (("backward_to_lanes",) if "GivenQ" in loss else ("backward_of_one",))
+    f"{function}<kl_ext::math::{formula}, (kl_ext::math::Range){wide}, {storage}>": fused_operations(formula, function, storage)
+    for formula, ranges in FORMULAS.items()
+    for function in ("forward", "backward", "accumulate", "sum_chunks", "sum_row_chunks")
+    + (("backward_to_lanes",) if "GivenQ" in formula else ("backward_of_one",))
     for wide in ranges
-    for storage, fused in FUSED.items()
-    if storage in ("float", "double") or not ("GivenQ" in loss or function == "accumulate")
+    for storage in FUSED
+    if storage in ("float", "double") or not ("GivenQ" in formula or function == "accumulate")
+}
+# With a weight, for numbers of the arithmetic types.
+KERNELS |= {
+    f"{function}<kl_ext::math::Weighted<kl_ext::math::{formula}>, (kl_ext::math::Range){wide}, {storage}>": fused_operations(
+        formula, function, storage
+    )
+    for formula, ranges in FORMULAS.items()
+    for function in ("forward", "backward", "accumulate", "sum_chunks", "sum_row_chunks")
+    for wide in ranges
+    for storage in ("float", "double")
 }
 
 
