@@ -23,6 +23,8 @@ FORMULAS = {
     ("kl_div_pair_loss", 4): "Divergence",
     ("gaussian_kl_div", 2): "StandardDivergence",
     ("gaussian_kl_div", 4): "Divergence",
+    ("normal_kl_div", 2): "StandardNormalDivergence",
+    ("normal_kl_div", 4): "NormalDivergence",
 }
 
 
