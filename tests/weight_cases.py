@@ -240,6 +240,16 @@ def exact_terms(divergence: Divergence, inputs: Sequence[Tensor], weight: Tensor
 # What the order of the sums makes of it
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Once: from float64 to a half type torch goes by way of float32, here the last bit of which keeps what was cut off."""
+    if x.dtype != torch.float64 or dtype.itemsize > 2:
+        return x.to(dtype)
+    near = x.float()
+    cut = torch.where(near.double().abs() > x.abs(), near.nextafter(torch.zeros_like(near)), near)
+    is_inexact = (cut.double() != x) & ~x.isnan()
+    return (cut.view(torch.int32) | is_inexact.int()).view(torch.float32).to(dtype)
+
+
 def in_arithmetic(terms: Tensor, weight: Tensor) -> Tensor:
     """weight * term with one rounding, and +0 where the weight is 0."""
     weight = weight.to(terms.dtype).expand(terms.shape)
@@ -260,13 +270,13 @@ def ordered_value(divergence: Divergence, inputs: Sequence[Tensor], weight: Tens
     terms = divergence.function(*widened(inputs, weight))
     products = in_arithmetic(terms, weight)
     if how.get("reduction", "none") == "none":
-        return products.to(dtype)
+        return rounded(products, dtype)
     total = sums_of(products, how, how.get("keepdim", False))
     if how["reduction"] == "mean":
         total = total / sums_of(weight.to(terms.dtype).expand(terms.shape), how, how.get("keepdim", False))
     elif how["reduction"] == "batchmean":
         total = total / torch.tensor(terms.shape[0], dtype=total.dtype)
-    return total.to(dtype)
+    return rounded(total, dtype)
 
 
 def ordered_gradients(
@@ -285,4 +295,4 @@ def ordered_gradients(
     grad = weight.to(grad.dtype).expand(shape) * grad.expand(shape)
     terms = divergence.backward(grad, *(x.expand(shape) for x in widened(inputs, grad)))
     kept = [torch.where((weight == 0).expand(shape), torch.zeros_like(t), t) for t in terms]
-    return [sum_to_shape(t, x.shape).to(x.dtype) for t, x in zip(kept, inputs, strict=True)]
+    return [rounded(sum_to_shape(t, x.shape), x.dtype) for t, x in zip(kept, inputs, strict=True)]
