@@ -21,8 +21,7 @@ struct LegacyBatching {
     const auto views = at::MultiBatchVmapTransform::logicalToPhysical(logical);
     const int64_t batch_dims = views[0].numBatchDims();
     const at::DimVector shape = broadcast_shape(call.inputs());
-    const Reduction how =
-        parse_reduction(call.op->backward_name, call.reduction, call.dim, static_cast<int64_t>(shape.size()));
+    const Reduction how = parse_reduction(call.op->backward_name, call.reduction, call.dim, static_cast<int64_t>(shape.size()));
     at::Tensor grad = views[0].tensor();
     at::DimVector dims; // that are reduced: they count from behind the batch
     for (size_t dim = 0; dim < how.reduced.size(); ++dim) {
@@ -39,7 +38,9 @@ struct LegacyBatching {
     }
 
     // Ones behind the batch dimensions, so that the logical ones broadcast from the right.
-    const size_t rank = batch_dims + (how.is_none ? grad.dim() - batch_dims : is_single ? 1 : static_cast<int64_t>(shape.size()));
+    const size_t rank = batch_dims + (how.is_none ? grad.dim() - batch_dims
+                                      : is_single ? 1
+                                                  : static_cast<int64_t>(shape.size()));
     std::vector<at::Tensor> aligned;
     for (size_t i = 1; i < views.size(); ++i) {
       at::DimVector sizes(views[i].tensor().sizes());

@@ -352,9 +352,8 @@ struct Backward : SavingNode {
 // that is not saved cannot be given a ragged shape.
 Mask needed_by_gradients(const Call& call) {
   const Arguments inputs = call.inputs();
-  const bool any_jagged = std::any_of(inputs.begin(), inputs.end(), [](const Argument& input) {
-    return input.tensor.layout() == at::kJagged;
-  });
+  const bool any_jagged =
+      std::any_of(inputs.begin(), inputs.end(), [](const Argument& input) { return input.tensor.layout() == at::kJagged; });
   if (any_jagged) {
     return {true, true, true, true};
   }

@@ -42,7 +42,7 @@ constexpr int kBackwardOperands = F::kGradients + 1 + F::kInputs;
 
 // Every gradient is computed; those not wanted are not written.
 template <class F, math::Range range, class T, class Input, class Output, class Access>
-__global__ void __launch_bounds__(kThreads, blocks_per_processor(range, kBackwardOperands<F> * Access::kItems))
+__global__ void __launch_bounds__(kThreads, blocks_per_processor(range, kBackwardOperands<F>* Access::kItems))
     backward(const typename Access::template Plan<kBackwardOperands<F>> plan, const math::Settings<T> settings) {
   constexpr int kInputs = F::kInputs;
   constexpr int kGradients = F::kGradients;

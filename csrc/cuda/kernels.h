@@ -15,7 +15,7 @@ KL_EXT_INLINE constexpr std::int64_t size_of(Storage dtype) {
   return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : dtype == kBool ? 1 : 2;
 }
 
-constexpr int kMaxDims = 64;    // torch's own limit
+constexpr int kMaxDims = 64;     // torch's own limit
 constexpr int kMaxOperands = 10; // of the backward of a weighted pair
 constexpr int kMaxOutputs = 4;
 

@@ -167,7 +167,8 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
 
 // Launches a kernel on the layout, and returns what it leaves of a sum; plan: of its access.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class Plan>
-Partials launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shape, const Settings& settings, CUstream_st* stream) {
+Partials launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shape, const Settings& settings,
+                     CUstream_st* stream) {
   static_assert(sizeof(Plan) + sizeof(SumShape<T>) + sizeof(math::Settings<T>) <= 4096);
   constexpr int kItems = Access::kItems;
   shape.count = layout.count;
@@ -217,7 +218,8 @@ Partials launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shap
 
 // Nothing, where the operands' dtypes and layouts do not let it.
 template <class Direction, math::Range range, class T, class Input, class Output>
-std::optional<Partials> run_vector_sums(const SumLayout& layout, const SumShape<T>& shape, const Settings& settings, CUstream_st* stream) {
+std::optional<Partials> run_vector_sums(const SumLayout& layout, const SumShape<T>& shape, const Settings& settings,
+                                        CUstream_st* stream) {
   constexpr int kItems = kVectorBytes / (sizeof(Input) < sizeof(Output) ? sizeof(Input) : sizeof(Output));
   for (int i = 0; i < Direction::kOperands; ++i) {
     const Operand& operand = layout.terms.operand[i];
@@ -275,7 +277,8 @@ Partials run_sums(const SumLayout& layout, const SumShape<T>& shape, const Setti
 }
 
 template <class Direction, class T>
-void run_sum_arithmetic(const Summation& summation, const Settings& settings, const SumResults& results, T* scratch, CUstream_st* stream) {
+void run_sum_arithmetic(const Summation& summation, const Settings& settings, const SumResults& results, T* scratch,
+                        CUstream_st* stream) {
   const SumLayout layout = lay_out(summation);
   SumShape<T> shape{};
   shape.pitch = layout.outputs * layout.sums;
@@ -291,9 +294,8 @@ void run_sum_arithmetic(const Summation& summation, const Settings& settings, co
     }
   }
   Partials partials{};
-  with_range<typename Direction::F, T>(settings, [&]<math::Range range>() {
-    partials = run_sums<Direction, range, T>(layout, shape, settings, stream);
-  });
+  with_range<typename Direction::F, T>(
+      settings, [&]<math::Range range>() { partials = run_sums<Direction, range, T>(layout, shape, settings, stream); });
   if (layout.chunks > 1) {
     kernels::finish_sums(scratch, partials, layout.outputs, layout.sums, summation.divisor, results,
                          scratch + partials.count * shape.pitch, stream);
@@ -301,7 +303,8 @@ void run_sum_arithmetic(const Summation& summation, const Settings& settings, co
 }
 
 template <class Direction>
-void run_sum(const Summation& summation, const Settings& settings, const SumResults& results, void* scratch, CUstream_st* stream) {
+void run_sum(const Summation& summation, const Settings& settings, const SumResults& results, void* scratch,
+             CUstream_st* stream) {
   if (is_double(summation.terms)) {
     run_sum_arithmetic<Direction>(summation, settings, results, static_cast<double*>(scratch), stream);
   } else {

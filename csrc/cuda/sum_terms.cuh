@@ -48,9 +48,10 @@ struct Q {
 // The steps whose loads are all issued before any of their numbers is used: a chunk takes 16 steps at most, and what a short
 // sum waits for is memory.
 template <class Direction, class Access>
-constexpr int kStepsAtOnce = Direction::kIsBackward                       ? 1
-                             : Access::kNeighbours && Access::kItems <= 4 ? 8 / Direction::F::kInputs
-                                                                          : (4 / Direction::F::kInputs > 0 ? 4 / Direction::F::kInputs : 1);
+constexpr int kStepsAtOnce =
+    Direction::kIsBackward                       ? 1
+    : Access::kNeighbours && Access::kItems <= 4 ? 8 / Direction::F::kInputs
+                                                 : (4 / Direction::F::kInputs > 0 ? 4 / Direction::F::kInputs : 1);
 
 // A thread's numbers in one step, and what becomes of them. Every gradient is computed.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access>
@@ -59,7 +60,7 @@ struct Step {
   using Thread = typename Access::template Thread<Direction::kOperands>;
   static constexpr int kInputs = F::kInputs;
   static constexpr int kFirstInput = Direction::kOperands - kInputs;
-  static constexpr int kOwn = Direction::kSharesQ ? 2 : kInputs;                        // inputs of the terms
+  static constexpr int kOwn = Direction::kSharesQ ? 2 : kInputs;                // inputs of the terms
   static constexpr int kOwnGradients = Direction::kSharesQ ? 2 : F::kGradients; // that may be theirs
 
   typename Access::template Loaded<Input> inputs[kOwn];
@@ -119,8 +120,8 @@ constexpr int kFirstSummed = Direction::kSharesQ ? 2 : 0;
 // Adds a thread's terms to its lanes: at `first`, first + stride, ... below count. at(term) gives the access to them, and
 // valid(term) how many of its items there are.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class At, class Valid>
-KL_EXT_INLINE void add_terms(std::int32_t first, std::int32_t stride, std::int32_t count, math::Settings<T> settings, const At& at,
-                             const Valid& valid, const Q<Direction, T, Access>& q,
+KL_EXT_INLINE void add_terms(std::int32_t first, std::int32_t stride, std::int32_t count, math::Settings<T> settings,
+                             const At& at, const Valid& valid, const Q<Direction, T, Access>& q,
                              T (&lanes)[Direction::kOutputs][Access::kItems]) {
   constexpr int kSteps = kStepsAtOnce<Direction, Access>;
   for (; first < count; first += kSteps * stride) {
