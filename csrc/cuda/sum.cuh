@@ -15,8 +15,12 @@ namespace kl_ext::cuda {
 // As blocks_per_processor in elementwise.cuh. Half types are bound by their arithmetic, which more warps keep busier.
 template <class Direction, math::Range range, class T, class Access>
 constexpr int sum_blocks_per_processor() {
-  if (sizeof(T) == sizeof(double) && Direction::kIsBackward && range == math::Range::kWide) {
+  constexpr bool kIsWeighted = Direction::F::kIsWeighted;
+  if (sizeof(T) == sizeof(double) && (Direction::kIsBackward || kIsWeighted) && range == math::Range::kWide) {
     return 1;
+  }
+  if (!Access::kNeighbours && (Direction::kIsBackward || kIsWeighted)) { // offsets of many operands
+    return 2;
   }
   if (sizeof(T) == sizeof(double) || Direction::kOutputs * Access::kItems > 16) {
     return 2;
