@@ -196,7 +196,7 @@ struct Layer {
     return {call.clamp_min, call.clamp_max, d.scale, d.offset};
   }
 
-  // In the order of the sum, for the weighted mean.
+  // In the order of the sum, for the weighted mean; NaN where it is 0.
   static at::Tensor sum_of_weights(const Checked& checked, at::ScalarType arithmetic, const Reduction& reduction) {
     constexpr double kInfinity = std::numeric_limits<double>::infinity();
     const Terms weights{math::kFormula<math::Weight>,
@@ -204,7 +204,7 @@ struct Layer {
                         checked.terms.operands.slice(checked.terms.inputs()),
                         {-kInfinity, kInfinity},
                         checked.terms.device};
-    return Backend::forward_sum(weights, arithmetic, checked.shape, reduction.sum());
+    return nan_for_zero(Backend::forward_sum(weights, arithmetic, checked.shape, reduction.sum()));
   }
 
   template <class Where>

@@ -2,11 +2,14 @@
 #pragma once
 
 #include <ATen/ExpandUtils.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/where.h>
 #include <c10/core/WrapDimMinimal.h>
 #include <c10/util/Exception.h>
 
+#include <limits>
 #include <string_view>
 
 namespace kl_ext {
@@ -99,6 +102,11 @@ inline Reduction parse_reduction(const char* function, std::string_view reductio
 // Rounded once, as the operators divide: by a number, torch multiplies with its reciprocal on a GPU.
 inline at::Tensor quotient(const at::Tensor& sum, const at::Scalar& count) {
   return sum.div(at::full({}, count, at::dtype(sum.scalar_type()).device(sum.device())));
+}
+
+// What a weighted mean is divided by: where the weights add up to 0 it is NaN, as the mean of nothing is.
+inline at::Tensor nan_for_zero(const at::Tensor& weights) {
+  return at::where(weights == 0, std::numeric_limits<double>::quiet_NaN(), weights);
 }
 
 } // namespace kl_ext

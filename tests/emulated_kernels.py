@@ -46,14 +46,14 @@ class KernelFault(Exception):
     """What an emulated thread did wrong, and where."""
 
 
-def compile_emulated(sources: Sequence[Path], folder: Path, sanitize: bool = False) -> list[Path]:
+def compile_emulated(sources: Sequence[Path], folder: Path, sanitize: bool = False, csrc: Path = ROOT / "csrc") -> list[Path]:
     """Object files in the folder, of kernels or of what drives them."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-Wall", "-Wextra"]
     flags += SANITIZE if sanitize else []
-    header = ["-include", str(EMULATION / "emulation.h"), "-I", str(ROOT / "csrc")]
+    header = ["-include", str(EMULATION / "emulation.h"), "-I", str(csrc)]
 
     def compile_one(source: Path) -> Path:
         out = folder / f"{source.stem}.o"

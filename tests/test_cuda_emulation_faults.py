@@ -21,6 +21,7 @@ from emulated_kernels import (
     Emulated,
     KernelFault,
     compile_emulated,
+    instances,
     link_emulated,
     objects,
 )
@@ -105,7 +106,7 @@ class Change(NamedTuple):
     @property
     def compiled(self) -> tuple[str, Callable[[Emulated], None]]:
         """The source with it that is compiled anew, and what runs it."""
-        return ("finish.cu", sum_what_is_left) if self.file == "finish.cu" else ("kl_div_single_loss_sum.cu", sum_terms)
+        return ("finish.cu", sum_what_is_left) if self.file == "finish.cu" else ("StandardDivergence_forward_sum.cu", sum_terms)
 
 
 CHANGES = {
@@ -136,7 +137,8 @@ def test_a_fault_in_a_real_kernel_is_found(tmp_path, change):
     text = path.read_text()
     match = list(re.finditer(pattern, text))[which]
     path.write_text(text[: match.start()] + replacement + text[match.end() :])
-    changed = compile_emulated([tmp_path / "csrc/cuda" / source], tmp_path)
+    sources = {path.name: path for path in [*instances(tmp_path), *(tmp_path / "csrc/cuda").glob("*.cu")]}
+    changed = compile_emulated([sources[source]], tmp_path, csrc=tmp_path / "csrc")
     # Of an inline function that several objects have, the first one's is linked.
     others = [path for path in objects() if path.name != changed[0].name]
     emulated = Emulated(link_emulated([*changed, *others], tmp_path / "libchanged.so"))

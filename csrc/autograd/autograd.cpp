@@ -194,7 +194,7 @@ class Derived {
       return quotient(sum, how.divisor(shape));
     }
     const at::Tensor weights = weight_.to(arithmetic).expand_symint(shape);
-    return sum / (shape.empty() ? weights : at::sum(weights, dims_of(how), keepdim));
+    return sum / nan_for_zero(shape.empty() ? weights : at::sum(weights, dims_of(how), keepdim));
   }
 
   at::Tensor reduce(const at::Tensor& terms, c10::SymIntArrayRef shape, at::ScalarType arithmetic) const {
@@ -472,7 +472,7 @@ struct Autograd {
                                                         std::any_of(gradients.begin(), gradients.end(), requires_grad));
     TORCH_CHECK(!records, call.op->backward_name,
                 ": expected no tensor to require grad where gradients are given, which are not ", "differentiated");
-    check_together(call.op->backward_name, call);
+    check(call.op->backward_name, call);
     const at::AutoDispatchBelowADInplaceOrView guard;
     call.op->backward_out(grad_output, call, gradients);
   }
