@@ -1,5 +1,7 @@
 // The emulated kernels for tests/test_cuda_emulation.py, through ctypes.
 #include <algorithm>
+#include <map>
+#include <string>
 
 #include "cuda/sum_layout.h"
 #include "driver.h"
@@ -7,6 +9,17 @@
 using namespace kl_ext;
 
 namespace {
+
+// In functions: what enters them is initialised in any order.
+std::map<std::string, emulation::Launch>& elementwise() {
+  static std::map<std::string, emulation::Launch> all;
+  return all;
+}
+
+std::map<std::string, emulation::LaunchSum>& sums() {
+  static std::map<std::string, emulation::LaunchSum> all;
+  return all;
+}
 
 // Operands in the order of csrc/cuda/kernels.h: data, dtypes, and for each the strides of every dimension.
 cuda::Iteration to_iteration(int ndim, const std::int64_t* sizes, int operands, char* const* data, const int* dtypes,
@@ -49,6 +62,10 @@ int report(std::uint32_t last_blocks, std::uint32_t* grids, int most, const Run&
 
 } // namespace
 
+bool emulation::enter(const char* name, Launch launch) { return elementwise().emplace(name, launch).second; }
+
+bool emulation::enter(const char* name, LaunchSum launch) { return ::sums().emplace(name, launch).second; }
+
 // Said of the last fault.
 extern "C" const char* last_fault() { return fault.c_str(); }
 
@@ -63,9 +80,8 @@ extern "C" int run(const char* kernel, int ndim, const std::int64_t* sizes, int 
                    const std::int64_t* strides, const double* settings, std::uint32_t last_blocks, std::uint32_t* grids,
                    int most) {
   const cuda::Iteration iteration = to_iteration(ndim, sizes, operands, data, dtypes, strides);
-  return report(last_blocks, grids, most, [&] {
-    emulation::elementwise().at(kernel)(iteration, {settings[0], settings[1], settings[2], settings[3]}, nullptr);
-  });
+  return report(last_blocks, grids, most,
+                [&] { elementwise().at(kernel)(iteration, {settings[0], settings[1], settings[2], settings[3]}, nullptr); });
 }
 
 cuda::SumResults to_results(int count, void* const* sums, const int* dtypes) {
@@ -92,8 +108,7 @@ extern "C" int run_sum(const char* kernel, int ndim, const std::int64_t* sizes, 
   const cuda::SumResults results =
       to_results(static_cast<int>(std::count(summed, summed + cuda::kMaxOutputs, true)), sums, sum_dtypes);
   return report(last_blocks, grids, most, [&] {
-    emulation::sums().at(kernel)(summation, {settings[0], settings[1], settings[2], settings[3]}, results, scratch.data(),
-                                 nullptr);
+    ::sums().at(kernel)(summation, {settings[0], settings[1], settings[2], settings[3]}, results, scratch.data(), nullptr);
   });
 }
 
