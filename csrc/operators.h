@@ -314,7 +314,7 @@ class Reader {
       call.has_weight = tensor.has_value();
       is_behind_weight_ = true;
     } else {
-      gradients[gradient_++] = tensor.value_or(at::Tensor());
+      gradients.push_back(tensor.value_or(at::Tensor()));
     }
   }
 
@@ -331,7 +331,7 @@ class Reader {
 
   Call call;
   Mask mask{};
-  Gradients gradients;
+  c10::SmallVector<at::Tensor, kMaxInputs> gradients; // that are given
 
  private:
   void add_input(const at::Tensor& tensor) {
@@ -341,7 +341,6 @@ class Reader {
 
   const Description& description_;
   size_t input_ = 0;
-  size_t gradient_ = 0;
   bool has_clamp_min_ = false;
   bool is_behind_weight_ = false;
 };
@@ -376,7 +375,9 @@ struct Kernel<Layer, d, void(const at::Tensor&, Types...)> {
   static void run(const at::Tensor& grad_output, Types... arguments) {
     Reader reader(kOperator<d>);
     (reader.take(arguments), ...);
-    Layer::backward_out(grad_output, reader.call, reader.gradients);
+    Gradients gradients;
+    std::move(reader.gradients.begin(), reader.gradients.end(), gradients.begin());
+    Layer::backward_out(grad_output, reader.call, gradients);
   }
 };
 

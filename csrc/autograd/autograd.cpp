@@ -41,6 +41,11 @@ Tensors tangents_of(Arguments arguments) {
   return tangents;
 }
 
+bool any_has_tangent(Arguments arguments) {
+  return std::any_of(arguments.begin(), arguments.end(),
+                     [](const Argument& argument) { return argument.tensor._fw_grad(/*level=*/0).defined(); });
+}
+
 Tensors primals_of(Arguments arguments) {
   Tensors primals;
   for (const auto& [name, tensor] : arguments) {
@@ -241,7 +246,7 @@ std::string node_name(const Options& options, size_t inputs) {
 struct BackwardBackward : SavingNode {
   using SavingNode::SavingNode;
 
-  size_t inputs() const { return count - 1 - (options.has_weight ? 1 : 0); }
+  size_t inputs() const { return saved.size() - 1 - (options.has_weight ? 1 : 0); }
 
   std::string name() const override { return node_name(options, inputs()) + "Backward"; }
 
@@ -268,7 +273,7 @@ struct BackwardBackward : SavingNode {
 struct Backward : SavingNode {
   using SavingNode::SavingNode;
 
-  size_t inputs() const { return count - (options.has_weight ? 1 : 0); }
+  size_t inputs() const { return saved.size() - (options.has_weight ? 1 : 0); }
 
   std::string name() const override { return node_name(options, inputs()); }
 
@@ -393,7 +398,7 @@ struct Autograd {
     const Arguments inputs = call.inputs();
     if (any_requires_grad(inputs)) {
       auto node = make_node<Backward>(inputs);
-      node->options = Options(call);
+      node->options.read(call);
       const Mask needed = needed_by_gradients(call);
       bool are_all_needed = true;
       for (size_t i = 0; i < inputs.size(); ++i) {
@@ -413,11 +418,10 @@ struct Autograd {
       }
       record(result, node);
     }
-    const Tensors tangents = tangents_of(inputs);
-    if (any_defined(tangents)) {
+    if (any_has_tangent(inputs)) {
       const Options options(call);
       const Derived derived(options, primals_of(call.tensors));
-      result._set_fw_grad(derived.directional(tangents, result), /*level=*/0, /*is_inplace_op=*/false);
+      result._set_fw_grad(derived.directional(tangents_of(inputs), result), /*level=*/0, /*is_inplace_op=*/false);
     }
     return result;
   }
@@ -435,7 +439,7 @@ struct Autograd {
     differentiated.append(inputs.begin(), inputs.end());
     if (any_requires_grad(differentiated)) {
       auto node = make_node<BackwardBackward>(differentiated);
-      node->options = Options(call);
+      node->options.read(call);
       node->save(grad_output, true);
       for (const auto& [name, tensor] : call.tensors) {
         node->save(tensor, true);

@@ -70,15 +70,18 @@ inline bool any_requires_grad(Arguments tensors) {
 struct Options {
   Options() = default;
 
-  explicit Options(const Call& call)
-      : op(call.op),
-        formula(call.formula()),
-        has_weight(call.has_weight),
-        clamp_min(call.clamp_min),
-        clamp_max(call.clamp_max),
-        reduction(call.reduction),
-        dim(call.dim ? std::optional(call.dim->vec()) : std::nullopt),
-        keepdim(call.keepdim) {}
+  explicit Options(const Call& call) { read(call); }
+
+  void read(const Call& call) {
+    op = call.op;
+    formula = call.formula();
+    has_weight = call.has_weight;
+    clamp_min = call.clamp_min;
+    clamp_max = call.clamp_max;
+    reduction = call.reduction;
+    dim = call.dim ? std::optional(call.dim->vec()) : std::nullopt;
+    keepdim = call.keepdim;
+  }
 
   // The call again, on its inputs and weight.
   Call call(const Tensors& tensors) const {
@@ -131,7 +134,7 @@ struct SavingNode : Node {
 
   // Compiled autograd: what the node holds, and the node applied to stand-ins for it.
   void compiled_args(CompiledNodeArgs& args) const override {
-    for (size_t i = 0; i < count; ++i) {
+    for (size_t i = 0; i < saved.size(); ++i) {
       args.collect(saved[i], /*is_output=*/false);
       args.collect(dtypes[i]);
     }
@@ -140,13 +143,13 @@ struct SavingNode : Node {
   }
 
   variable_list apply_with_saved(const variable_list& inputs, SwapSavedVariables& swap) override {
-    for (size_t i = 0; i < count; ++i) {
-      swap.before(saved[i]);
+    for (auto& variable : saved) {
+      swap.before(variable);
     }
     swap.before(shape);
     variable_list result = this->apply(variable_list(inputs));
-    for (size_t i = 0; i < count; ++i) {
-      swap.after(saved[i]);
+    for (auto& variable : saved) {
+      swap.after(variable);
     }
     swap.after(shape);
     return result;
@@ -154,18 +157,15 @@ struct SavingNode : Node {
 
   // The next tensor.
   void save(const at::Tensor& tensor, bool is_needed) {
-    dtypes[count] = tensor.scalar_type();
-    if (is_needed) {
-      saved[count] = SavedVariable(tensor, /*is_output=*/false);
-    }
-    ++count;
+    dtypes.push_back(tensor.scalar_type());
+    is_needed ? void(saved.emplace_back(tensor, /*is_output=*/false)) : void(saved.emplace_back());
   }
 
   Tensors unpack() {
     const std::lock_guard<std::mutex> lock(mutex_);
     Tensors tensors;
-    for (size_t i = 0; i < count; ++i) {
-      tensors.push_back(saved[i].unpack());
+    for (const auto& variable : saved) {
+      tensors.push_back(variable.unpack());
     }
     return tensors;
   }
@@ -179,9 +179,8 @@ struct SavingNode : Node {
   }
 
   Options options;
-  size_t count = 0;
-  std::array<SavedVariable, kMaxTensors> saved;
-  std::array<at::ScalarType, kMaxTensors> dtypes{};
+  c10::SmallVector<SavedVariable, 3> saved;
+  c10::SmallVector<at::ScalarType, kMaxTensors> dtypes;
   std::vector<c10::SymInt> shape; // of the terms, where grad_output and what is saved may not tell
 };
 
