@@ -2,8 +2,8 @@
 // pass over memory, and the terms are exact to float32. float64 stays float64.
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include "operators.h"
 #include "plan.h"
+#include "signature.h"
 
 namespace kl_ext {
 namespace {

@@ -12,8 +12,8 @@
 
 #include <limits>
 
-#include "operators.h"
 #include "plan.h"
+#include "signature.h"
 
 namespace {
 

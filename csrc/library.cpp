@@ -1,5 +1,5 @@
 // The schemas of the operators, the typed handles to call them, and what answers where no kernel does.
-#include "operators.h"
+#include "signature.h"
 
 namespace kl_ext {
 
@@ -63,7 +63,7 @@ void resolve_negative_inputs(const c10::OperatorHandle& op, c10::DispatchKeySet 
   op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::Negative), stack);
 }
 
-// Of an operator that a description is of.
+// The schemas of an operator.
 class Schemas {
  public:
   explicit Schemas(const Description& description) : d_(description) {}
@@ -81,7 +81,7 @@ class Schemas {
 
   std::string backward() const {
     return c10::str(d_.name, "_backward(", arguments(), ", bool[", d_.most, "] output_mask",
-                    d_.reduces ? ", bool keepdim=False, Tensor? weight=None" : "", ") -> (", listed(", ", "Tensor"), ")");
+                    d_.reduces ? ", bool keepdim=False, Tensor? weight=None" : "", ") -> (", results(), ")");
   }
 
   std::string backward_out() const {
@@ -102,10 +102,10 @@ class Schemas {
     return inputs + (d_.clamps ? ", float clamp_min, float clamp_max" : "") + (d_.reduces ? ", str reduction, int[]? dim" : "");
   }
 
-  std::string listed(const std::string& separator, const std::string& word) const {
-    std::string all = word;
+  std::string results() const {
+    std::string all = "Tensor";
     for (size_t i = 1; i < d_.most; ++i) {
-      all += separator + word;
+      all += ", Tensor";
     }
     return all;
   }

@@ -3,9 +3,9 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/LegacyVmapTransforms.h>
 
-#include "operators.h"
 #include "plan.h"
 #include "reduction.h"
+#include "signature.h"
 
 namespace kl_ext {
 namespace {

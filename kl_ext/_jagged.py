@@ -21,6 +21,7 @@ from torch.nested._internal.nested_tensor import NestedTensor
 
 from ._checks import reduced_dims
 from ._fake import arithmetic_dtype, result_dtype
+from ._operators import OPERATORS, Operator, defaults_of, divided, names_of
 
 
 class _Ragged:
@@ -144,9 +145,8 @@ class _Call:
         tensors = self.present([*self.inputs, "weight"])
         self.reduction: str = self.given.get("reduction", "none")
         self.keepdim: bool = self.given.get("keepdim", False)
-        if (
-            self.reduction == "none" and "grad_output" in self.given
-        ):  # it has the structure where an input that is broadcast has none
+        if self.reduction == "none" and "grad_output" in self.given:
+            # It has the structure where an input that is broadcast has none.
             tensors["grad_output"] = self.given["grad_output"]
         elif not any(isinstance(tensors[name], NestedTensor) for name in tensors if name != "weight"):
             shape = torch.broadcast_shapes(*(x.shape for name, x in tensors.items() if name != "weight"))
@@ -195,7 +195,7 @@ def _forward(op: Callable[..., Tensor], call: _Call) -> Tensor:
         return ragged.jagged(op(**call.packed()), ragged.dim - (0 if call.keepdim else before))
     if call.reduction == "batchmean":
         wide = torch.float64 if dtype == torch.float64 else arithmetic_dtype(tensors)
-        result = _divide(op(**{**call.packed(), "dtype": wide}), ragged.batch).to(dtype)
+        result = divided(op(**{**call.packed(), "dtype": wide}), ragged.batch).to(dtype)
     else:
         result = op(**call.packed())
     return result.unsqueeze(0) if call.keepdim else result
@@ -240,34 +240,25 @@ def _packed_grad_output(call: _Call) -> Tensor:
         grad_output = grad_output.squeeze(0)
     if call.reduction == "batchmean":
         dtype = arithmetic_dtype([grad_output, *call.present(call.inputs).values()])
-        grad_output = _divide(grad_output.to(dtype), call.ragged.batch)
+        grad_output = divided(grad_output.to(dtype), call.ragged.batch)
     return grad_output
 
 
-def _divide(x: Tensor, count: int) -> Tensor:
-    """Rounded once, as the operators divide: by a number, torch multiplies with its reciprocal on a GPU."""
-    return x / x.new_full((), count)
-
-
-def _rule(op: OpOverload) -> Callable[..., Any]:
+def _rule(operator: Operator, op: OpOverload) -> Callable[..., Any]:
     """What torch calls where an argument is jagged, below autograd."""
-    schema = op._schema
-    function = schema.name.partition("::")[2]
-    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
-    names = [argument.name for argument in schema.arguments]
-    tensors = [argument.name for argument in schema.arguments if str(argument.type) in ("Tensor", "Optional[Tensor]")]
-    places = [argument.name for argument in schema.arguments if argument.alias_info is not None]
-    inputs = [name for name in tensors if name not in ("grad_output", "weight", *places)]
+    function = op._schema.name.partition("::")[2]
+    inputs = list(operator.inputs)
+    places = [argument.name for argument in op._schema.arguments if argument.alias_info is not None]
 
     def rule(cls: Any, func: OpOverload, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        given = {**defaults, **dict(zip(names, args)), **kwargs}
+        given = {**defaults_of(op), **dict(zip(names_of(op), args)), **kwargs}
         if "grad_output" not in given:
             return _forward(op, _Call(function, given, inputs))
         if not places:
             return tuple(_backward(op, _Call(function, given, inputs)))
         written = [given.pop(place) for place in places]
         given["output_mask"] = [place is not None for place in written]
-        gradients = _backward(getattr(torch.ops.kl_ext, function).default, _Call(function, given, inputs))
+        gradients = _backward(operator.backward, _Call(function, given, inputs))
         for place, gradient in zip(written, gradients):
             if place is not None:
                 place.copy_(gradient)
@@ -276,9 +267,6 @@ def _rule(op: OpOverload) -> Callable[..., Any]:
     return rule
 
 
-for _name in ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div", "normal_kl_div"):
-    for _packet in (_name, f"{_name}_backward"):
-        if hasattr(torch.ops.kl_ext, _packet):
-            for _overload in getattr(torch.ops.kl_ext, _packet).overloads():
-                _op = getattr(getattr(torch.ops.kl_ext, _packet), _overload)
-                torch.library.register_torch_dispatch(_op, NestedTensor, _rule(_op))
+for _operator in OPERATORS:
+    for _op in (_operator.forward, _operator.backward, _operator.backward_out):
+        torch.library.register_torch_dispatch(_op, NestedTensor, _rule(_operator, _op))

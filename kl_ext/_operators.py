@@ -63,7 +63,7 @@ class Operator:
 
     def read(self, overload: Overload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """What an overload is called with, once the types of it are checked."""
-        values = {**_defaults(overload), **dict(zip(names_of(overload), args)), **kwargs}
+        values = {**defaults_of(overload), **dict(zip(names_of(overload), args)), **kwargs}
         function = self.name if overload is self.forward else f"{self.name}_backward"
         check_together(function, {name: values[name] for name in self.optional})
         call = Call(
@@ -101,6 +101,11 @@ class Operator:
         return gradients
 
 
+def divided(x: Tensor, count: int) -> Tensor:
+    """Rounded once, as the operators divide: by a number, torch multiplies with its reciprocal on a GPU."""
+    return x / x.new_full((), count)
+
+
 _PLAIN = ("weight", "reduction", "dim", "keepdim", "dtype", "grad_output", "output_mask")
 
 
@@ -111,7 +116,8 @@ def names_of(overload: Overload) -> tuple[str, ...]:
 
 
 @functools.cache
-def _defaults(overload: Overload) -> dict[str, Any]:
+def defaults_of(overload: Overload) -> dict[str, Any]:
+    """Of its arguments, where they have one."""
     return {a.name: a.default_value for a in overload._schema.arguments if a.has_default_value()}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._checks import reduced_dims
 from ._fake import arithmetic_dtype, result_dtype
-from ._operators import OPERATORS, Call, Operator, names_of
+from ._operators import OPERATORS, Call, Operator, divided, names_of
 
 Gradients = tuple[Tensor | None, ...]
 BatchDims = Mapping[str, int | None]  # of each tensor, None where it is not batched
@@ -28,11 +28,6 @@ def _batched(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
 def _aligned(tensor: Tensor, rank: int) -> Tensor:
     """Ones behind the batch dimension, so that the others broadcast from the right."""
     return tensor.reshape(tensor.shape[:1] + (1,) * (rank + 1 - tensor.dim()) + tensor.shape[1:])
-
-
-def _divided(x: Tensor, count: int) -> Tensor:
-    """Rounded once, as the operators divide: by a number, torch multiplies with its reciprocal on a GPU."""
-    return x / x.new_full((), count)
 
 
 def _reduction_behind_the_batch(call: Call, reduced: Sequence[int]) -> dict[str, Any]:
@@ -71,7 +66,7 @@ def _forward(operator: Operator) -> Callable[..., tuple[Tensor, int]]:
             return operator.run(call, inputs, weight, **how), 0
         wide = torch.float64 if call.dtype == torch.float64 else arithmetic_dtype(call.tensors.values())
         sums = operator.run(call, inputs, weight, **how, dtype=wide)
-        return _divided(sums, shape[0]).to(call.dtype or wide), 0
+        return divided(sums, shape[0]).to(call.dtype or wide), 0
 
     return rule
 
@@ -89,7 +84,7 @@ def _backward(operator: Operator) -> Callable[..., tuple[Gradients, tuple[int | 
         reduced = reduced_dims(f"{operator.name}_backward", call.reduction, call.dim, len(shape))
         grad = _batched(call.grad_output, dims.get("grad_output"), info.batch_size)
         if call.reduction == "batchmean":
-            grad = _divided(grad.to(arithmetic_dtype([grad, *call.tensors.values()])), shape[0])
+            grad = divided(grad.to(arithmetic_dtype([grad, *call.tensors.values()])), shape[0])
         own = {name: _batched(tensor, dims.get(name), info.batch_size) for name, tensor in call.tensors.items()}
         rank = len(shape) or (0 if call.reduction == "none" else 1)
         aligned = {name: _aligned(tensor, rank) for name, tensor in own.items()}

@@ -22,6 +22,7 @@ is float64, else in float32, and rounded once to the type of the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ def translation_table() -> dict[torch._ops.OpOverload, Callable[..., _Value]]:
         >>> torch.ops.kl_ext.gaussian_kl_div.default in kl_ext.onnx.translation_table()
         True
     """
-    operators = {name: getattr(torch.ops.kl_ext, name).default for name in _TERMS if hasattr(torch.ops.kl_ext, name)}
+    operators = {name: getattr(torch.ops.kl_ext, name).default for name in _TERMS}
     return {operator: _translation(operator._schema, _TERMS[name]) for name, operator in operators.items()}
 
 
@@ -96,7 +97,9 @@ def _reduced(terms: _Value, weight: _Value, rank: int, given: dict[str, Any], dt
     if reduction == "batchmean":
         return op.Div(total, op.Cast(op.Gather(op.Shape(terms), op.Constant(value_int=0)), to=dtype))
     if weight is not None:
-        return op.Div(total, op.ReduceSum(op.Expand(weight, op.Shape(terms)), axes, keepdims=keepdims))
+        weights = op.ReduceSum(op.Expand(weight, op.Shape(terms)), axes, keepdims=keepdims)
+        zero, nan = (op.Constant(value=onnx_ir.tensor(value, dtype=dtype)) for value in (0.0, math.nan))
+        return op.Div(total, op.Where(op.Equal(weights, zero), nan, weights))
     count = op.Size(terms) if axes is None else op.ReduceProd(op.Gather(op.Shape(terms), axes), keepdims=0)
     return op.Div(total, op.Cast(count, to=dtype))
 

@@ -54,8 +54,8 @@ def _reduce(
     if reduction == "mean":
         if weight is None:
             return terms.mean(dims, keepdim, dtype=dtype)
-        weights = weight.to(weighted.dtype).expand_as(weighted)
-        return weighted.sum(dims, keepdim, dtype=dtype) / weights.sum(dims, keepdim, dtype=dtype)
+        weights = weight.to(weighted.dtype).expand_as(weighted).sum(dims, keepdim, dtype=dtype)
+        return weighted.sum(dims, keepdim, dtype=dtype) / weights.masked_fill(weights == 0, math.nan)
     if reduction == "batchmean":
         return weighted.sum(None, keepdim, dtype=dtype) / terms.shape[0]
     raise ValueError(f"{function}: expected reduction to be none, sum, mean or batchmean, got {reduction!r}")

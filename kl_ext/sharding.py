@@ -45,6 +45,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from ._checks import common_shape, reduced_dims
 from ._fake import arithmetic_dtype
+from ._operators import OPERATORS
 
 # Why these are rules of dispatch and not sharding strategies: torch does not redistribute a tensor that is given by keyword, as
 # weights are; a strategy cannot divide by the global count; and the strategies' cache knows nothing of reduction and dim unless
@@ -135,7 +136,8 @@ class _Call:
         # A tensor, and rounded once, as the operators divide: by a number, torch multiplies with its reciprocal on a GPU.
         divisor = x.new_full((), count)
         if weight is not None and self.reduction == "mean":
-            divisor = divisor * self._sum_of_weights(weight, x.dtype)
+            weights = divisor * self._sum_of_weights(weight, x.dtype)
+            divisor = weights.masked_fill(weights == 0, math.nan)  # as the operators have it
         return x / divisor
 
     def _sum_of_weights(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -234,14 +236,12 @@ def _backward_out(cls: type, operator: OpOverload, types: Any, args: Sequence[An
             x.copy_(gradient.redistribute(x.device_mesh, x.placements) if isinstance(x, DTensor) else gradient)
 
 
-def _inputs(backward: OpOverload) -> list[str]:
+def _inputs(backward: OpOverload) -> tuple[str, ...]:
     """The tensors by which a backward operator differentiates, in the order of its results."""
-    tensors = [argument.name for argument in backward._schema.arguments if "Tensor" in str(argument.type)]
-    return [name for name in tensors if name not in ("grad_output", "weight")]
+    return next(operator.inputs for operator in OPERATORS if operator.backward is backward)
 
 
-for _name in ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div", "normal_kl_div"):
-    if hasattr(torch.ops.kl_ext, _name):
-        torch.library.register_torch_dispatch(f"kl_ext::{_name}", DTensor, _forward)
-        torch.library.register_torch_dispatch(f"kl_ext::{_name}_backward", DTensor, _backward)
-        torch.library.register_torch_dispatch(f"kl_ext::{_name}_backward.out", DTensor, _backward_out)
+for _operator in OPERATORS:
+    torch.library.register_torch_dispatch(_operator.forward, DTensor, _forward)
+    torch.library.register_torch_dispatch(_operator.backward, DTensor, _backward)
+    torch.library.register_torch_dispatch(_operator.backward_out, DTensor, _backward_out)

@@ -18,9 +18,6 @@ LENGTHS = (3, 0, 5, 1)
 BATCH, ROWS, WIDTH = len(LENGTHS), sum(LENGTHS), 4
 OFFSETS = torch.tensor([0, *itertools.accumulate(LENGTHS)])
 
-HAS_WEIGHT = any(argument.name == "weight" for argument in torch.ops.kl_ext.gaussian_kl_div.default._schema.arguments)
-needs_weight = pytest.mark.skipif(not HAS_WEIGHT, reason="this build's operators take no weight")
-
 
 def jagged(values: Tensor, like: Tensor | None = None, ragged_dim: int = 1) -> Tensor:
     return torch.nested.nested_tensor_from_jagged(values, OFFSETS if like is None else like.offsets(), jagged_dim=ragged_dim)
@@ -43,7 +40,7 @@ FORMULAS: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
     "normal_kl_div": of_deviations,
 }
 ELEMENTWISE = [("kl_div_single_loss", 2), ("kl_div_pair_loss", 4)]
-REDUCED = [(name, count) for name in ("gaussian_kl_div", "normal_kl_div") if hasattr(kl_ext, name) for count in (2, 4)]
+REDUCED = [(name, count) for name in ("gaussian_kl_div", "normal_kl_div") for count in (2, 4)]
 
 Shape = tuple[int, ...] | str
 
@@ -140,7 +137,6 @@ PRIORS: list[tuple[Shape, ...]] = [
     ((BATCH, 1, 1), (BATCH, 1, WIDTH)),
     ("jagged", (BATCH, 1, WIDTH)),
 ]
-DENSE_BY_SEQUENCE = [prior for prior in PRIORS if any(shape[:1] == (BATCH,) and len(shape) == 3 for shape in prior)]
 each_prior = pytest.mark.parametrize("prior", PRIORS, ids=str)
 
 
@@ -175,11 +171,9 @@ BY_SEQUENCE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 def test_divergences_and_their_reductions(name: str, count: int, how: dict[str, Any], keepdim: bool) -> None:
     for prior in PRIORS if count == 4 else [()]:
-        if HAS_WEIGHT or prior not in DENSE_BY_SEQUENCE:
-            check(name, ("jagged", "jagged", *prior), **how, keepdim=keepdim)
+        check(name, ("jagged", "jagged", *prior), **how, keepdim=keepdim)
 
 
-@needs_weight
 @pytest.mark.parametrize(("name", "count"), REDUCED)
 @pytest.mark.parametrize("keepdim", [False, True])
 @pytest.mark.parametrize("how", BY_SEQUENCE.values(), ids=BY_SEQUENCE)
@@ -188,7 +182,6 @@ def test_sums_and_means_of_each_sequence(name: str, count: int, how: dict[str, A
         check(name, ("jagged", "jagged", *prior), **how, keepdim=keepdim)
 
 
-@needs_weight
 @pytest.mark.parametrize(("name", "count"), REDUCED)
 @pytest.mark.parametrize("weight", ["jagged", "narrow", (WIDTH,), (BATCH, 1, 1), (BATCH, 1, WIDTH), ()], ids=str)
 @pytest.mark.parametrize("how", [*HOW.values(), *BY_SEQUENCE.values()], ids=[*HOW, *BY_SEQUENCE])
@@ -198,7 +191,6 @@ def test_weights(name: str, count: int, how: dict[str, Any], weight: Shape) -> N
     check(name, ("jagged", "jagged", *prior), weight, torch.ones(input_of(weight).shape, dtype=torch.bool), **how)
 
 
-@needs_weight
 @pytest.mark.parametrize("how", [*HOW.values(), *BY_SEQUENCE.values()], ids=[*HOW, *BY_SEQUENCE])
 def test_what_a_mask_leaves_out_may_be_anything(how: dict[str, Any]) -> None:
     leaves = inputs_of("gaussian_kl_div", ["jagged", "jagged"])
@@ -214,7 +206,6 @@ def test_what_a_mask_leaves_out_may_be_anything(how: dict[str, Any]) -> None:
     assert not any(gradient[[1, 7]].any() for gradient in results[1][1:3])
 
 
-@needs_weight
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sequence_has_the_bits_that_it_has_alone(reduction: str, dtype: torch.dtype) -> None:
@@ -274,7 +265,6 @@ def test_any_gradients_may_be_wanted(wanted: Sequence[bool]) -> None:
             torch.testing.assert_close(x, y, **CLOSE)
 
 
-@needs_weight
 @pytest.mark.parametrize("how", [{}, {"reduction": "sum"}, {"reduction": "mean", "dim": 1}], ids=str)
 def test_the_ragged_dimension_may_be_another(how: dict[str, Any]) -> None:
     """[B, width, *], as it is in front of a convolution."""
@@ -326,7 +316,6 @@ def test_dtypes_are_those_of_dense_tensors(half: torch.dtype) -> None:
     assert (mu.grad.dtype, wide.grad.dtype) == (half, torch.float32)
 
 
-@needs_weight
 def test_a_0_dim_weight_does_not_decide_the_dtype() -> None:
     mu, log_var = torch.randn(2, ROWS, WIDTH).to(torch.bfloat16)
     weight = torch.ones((), dtype=torch.float64)
@@ -373,12 +362,12 @@ def test_gradients_into_given_tensors(name: str) -> None:
         assert same_bits(place.values(), gradient)
 
 
-BY_COMPILE = {**HOW, **BY_SEQUENCE} if HAS_WEIGHT else HOW
+BY_COMPILE = {**HOW, **BY_SEQUENCE}
 
 
 @pytest.mark.parametrize("how", BY_COMPILE.values(), ids=BY_COMPILE)
 def test_compiled_whole(how: dict[str, Any]) -> None:
-    prior = (BATCH if HAS_WEIGHT else 1, 1, WIDTH)
+    prior = (BATCH, 1, WIDTH)
     leaves = inputs_of("gaussian_kl_div", ("jagged", "jagged", prior, (WIDTH,)), torch.float32)
     torch.compiler.reset()
     compiled = torch.compile(kl_ext.gaussian_kl_div, backend="aot_eager", fullgraph=True)
@@ -480,7 +469,6 @@ def test_what_cannot_be_done_is_refused_by_name(case: str) -> None:
         call()
 
 
-@needs_weight
 def test_a_jagged_weight_does_not_enlarge_dense_tensors() -> None:
     x = torch.zeros(BATCH, 1, WIDTH)
     with pytest.raises(

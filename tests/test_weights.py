@@ -259,6 +259,17 @@ def test_a_mean_without_weight_is_nan_as_an_empty_mean_is(
 
 
 @each_divergence
+def test_a_mean_is_nan_where_weights_cancel(divergence: Divergence, device: torch.device) -> None:
+    """Their sum is 0, though terms are not: a quotient would be infinite."""
+    inputs = divergence.inputs((2, 2), (2, 2), device=device)
+    weight = torch.tensor([[1.0, -1.0], [1.0, 3.0]], dtype=torch.float64, device=device)
+    value = divergence.function(*inputs, weight=weight, reduction="mean", dim=1)
+    plain = getattr(reference, divergence.name)(*inputs, weight=weight, reduction="mean", dim=1)
+    assert value.isnan().tolist() == plain.isnan().tolist() == [True, False]
+    torch.testing.assert_close(value, plain, equal_nan=True, **CLOSE)
+
+
+@each_divergence
 def test_no_terms_at_all(divergence: Divergence, device: torch.device) -> None:
     inputs = divergence.inputs((0, 3), (0, 3), (3,), (3,), device=device)
     for weight in (torch.ones(0, 3, device=device), torch.ones(3, dtype=torch.bool, device=device), torch.ones(())):

@@ -138,6 +138,19 @@ def test_a_weight_that_requires_grad(count: int, call: Callable[..., Any], name:
 
 
 @each_divergence
+def test_a_weight_that_requires_grad_beside_given_gradients(divergence: Divergence) -> None:
+    with torch.inference_mode(False), torch.enable_grad():
+        x, weight = torch.ones(2, 3), torch.ones(2, 1, requires_grad=True)
+        clamp = [-30.0, 20.0] if divergence.clamps else []
+        places = dict.fromkeys((f"grad_{name}" for name in divergence.arguments), None)
+        places[f"grad_{divergence.arguments[0]}"] = torch.empty_like(x)
+        arguments = (x, x, x, None, None, *clamp, "none", None, False)
+        with raises(RuntimeError, f"{divergence}_backward: {REQUIRES_GRAD}"):
+            divergence.backward_out(*arguments, weight, **places)
+        divergence.backward_out(*arguments, weight.detach(), **places)
+
+
+@each_divergence
 def test_a_weight_is_not_differentiated_by_any_other_means(divergence: Divergence) -> None:
     """Forward mode, torch.func and torch.compile."""
     x = torch.ones(2, 3)

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "../backend.h"
+#include "../signature.h"
 #include "elementwise.h"
 #include "reduction.h"
 #include "rows.h"

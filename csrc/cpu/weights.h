@@ -57,7 +57,7 @@ class Weights {
         tile.row_stride = axes_[1].stride;
       }
       const int64_t numel = tile.columns * tile.rows;
-      const bool repeats = tile.columns == axes_[0].size && tile.row_stride == 0;
+      const bool repeats = tile.row_stride == 0 && (tile.columns == axes_[0].size || tile.column_stride == 0);
       const bool is_there =
           is_first && repeats && from == loaded.from && tile.columns == loaded.tile.columns && tile.rows <= loaded.tile.rows;
       if (!is_there) {

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "../backend.h"
+#include "../signature.h"
 #include "operands.h"
 
 namespace kl_ext::cuda {
