@@ -13,11 +13,11 @@ from . import _library
 
 _library.load()
 
-from . import _fake, _jagged, _vmap, distributions, nn, reference  # noqa: E402, F401
-from .functional import gaussian_kl_div, kl_div_pair_loss, kl_div_single_loss, normal_kl_div  # noqa: E402
+from . import _fake, _jagged, _vmap, distributions, functional, nn, reference  # noqa: E402, F401
+from .functional import *  # noqa: E402, F403
 
 if "torch.distributed.tensor" in _modules:
     from . import sharding  # noqa: F401
 
-__all__ = ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss", "normal_kl_div"]
+__all__ = functional.__all__
 __version__ = _library.build_facts().version

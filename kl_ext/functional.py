@@ -14,6 +14,8 @@ from ._checks import check_together
 from ._fake import result_dtype
 from ._types import Bound
 
+__all__ = ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss", "normal_kl_div"]
+
 # torch.compile knows that this is true, and so sees the operators and not the bindings.
 _is_compiling = torch.compiler.is_compiling
 _kl_div_single_loss = torch.ops.kl_ext.kl_div_single_loss.default

@@ -29,7 +29,7 @@ FORMULAS = {
 
 
 def kernel_of(function: str, operator: str, inputs: Sequence[Tensor], weight: Tensor | None = None) -> str:
-    """In the words of csrc/cuda/instances.txt."""
+    """As the emulation's driver lists it."""
     formula = FORMULAS[operator, len(inputs)]
     return f"{function} {formula if weight is None else f'Weighted<math::{formula}>'}"
 

@@ -81,22 +81,24 @@ def objects() -> list[Path]:
     return compile_emulated(sources, folder, SANITIZED)
 
 
+def formulas() -> list[str]:
+    """The list of csrc/math/formulas.h."""
+    text = (ROOT / "csrc/math/formulas.h").read_text()
+    return re.findall(r"\w+", re.search(r"using Formulas = FormulaList<(.*?)>;", text, re.DOTALL)[1])
+
+
 def instances(folder: Path) -> list[Path]:
-    """The sources that the build makes of csrc/cuda/instances.txt, each of which enters its functions in the driver's list."""
+    """The sources that the build makes (cmake/cuda.cmake), each of which enters its functions in the driver's list."""
     template = (ROOT / "csrc/cuda/instance.cu.in").read_text()
+    directions = ("forward", "backward", "forward_sum", "backward_sum")
+    kernels = [(function, name) for f in formulas() for name in (f, f"Weighted<math::{f}>") for function in directions]
     sources = []
-    for line in (ROOT / "csrc/cuda/instances.txt").read_text().splitlines():
-        if line.startswith("#"):
-            continue
-        formula, *functions = line.split()
-        names = [f"{function}<math::{formula}>" for function in functions]
-        code = "\n".join(f"template decltype({name}) {name};" for name in names)
-        entries = "\n".join(
-            f'const bool entered_{function} = emulation::enter("{function} {formula}", {name});'
-            for function, name in zip(functions, names)
-        )
-        sources.append(folder / (re.sub(r"\W", "_", line) + ".cu"))
-        driver = f'#include "{EMULATION}/driver.h"\nnamespace kl_ext::cuda::kernels {{\n{entries}\n}}\n'
+    for function, formula in [*kernels, ("forward_sum", "Weight")]:
+        name = f"{function}<math::{formula}>"
+        code = f"template decltype({name}) {name};"
+        entry = f'const bool entered = emulation::enter("{function} {formula}", {name});'
+        sources.append(folder / (re.sub(r"\W", "_", f"{formula}_{function}") + ".cu"))
+        driver = f'#include "{EMULATION}/driver.h"\nnamespace kl_ext::cuda::kernels {{\n{entry}\n}}\n'
         sources[-1].write_text(template.replace("@instances@", code) + driver)
     return sources
 

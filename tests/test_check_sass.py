@@ -153,7 +153,8 @@ def test_a_fault_in_the_resources_is_found(old, new, expected):
         ),
         (TABLE.replace("float64|float32", "float64"), ["no kernel for the row forward", "float32 rows narrow: no row"]),
         (f"{TABLE}\nforward * * strided * 0 0 64", ["no kernel for the row forward * * strided *"]),
-        (f"{TABLE}\nforward * * * narrow 2 1 64", ["forward StandardDivergence float32 rows narrow: more than one row"]),
+        (f"{TABLE}\nforward * * * narrow 2 1 64", ["no kernel for the row forward * * * narrow"]),
+        (TABLE.replace("StandardDivergence", "of4"), ["no kernel for the row forward of4", "float32 rows narrow: no row"]),
         (TABLE.replace("sm_90", "sm_90 sm_120"), ["sm_120: no machine code in the library"]),
     ],
 )
@@ -162,6 +163,11 @@ def test_table_and_library_must_cover_each_other(table, expected):
     assert len(found) == len(expected)
     for fault, part in zip(found, expected):
         assert part in fault
+
+
+@needs_cppfilt
+def test_a_row_may_be_for_every_formula_of_so_many_inputs():
+    assert faults(table=TABLE.replace("StandardDivergence", "of2")) == []
 
 
 @needs_cppfilt

@@ -60,7 +60,7 @@ using Settings = math::Settings<double>;
 
 namespace kernels {
 
-// Of a formula F, for the formulas and functions of instances.txt. Operands: the result; the inputs. Arithmetic is in float64 if an
+// Of a formula F; cmake/cuda.cmake says which there are. Operands: the result; the inputs. Arithmetic is in float64 if an
 // operand is float64, else in float32; each result is rounded once. All of it is put on the stream: nothing waits.
 template <class F>
 void forward(const Iteration& iteration, const Settings& settings, CUstream_st* stream);

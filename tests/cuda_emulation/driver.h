@@ -1,4 +1,4 @@
-// The list of kernels that the driver runs by name: "function formula", as csrc/cuda/instances.txt has them.
+// The list of kernels that the driver runs by name: "forward Divergence" and so on.
 #pragma once
 
 #include "cuda/kernels.h"

@@ -17,19 +17,21 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import model
 from listing import Kernel, MissingToolError, UnreadableError, architectures_in, demangled, kernels_in
-from names import Name, name_of
+from names import INPUTS, Name, name_of
 from paths import loads_before_use, main_path
 
 FOLDER = Path(__file__).resolve().parent.parent
 TABLE = FOLDER / "sass.txt"
 ATOMICS = {"ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDS", "SUATOM", "SURED"}  # an order that differs from run to run
 LOCAL = {"LDL", "STL"}
+OF_INPUTS = {"of2", "of4"}
 
 
 class Row(NamedTuple):
@@ -45,7 +47,8 @@ class Row(NamedTuple):
     registers: int
 
     def fits(self, name: Name) -> bool:
-        return all(word == "*" or value in word.split("|") for word, value in zip(self[:5], name))
+        words = name._replace(formula=f"of{INPUTS[name.formula]}") if self.formula in OF_INPUTS and name.formula in INPUTS else name
+        return all(any(fnmatchcase(value, one) for one in word.split("|")) for word, value in zip(self[:5], words))
 
     def __str__(self) -> str:
         return " ".join(self[:5])
@@ -107,13 +110,13 @@ def faults_of(found: dict[str, list[Facts]], architectures: Sequence[str], rows:
     faults = [f"{missing}: no machine code in the library" for missing in architectures if missing not in found]
     for architecture, facts in found.items():
         fitting = [(fact, [row for row in rows if row.fits(fact.name)]) for fact in facts]
-        used = {row for _, fit in fitting for row in fit}
+        used = {fit[0] for _, fit in fitting if fit}
         faults += [f"{architecture}: no kernel for the row {row}" for row in rows if row not in used]
         for fact, fit in fitting:
             head = f"{architecture}: {fact.name}"
             faults += [f"{head}: {what}" for what in fact.forbidden]
-            if len(fit) != 1:
-                faults.append(f"{head}: {'more than one row' if fit else 'no row'} of the table")
+            if not fit:
+                faults.append(f"{head}: no row of the table")
                 continue
             for what, value, expected in (("loads", fact.loads, fit[0].loads), ("stores", fact.stores, fit[0].stores)):
                 if value != expected:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES = {"double": "float64", "float": "float32", "BFloat16": "bfloat16", "Half": "float16"}
-# Of a formula of math/formulas.h; a Weighted one has another.
-INPUTS = {
-    "StandardDivergence": 2,
-    "Divergence": 4,
-    "DivergenceGivenQ": 2,
-    "StandardNormalDivergence": 2,
-    "NormalDivergence": 4,
-    "Weight": 1,
-}
+# Of each formula of csrc/math. Where threads keep what is of q, they read but the inputs of p.
+HEADERS = (Path(__file__).resolve().parents[2] / "math").glob("*.h")
+FORMULA = re.compile(r"^struct (\w+) : Formula \{.*?kInputs = (\d+);", re.MULTILINE | re.DOTALL)
+INPUTS = {name: int(count) for header in HEADERS for name, count in FORMULA.findall(header.read_text())}
+INPUTS |= {f"{name}GivenQ": count // 2 for name, count in INPUTS.items()}
 GROUPS = {"64": "lanes", "1024": "chunks"}
 RANGES = {"(Range)0": "narrow", "(Range)1": "wide"}
 
