@@ -24,7 +24,7 @@ struct Terms {
 
   int formula; // kFormula of math/formulas.h
   bool is_weighted;
-  Arguments operands; // the inputs, and behind them the weight
+  NamedTensors operands; // the inputs, and behind them the weight
   Settings settings;
   at::Device device;
 };
@@ -47,7 +47,7 @@ struct SumPass {
   std::array<Role, kMaxInputs> roles{};
 };
 
-inline c10::SmallVector<SumPass, 1> sum_passes(Arguments inputs, const Gradients& gradients, at::IntArrayRef shape) {
+inline c10::SmallVector<SumPass, 1> sum_passes(NamedTensors inputs, const Gradients& gradients, at::IntArrayRef shape) {
   c10::SmallVector<SumPass, 1> passes;
   c10::SmallVector<size_t, kMaxInputs> elementwise;
   for (size_t i = 0; i < inputs.size(); ++i) {
@@ -118,7 +118,7 @@ struct Layer {
   }
 
   static Gradients backward(const at::Tensor& grad_output, const Call& call, Mask mask) {
-    const auto allocate_wanted = [&](Arguments inputs, Arguments, at::IntArrayRef) {
+    const auto allocate_wanted = [&](NamedTensors inputs, NamedTensors, at::IntArrayRef) {
       Destinations to;
       for (size_t i = 0; i < inputs.size(); ++i) {
         if (mask[i]) {
@@ -131,7 +131,7 @@ struct Layer {
   }
 
   static void backward_out(const at::Tensor& grad_output, const Call& call, const Gradients& gradients) {
-    const auto use_given = [&](Arguments inputs, Arguments read, at::IntArrayRef shape) {
+    const auto use_given = [&](NamedTensors inputs, NamedTensors read, at::IntArrayRef shape) {
       Destinations to;
       to.given = gradients;
       check_gradients(call.op->backward_name, inputs, read, gradients, shape);
@@ -139,7 +139,7 @@ struct Layer {
         const at::Tensor& gradient = gradients[i];
         if (gradient.defined()) {
           // A kernel may write a number before it has read all that share its memory, and knows no negative bit.
-          const bool is_beside = gradient.is_neg() || std::any_of(read.begin(), read.end(), [&](const Argument& argument) {
+          const bool is_beside = gradient.is_neg() || std::any_of(read.begin(), read.end(), [&](const NamedTensor& argument) {
                                    return shares_memory(gradient, argument.tensor);
                                  });
           to.computed[i] = is_beside ? allocate_like(inputs[i].tensor) : gradient;
@@ -169,7 +169,7 @@ struct Layer {
   struct Checked {
     Checked(const Call& call, const char* function)
         : terms{call.formula(), call.has_weight, call.tensors, settings_of(call), at::kCPU} {
-      const Arguments inputs = call.inputs();
+      const NamedTensors inputs = call.inputs();
       check_together(function, call);
       check_tensors(function, inputs);
       if (call.has_weight) {
@@ -211,7 +211,7 @@ struct Layer {
   static Gradients backward_into(const at::Tensor& grad_output, const Call& call, const Where& where) {
     const char* const function = call.op->backward_name;
     const Description& d = call.op->description;
-    c10::SmallVector<Argument, kMaxInputs + 2> read{{"grad_output", grad_output}};
+    c10::SmallVector<NamedTensor, kMaxInputs + 2> read{{"grad_output", grad_output}};
     read.append(call.tensors.begin(), call.tensors.end());
     if (!d.reduces) {
       check_tensors(function, read);

@@ -168,7 +168,7 @@ struct Values {
     if (std::none_of(numbers.begin(), numbers.end(), [](const auto& number) { return number.has_value(); })) {
       return;
     }
-    c10::SmallVector<kl_ext::Argument, kl_ext::kMaxInputs + 1> tensors;
+    c10::SmallVector<kl_ext::NamedTensor, kl_ext::kMaxInputs + 1> tensors;
     for (size_t i = 0; i < d.most; ++i) {
       if (inputs[i]) {
         tensors.push_back({d.inputs[i], *inputs[i]});

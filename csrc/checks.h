@@ -19,16 +19,16 @@
 namespace kl_ext {
 
 // A tensor that belongs to the caller, under its name.
-struct Argument {
-  Argument(const char* tensor_name, const at::Tensor& of_caller) : name(tensor_name), tensor(of_caller) {}
-  Argument(const Argument&) = default;
-  Argument& operator=(const Argument& other) { return *std::construct_at(this, other); }
+struct NamedTensor {
+  NamedTensor(const char* tensor_name, const at::Tensor& of_caller) : name(tensor_name), tensor(of_caller) {}
+  NamedTensor(const NamedTensor&) = default;
+  NamedTensor& operator=(const NamedTensor& other) { return *std::construct_at(this, other); }
 
   const char* name;
   const at::Tensor& tensor;
 };
 
-using Arguments = c10::ArrayRef<Argument>;
+using NamedTensors = c10::ArrayRef<NamedTensor>;
 
 inline bool is_supported(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
@@ -49,7 +49,7 @@ inline void check_result_dtype(const char* function, std::optional<at::ScalarTyp
                    ": expected dtype to be float16, bfloat16, float32 or float64, got ", dtype_name(*dtype));
 }
 
-inline void check_tensors(const char* function, Arguments arguments) {
+inline void check_tensors(const char* function, NamedTensors arguments) {
   for (const auto& [name, tensor] : arguments) {
     TORCH_CHECK_TYPE(is_supported(tensor.scalar_type()), function, ": expected ", name,
                      " to be a float16, bfloat16, float32 or float64 tensor, got ", dtype_name(tensor.scalar_type()));
@@ -58,7 +58,7 @@ inline void check_tensors(const char* function, Arguments arguments) {
   }
 }
 
-inline bool is_weight(const Argument& argument) { return argument.name == std::string_view("weight"); }
+inline bool is_weight(const NamedTensor& argument) { return argument.name == std::string_view("weight"); }
 
 inline void check_weight(const char* function, const at::Tensor& weight) {
   const at::ScalarType dtype = weight.scalar_type();
@@ -70,8 +70,8 @@ inline void check_weight(const char* function, const at::Tensor& weight) {
 
 // All on the device of the first that is not a 0-dim CPU tensor, which is returned: those go with tensors of any device, as in
 // torch.
-inline at::Device check_devices(const char* function, Arguments arguments) {
-  const Argument* first = &arguments[0];
+inline at::Device check_devices(const char* function, NamedTensors arguments) {
+  const NamedTensor* first = &arguments[0];
   for (const auto& argument : arguments) {
     const bool is_scalar = argument.tensor.dim() == 0 && argument.tensor.is_cpu();
     if (is_scalar || argument.tensor.device() == first->tensor.device()) {
@@ -86,7 +86,7 @@ inline at::Device check_devices(const char* function, Arguments arguments) {
 }
 
 // Of arguments that broadcast.
-inline at::DimVector broadcast_shape(Arguments arguments) {
+inline at::DimVector broadcast_shape(NamedTensors arguments) {
   at::DimVector shape(arguments[0].tensor.sizes());
   for (const auto& argument : arguments.slice(1)) {
     const auto sizes = argument.tensor.sizes();
@@ -101,7 +101,7 @@ inline at::DimVector broadcast_shape(Arguments arguments) {
   return shape;
 }
 
-inline void check_broadcast(const char* function, Arguments arguments) {
+inline void check_broadcast(const char* function, NamedTensors arguments) {
   for (size_t count = 1; count < arguments.size(); ++count) {
     const auto& [name, tensor] = arguments[count];
     const auto sizes = tensor.sizes();
@@ -119,7 +119,7 @@ inline void check_broadcast(const char* function, Arguments arguments) {
 }
 
 // The arguments after the first, which is grad_output, must expand to its shape.
-inline void check_expand(const char* function, Arguments arguments) {
+inline void check_expand(const char* function, NamedTensors arguments) {
   const auto shape = arguments[0].tensor.sizes();
   for (const auto& [name, tensor] : arguments.slice(1)) {
     TORCH_CHECK(tensor.sizes() == shape || at::is_expandable_to(tensor.sizes(), shape), function, ": expected ", name,
@@ -134,9 +134,9 @@ inline void check_weight_shape(const char* function, const at::Tensor& weight, a
 }
 
 // The gradient of a reduced result, on the inputs' device.
-inline void check_grad_output(const char* function, Argument grad_output, Arguments inputs, at::IntArrayRef shape) {
+inline void check_grad_output(const char* function, NamedTensor grad_output, NamedTensors inputs, at::IntArrayRef shape) {
   check_tensors(function, grad_output);
-  const Argument both[] = {inputs[0], grad_output};
+  const NamedTensor both[] = {inputs[0], grad_output};
   check_devices(function, both);
   TORCH_CHECK(grad_output.tensor.sizes() == shape, function, ": expected grad_output of shape ", shape, ", got shape ",
               grad_output.tensor.sizes());
@@ -155,7 +155,7 @@ inline Overlap overlap_of(const at::Tensor& a, const at::Tensor& b) {
 inline bool shares_memory(const at::Tensor& a, const at::Tensor& b) { return overlap_of(a, b) != Overlap::kNone; }
 
 // A tensor that is to hold the gradient of an input.
-inline void check_gradient(const char* function, const at::Tensor& gradient, Argument input) {
+inline void check_gradient(const char* function, const at::Tensor& gradient, NamedTensor input) {
   const auto& [name, tensor] = input;
   TORCH_CHECK_TYPE(gradient.scalar_type() == tensor.scalar_type(), function, ": expected grad_", name, " to be ",
                    dtype_name(tensor.scalar_type()), " like ", name, ", got ", dtype_name(gradient.scalar_type()));
@@ -169,7 +169,7 @@ inline void check_gradient(const char* function, const at::Tensor& gradient, Arg
 // The tensors that are to hold gradients, undefined where one is not wanted. As for torch.add(out=), a gradient may be the very
 // tensor of an argument. One that is summed over terms of a larger shape may not: it is written while they are read.
 // read: grad_output, the inputs and the weight.
-inline void check_gradients(const char* function, Arguments inputs, Arguments read, c10::ArrayRef<at::Tensor> gradients,
+inline void check_gradients(const char* function, NamedTensors inputs, NamedTensors read, c10::ArrayRef<at::Tensor> gradients,
                             at::IntArrayRef shape) {
   for (size_t i = 0; i < inputs.size(); ++i) {
     const at::Tensor& gradient = gradients[i];

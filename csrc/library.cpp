@@ -34,7 +34,7 @@ void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const bool has_cuda = op.hasKernelForDispatchKey(c10::DispatchKey::CUDA);
   const char* const devices = has_cuda ? "cpu or cuda" : "cpu (this build has no CUDA kernels)";
   const auto values = torch::jit::last(*stack, schema.arguments().size());
-  std::vector<Argument> tensors;
+  std::vector<NamedTensor> tensors;
   for (size_t i = 0; i < values.size(); ++i) {
     if (values[i].isTensor()) {
       tensors.push_back({schema.arguments()[i].name().c_str(), values[i].toTensor()});

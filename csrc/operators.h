@@ -96,7 +96,7 @@ struct Operator;
 struct Call {
   explicit Call(const Operator& called) : op(&called) {}
 
-  Arguments inputs() const { return Arguments(tensors).slice(0, tensors.size() - (has_weight ? 1 : 0)); }
+  NamedTensors inputs() const { return NamedTensors(tensors).slice(0, tensors.size() - (has_weight ? 1 : 0)); }
 
   // Null where there is none.
   const at::Tensor* input(size_t i) const {
@@ -108,7 +108,7 @@ struct Call {
   int formula() const;
 
   const Operator* op;
-  c10::SmallVector<Argument, kMaxInputs + 1> tensors; // the inputs that are given, and then the weight
+  c10::SmallVector<NamedTensor, kMaxInputs + 1> tensors; // the inputs that are given, and then the weight
   bool has_weight = false;
   std::array<bool, kMaxInputs> is_given{}; // of the inputs that there may be
   double clamp_min = -std::numeric_limits<double>::infinity();

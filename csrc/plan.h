@@ -13,7 +13,7 @@
 namespace kl_ext {
 
 // float64 if any tensor is, else float32.
-inline at::ScalarType arithmetic_type(Arguments arguments, at::ScalarType dtype = at::kFloat) {
+inline at::ScalarType arithmetic_type(NamedTensors arguments, at::ScalarType dtype = at::kFloat) {
   for (const auto& argument : arguments) {
     dtype = argument.tensor.scalar_type() == at::kDouble ? at::kDouble : dtype;
   }
@@ -21,7 +21,7 @@ inline at::ScalarType arithmetic_type(Arguments arguments, at::ScalarType dtype 
 }
 
 // torch's promotion.
-inline at::ScalarType result_type(Arguments arguments) {
+inline at::ScalarType result_type(NamedTensors arguments) {
   bool same = true;
   for (const auto& argument : arguments) {
     same &= argument.tensor.scalar_type() == arguments[0].tensor.scalar_type();
@@ -37,7 +37,7 @@ inline at::ScalarType result_type(Arguments arguments) {
 }
 
 // Operand 0 is the result, allocated here with the strides that a pointwise operator of torch gives it.
-inline at::TensorIterator plan_forward(Arguments inputs, at::ScalarType dtype, at::Device device) {
+inline at::TensorIterator plan_forward(NamedTensors inputs, at::ScalarType dtype, at::Device device) {
   at::TensorIteratorConfig config;
   config.set_check_mem_overlap(false).check_all_same_dtype(false);
   config.declare_static_dtype_and_device(dtype, device);
@@ -49,7 +49,7 @@ inline at::TensorIterator plan_forward(Arguments inputs, at::ScalarType dtype, a
 }
 
 // Operands: the gradients that are defined, grad_output, and the others; all in one shape.
-inline at::TensorIterator plan_backward(const at::Tensor& grad_output, Arguments operands, at::TensorList gradients) {
+inline at::TensorIterator plan_backward(const at::Tensor& grad_output, NamedTensors operands, at::TensorList gradients) {
   at::TensorIteratorConfig config;
   config.set_check_mem_overlap(false).check_all_same_dtype(false).resize_outputs(false);
   for (const auto& gradient : gradients) {

@@ -42,20 +42,20 @@ struct Types<d, std::index_sequence<I...>> {
   using Given = std::tuple<std::conditional_t<I == I, MaybeTensor, void>...>; // a gradient for each input
   using Results = std::tuple<std::conditional_t<I == I, at::Tensor, void>...>;
 
-  using Forward =
+  using ForwardType =
       typename FunctionOf<at::Tensor,
                           Joined<Inputs, Weight, Clamp, Reduction, Keepdim, std::tuple<std::optional<at::ScalarType>>>>::Type;
-  using Backward = typename FunctionOf<
+  using BackwardType = typename FunctionOf<
       Results, Joined<GradOutput, Inputs, Clamp, Reduction, std::tuple<std::array<bool, d.most>>, Keepdim, Weight>>::Type;
-  using BackwardOut = typename FunctionOf<void, Joined<GradOutput, Inputs, Clamp, Reduction, Keepdim, Weight, Given>>::Type;
+  using BackwardOutType = typename FunctionOf<void, Joined<GradOutput, Inputs, Clamp, Reduction, Keepdim, Weight, Given>>::Type;
 };
 
 template <const Description& d>
-using Forward = typename Types<d>::Forward;
+using ForwardType = typename Types<d>::ForwardType;
 template <const Description& d>
-using Backward = typename Types<d>::Backward;
+using BackwardType = typename Types<d>::BackwardType;
 template <const Description& d>
-using BackwardOut = typename Types<d>::BackwardOut;
+using BackwardOutType = typename Types<d>::BackwardOutType;
 
 // Set by find_handles while a library is loaded, so that no call takes a lock to find them.
 template <class Function>
@@ -68,11 +68,11 @@ struct Handle {
 };
 
 template <const Description& d>
-inline constinit Handle<Forward<d>> forward_handle;
+inline constinit Handle<ForwardType<d>> forward_handle;
 template <const Description& d>
-inline constinit Handle<Backward<d>> backward_handle;
+inline constinit Handle<BackwardType<d>> backward_handle;
 template <const Description& d>
-inline constinit Handle<BackwardOut<d>> backward_out_handle;
+inline constinit Handle<BackwardOutType<d>> backward_out_handle;
 
 // From a call to the arguments of an operator.
 
@@ -270,13 +270,13 @@ void register_layer(torch::Library& m) {
   for_each_operator(Operators(), [&]<const Description & d>() {
     const std::string name = d.name;
     if constexpr (requires { Layer::forward; }) {
-      m.impl(name.c_str(), &signature::Kernel<Layer, d, signature::Forward<d>>::run);
+      m.impl(name.c_str(), &signature::Kernel<Layer, d, signature::ForwardType<d>>::run);
     }
     if constexpr (requires { Layer::backward; }) {
-      m.impl((name + "_backward").c_str(), &signature::Kernel<Layer, d, signature::Backward<d>>::run);
+      m.impl((name + "_backward").c_str(), &signature::Kernel<Layer, d, signature::BackwardType<d>>::run);
     }
     if constexpr (requires { Layer::backward_out; }) {
-      m.impl((name + "_backward.out").c_str(), &signature::Kernel<Layer, d, signature::BackwardOut<d>>::run);
+      m.impl((name + "_backward.out").c_str(), &signature::Kernel<Layer, d, signature::BackwardOutType<d>>::run);
     }
   });
 }

@@ -28,8 +28,8 @@ template <class T, Range range>
 void exponentials(const T* x, T* half_phi_of_x, T* half_expm1_of_x, long n) {
   for (long i = 0; i < n; ++i) {
     const T half = T(0.5) * x[i];
-    half_phi_of_x[i] = half_phi<range, Exactness::kExact>(half, reduce<range, 1>(half));
-    half_expm1_of_x[i] = half_expm1<range>(reduce<range, 0, Use::kExpm1>(x[i]));
+    half_phi_of_x[i] = half_phi<range, Exactness::kExact>(half, split<range, 1>(half));
+    half_expm1_of_x[i] = half_expm1<range>(split<range, 0, Use::kExpm1>(x[i]));
   }
 }
 

@@ -19,6 +19,7 @@ SOURCE = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PIP", "UV", "KL_EXT"))}
 ENVIRONMENT["PIP_CONFIG_FILE"] = os.devnull
 ENVIRONMENT["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+ENVIRONMENT["COLUMNS"] = "1000"  # uv breaks the lines of its messages there
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

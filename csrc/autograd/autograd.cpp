@@ -25,7 +25,7 @@ bool any_defined(const Tensors& tensors) {
 }
 
 // The forward-mode tangents, undefined where there is none, and the tensors without them.
-Tensors tangents_of(Arguments arguments) {
+Tensors tangents_of(NamedTensors arguments) {
   Tensors tangents;
   for (const auto& [name, tensor] : arguments) {
     tangents.push_back(tensor._fw_grad(/*level=*/0));
@@ -33,12 +33,12 @@ Tensors tangents_of(Arguments arguments) {
   return tangents;
 }
 
-bool any_has_tangent(Arguments arguments) {
+bool any_has_tangent(NamedTensors arguments) {
   return std::any_of(arguments.begin(), arguments.end(),
-                     [](const Argument& argument) { return argument.tensor._fw_grad(/*level=*/0).defined(); });
+                     [](const NamedTensor& argument) { return argument.tensor._fw_grad(/*level=*/0).defined(); });
 }
 
-Tensors primals_of(Arguments arguments) {
+Tensors primals_of(NamedTensors arguments) {
   Tensors primals;
   for (const auto& [name, tensor] : arguments) {
     primals.push_back(tensor._fw_primal(/*level=*/0));
@@ -87,7 +87,7 @@ struct BackwardBackward : SavingNode {
   }
 };
 
-struct Backward : SavingNode {
+struct BackwardNode : SavingNode {
   using SavingNode::SavingNode;
 
   size_t inputs() const { return saved.size() - (options.has_weight ? 1 : 0); }
@@ -117,7 +117,7 @@ struct Backward : SavingNode {
   }
 
   // Edges to what pairs of inputs are halves of, after those to the inputs.
-  void add_edges_of_halves(Arguments arguments) {
+  void add_edges_of_halves(NamedTensors arguments) {
     for (size_t pair = 0; pair < arguments.size() / 2; ++pair) {
       const size_t i = 2 * pair;
       halves[pair] = find_halves(arguments[i].tensor, arguments[i + 1].tensor, next_edge(i), next_edge(i + 1));
@@ -141,7 +141,7 @@ struct Backward : SavingNode {
         return false;
       }
     }
-    const Arguments arguments = call.inputs();
+    const NamedTensors arguments = call.inputs();
     Gradients gradients;
     size_t edge = inputs();
     bool any_whole = false;
@@ -173,9 +173,9 @@ struct Backward : SavingNode {
 // The inputs that the gradients of those that require one depend on. All of them where one is jagged: what stands in for an input
 // that is not saved cannot be given a ragged shape.
 Mask needed_by_gradients(const Call& call) {
-  const Arguments inputs = call.inputs();
+  const NamedTensors inputs = call.inputs();
   const bool any_jagged =
-      std::any_of(inputs.begin(), inputs.end(), [](const Argument& input) { return input.tensor.layout() == at::kJagged; });
+      std::any_of(inputs.begin(), inputs.end(), [](const NamedTensor& input) { return input.tensor.layout() == at::kJagged; });
   if (any_jagged) {
     return {true, true, true, true};
   }
@@ -215,9 +215,9 @@ struct Autograd {
       const at::AutoDispatchBelowADInplaceOrView guard;
       return call.op->forward(call);
     }();
-    const Arguments inputs = call.inputs();
+    const NamedTensors inputs = call.inputs();
     if (any_requires_grad(inputs)) {
-      auto node = make_node<Backward>(inputs);
+      auto node = make_node<BackwardNode>(inputs);
       node->options.read(call);
       const Mask needed = needed_by_gradients(call);
       bool are_all_needed = true;
@@ -248,14 +248,14 @@ struct Autograd {
 
   static Gradients backward(const at::Tensor& grad_output, const Call& call, const Mask& mask) {
     const char* const function = call.op->backward_name;
-    check_tensors(function, Argument{"grad_output", grad_output});
+    check_tensors(function, NamedTensor{"grad_output", grad_output});
     check(function, call);
     Gradients gradients = [&] {
       const at::AutoDispatchBelowADInplaceOrView guard;
       return call.op->backward(grad_output, call, mask);
     }();
-    const Arguments inputs = call.inputs();
-    c10::SmallVector<Argument, kMaxTensors> differentiated{{"grad_output", grad_output}};
+    const NamedTensors inputs = call.inputs();
+    c10::SmallVector<NamedTensor, kMaxTensors> differentiated{{"grad_output", grad_output}};
     differentiated.append(inputs.begin(), inputs.end());
     if (any_requires_grad(differentiated)) {
       auto node = make_node<BackwardBackward>(differentiated);

@@ -101,8 +101,8 @@ class Derived {
     return all;
   }
 
-  c10::SmallVector<Argument, kMaxTensors> named() const {
-    c10::SmallVector<Argument, kMaxTensors> arguments;
+  c10::SmallVector<NamedTensor, kMaxTensors> named() const {
+    c10::SmallVector<NamedTensor, kMaxTensors> arguments;
     for (const auto& input : inputs_) {
       arguments.push_back({"input", input});
     }

@@ -94,16 +94,17 @@ struct Derivatives<math::NormalDivergence> {
     const auto or_zero = [&](const at::Tensor& direction) { return direction.defined() ? direction : zero; };
     const at::Tensor inverse = 1.0 / x[3];
     const auto over_square = [&](const at::Tensor& row) { return row * inverse * inverse; };
-    const at::Tensor shift = (x[0] - x[2]) * inverse;
+    const at::Tensor distance = (x[0] - x[2]) * inverse;
     const at::Tensor d = (x[1] - x[3]) * inverse;
     const at::Tensor r = x[1] * inverse;
     const at::Tensor s = x[3] / x[1];
     const at::Tensor v_mean = or_zero(v[0]) - or_zero(v[2]);
     const at::Tensor v_q = or_zero(v[3]);
     const at::Tensor v_d = or_zero(v[1]) - v_q;
-    const at::Tensor mean = over_square(v_mean - 2.0 * shift * v_q);
+    const at::Tensor mean = over_square(v_mean - 2.0 * distance * v_q);
     const at::Tensor p = over_square((1.0 + s * s) * v_d - d * (2.0 + s + s * s) * v_q);
-    const at::Tensor q = over_square(d * (3.0 * r + 1.0) * v_q - 2.0 * r * v_d + shift * (3.0 * shift * v_q - 2.0 * v_mean));
+    const at::Tensor q =
+        over_square(d * (3.0 * r + 1.0) * v_q - 2.0 * r * v_d + distance * (3.0 * distance * v_q - 2.0 * v_mean));
     return {mean, p, -mean, q};
   }
 };

@@ -41,7 +41,7 @@ struct Counted<T, false> {
 
 // A node with an edge to each tensor.
 template <class T>
-auto make_node(Arguments tensors) {
+auto make_node(NamedTensors tensors) {
   edge_list edges;
   edges.reserve(tensors.size());
   for (const auto& [name, tensor] : tensors) {
@@ -61,9 +61,9 @@ void record(at::TensorList results, const Pointer& node) {
   }
 }
 
-inline bool any_requires_grad(Arguments tensors) {
-  return at::GradMode::is_enabled() &&
-         std::any_of(tensors.begin(), tensors.end(), [](const Argument& argument) { return argument.tensor.requires_grad(); });
+inline bool any_requires_grad(NamedTensors tensors) {
+  return at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(),
+                                                   [](const NamedTensor& argument) { return argument.tensor.requires_grad(); });
 }
 
 // What a node knows of a call but for its tensors.

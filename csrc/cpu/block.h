@@ -42,7 +42,7 @@ inline Storage storage_of(at::ScalarType dtype) {
 
 inline Storage storage_of(Arithmetic arithmetic) { return arithmetic == kDouble ? kFloat64 : kFloat32; }
 
-inline Arithmetic arithmetic_of(Arguments arguments, at::ScalarType dtype = at::kFloat) {
+inline Arithmetic arithmetic_of(NamedTensors arguments, at::ScalarType dtype = at::kFloat) {
   return arithmetic_type(arguments, dtype) == at::kDouble ? kDouble : kSingle;
 }
 

@@ -7,8 +7,6 @@
 
 // No iteration depends on another.
 #define KL_EXT_LOOP _Pragma("GCC ivdep")
-// Over the inputs of a loss or the numbers of a group: what stayed a loop would end the vectorising of the one around it.
-#define KL_EXT_UNROLL _Pragma("GCC unroll 8")
 // As a call would.
 #define KL_EXT_INLINE_LAMBDA __attribute__((always_inline))
 

@@ -34,9 +34,9 @@ struct Block {
 
 // Operands: the result; the inputs. All of one storage. Given q (GivenQ of math/gaussian.h), one more input; with a weight, that
 // behind them.
-using Forward = void (*)(const Block& block, Settings settings);
+using ForwardKernel = void (*)(const Block& block, Settings settings);
 // Operands: the gradients, one for each input; grad_output; the inputs.
-using Backward = void (*)(const Block& block, Settings settings);
+using BackwardKernel = void (*)(const Block& block, Settings settings);
 // The same from one grad_output for all, which is no operand.
 using BackwardOfOne = void (*)(const Block& block, double grad_output, Settings settings);
 // The same given a q that the rows share. Operands: the gradients of p; the inputs. Those of q are added to the lanes of each,
@@ -68,15 +68,15 @@ using Divide = void (*)(void* numbers, std::int64_t numel, std::int64_t divisor)
 // Of one formula, [wide] or by range. A null is a kernel that there is not: of weighted terms those for half types and for one
 // gradient, those of a narrow range where a formula has but one, and those given q where nothing depends on q alone.
 struct FormulaKernels {
-  Forward forward[2][kStorages];
-  Backward backward[2][kStorages];
+  ForwardKernel forward[2][kStorages];
+  BackwardKernel backward[2][kStorages];
   BackwardOfOne backward_of_one[2][kStorages];
   Accumulate accumulate[2][kArithmetics];
   SumChunks sum_chunks[2][kStorages];
   SumRowChunks sum_row_chunks[2][kStorages];
   // In the narrow range.
-  Forward forward_given_q[kArithmetics];
-  Backward backward_given_q[kArithmetics];
+  ForwardKernel forward_given_q[kArithmetics];
+  BackwardKernel backward_given_q[kArithmetics];
   BackwardToLanes backward_to_lanes[kArithmetics];
   Accumulate accumulate_given_q[kArithmetics];
   SumChunks sum_chunks_given_q[kArithmetics];

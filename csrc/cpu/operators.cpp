@@ -125,7 +125,7 @@ struct BlockBackward {
       all[gradients] = divided;
     }
     copy_inputs(all + gradients + 1, operands + 1, terms, prepared_q);
-    const Backward kernel =
+    const BackwardKernel kernel =
         prepared_q != nullptr ? kernels.backward_given_q[arithmetic] : kernels.backward[wide][storage_of(arithmetic)];
     kernel(contiguous(all, numel), terms.settings);
   }

@@ -84,7 +84,7 @@ inline std::optional<size_t> first_shared_dim(const at::Tensor& tensor, at::IntA
 class Rows {
  public:
   // Made of the dimensions from `first` on, or of fewer.
-  explicit Rows(Arguments arguments, size_t first = 0)
+  explicit Rows(NamedTensors arguments, size_t first = 0)
       : arguments_(arguments), dtype_(arguments[0].tensor.scalar_type()), shape_(arguments[0].tensor) {
     for (const auto& argument : arguments) {
       is_valid_ = is_valid_ && argument.tensor.scalar_type() == dtype_ && argument.tensor.sizes() == shape_.sizes;
@@ -183,7 +183,7 @@ class Rows {
 
   int64_t element_size() const { return static_cast<int64_t>(c10::elementSize(dtype_)); }
 
-  Arguments arguments_;
+  NamedTensors arguments_;
   at::ScalarType dtype_;
   Shape shape_;
   bool is_valid_ = true;

@@ -23,7 +23,7 @@ constexpr int64_t kShortestRowOfOne = 64;
 
 // The dimension where the rows begin that share a q of [D], or [1, D], if they do and the kernels can be given it.
 std::optional<size_t> first_dim_sharing_q(const Terms& terms, at::IntArrayRef shape) {
-  const Arguments inputs = terms.operands.slice(0, terms.inputs());
+  const NamedTensors inputs = terms.operands.slice(0, terms.inputs());
   const Arithmetic arithmetic = arithmetic_of(inputs);
   if (kernels().formulas[terms.formula].prepare_q[arithmetic] == nullptr || is_wide(terms.settings, arithmetic)) {
     return std::nullopt;
@@ -127,64 +127,107 @@ at::Tensor sum_chunks(SumChunks kernel, const Rows& rows, const Terms& terms_of,
   return out;
 }
 
-// The gradients of p into their rows, and the sums of those of q. A piece of work is a chunk of rows, or where those are too few
-// for all threads, of each of its turns through the lanes a part; and of these rows some columns.
-void backward_to_sums(BackwardToLanes kernel, const Rows& rows, double grad_output, const Settings& settings,
-                      Arithmetic arithmetic, const std::array<void*, 2>& sums) {
-  const Shape& shape = rows.shape();
-  const int64_t chunks = ceil_divide(shape.rows, kChunk);
-  const int64_t tiles = ceil_divide(shape.columns, kColumns);
-  const int in_use = math::lanes_in_use(shape.rows);
-  int parts = 1;
-  while (parts < in_use && chunks * tiles * parts < at::get_num_threads() &&
-         rows.numel() / (chunks * tiles * parts) >= 2 * at::internal::GRAIN_SIZE) {
-    parts *= 2;
+// The gradients of p into their rows, and the sums over the rows of those of q.
+//
+// The work is cut into pieces: a chunk of rows, some of its columns (a tile), and, where there are fewer of these than threads, a
+// part of the lanes, with every row that goes to one of them. What a piece leaves of a sum is one row of numbers, its lanes folded,
+// or where the lanes of a chunk are in several parts, a row for each lane.
+class SumsOverRows {
+ public:
+  SumsOverRows(const Rows& rows, Arithmetic arithmetic)
+      : rows_(rows),
+        arithmetic_(arithmetic),
+        chunks_(ceil_divide(rows.shape().rows, kChunk)),
+        tiles_(ceil_divide(columns(), kColumns)),
+        lanes_in_use_(math::lanes_in_use(rows.shape().rows)) {
+    while (parts_ < lanes_in_use_ && pieces() < at::get_num_threads() &&
+           rows.numel() / pieces() >= 2 * at::internal::GRAIN_SIZE) {
+      parts_ *= 2;
+    }
+    for (auto& left : left_) {
+      left = std::make_unique_for_overwrite<char[]>(chunks_ * kept_lanes() * row_bytes());
+    }
   }
-  const int lanes = in_use / parts;
-  const int64_t turn = parts == 1 ? kChunk : kLanes;
-  const int64_t rows_of_turn = parts == 1 ? kChunk : lanes;
-  const int64_t kept_lanes = parts == 1 ? 1 : in_use; // of each chunk, behind its piece
-  const int64_t size = size_of(arithmetic);
-  const int64_t row_bytes = shape.columns * size;
-  std::array<std::unique_ptr<char[]>, 2> partials; // [chunks, kept_lanes, columns]
-  for (auto& of_sum : partials) {
-    of_sum = std::make_unique_for_overwrite<char[]>(chunks * kept_lanes * row_bytes);
-  }
-  at::parallel_for(0, chunks * tiles * parts, 1, [&](int64_t begin, int64_t end) {
-    const int64_t bytes = lanes * std::min(kColumns, shape.columns) * size;
-    const auto buffer = std::make_unique_for_overwrite<char[]>(2 * bytes);
-    char* const lanes_of[] = {buffer.get(), buffer.get() + bytes};
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t first_lane = piece % parts * lanes;
-      const int64_t column = piece / parts % tiles * kColumns;
-      const int64_t chunk = piece / parts / tiles;
-      const int64_t width = std::min(kColumns, shape.columns - column);
-      const int64_t end_of_chunk = std::min((chunk + 1) * kChunk, shape.rows);
-      std::fill_n(buffer.get(), 2 * bytes, char{0});
-      for (int64_t row = chunk * kChunk + first_lane; row < end_of_chunk; row += turn) {
-        rows.for_part(row, std::min(end_of_chunk - row, rows_of_turn), column, width,
-                      [&](const Block& block) { kernel(block, lanes_of[0], lanes_of[1], lanes, grad_output, settings); });
-      }
-      for (size_t i = 0; i < partials.size(); ++i) {
-        if (parts == 1) {
-          kernels().fold_lanes[arithmetic](lanes_of[i], lanes, width);
+
+  void run(BackwardToLanes kernel, double grad_output, const Settings& settings) {
+    at::parallel_for(0, pieces(), 1, [&](int64_t begin, int64_t end) {
+      const int64_t bytes = lanes() * std::min(kColumns, columns()) * size();
+      const auto buffer = std::make_unique_for_overwrite<char[]>(2 * bytes);
+      const std::array<char*, 2> lanes_of{buffer.get(), buffer.get() + bytes};
+      for (int64_t i = begin; i < end; ++i) {
+        const Piece piece = piece_at(i);
+        std::fill_n(buffer.get(), 2 * bytes, char{0});
+        for (int64_t row = piece.first_row; row < piece.end_row; row += rows_between_turns()) {
+          const int64_t count = std::min(piece.end_row - row, rows_of_turn());
+          rows_.for_part(row, count, piece.column, piece.width,
+                         [&](const Block& block) { kernel(block, lanes_of[0], lanes_of[1], lanes(), grad_output, settings); });
         }
-        const Tile kept{width, parts == 1 ? 1 : lanes, size, row_bytes};
-        char* const place = partials[i].get() + (chunk * kept_lanes + first_lane) * row_bytes + column * size;
-        kernels().store[storage_of(arithmetic)][arithmetic](place, lanes_of[i], kept);
+        keep(piece, lanes_of);
       }
-    }
-  });
-  for (size_t i = 0; i < partials.size(); ++i) {
-    char* const partial = partials[i].get();
-    for (int64_t chunk = 0; chunk < chunks && parts > 1; ++chunk) {
-      kernels().fold_lanes[arithmetic](partial + chunk * in_use * row_bytes, in_use, shape.columns);
-      std::copy_n(partial + chunk * in_use * row_bytes, row_bytes, partial + chunk * row_bytes);
-    }
-    finish_sums(partial, chunks, shape.columns, arithmetic);
-    std::copy_n(partial, row_bytes, static_cast<char*>(sums[i]));
+    });
   }
-}
+
+  // Once, when everything has run. sums: of the gradients of mu_q and of log_var_q.
+  void finish(const std::array<void*, 2>& sums) {
+    for (size_t i = 0; i < left_.size(); ++i) {
+      char* const of_chunks = left_[i].get();
+      for (int64_t chunk = 0; chunk < chunks_ && parts_ > 1; ++chunk) {
+        char* const of_lanes = of_chunks + chunk * kept_lanes() * row_bytes();
+        kernels().fold_lanes[arithmetic_](of_lanes, lanes_in_use_, columns());
+        std::copy_n(of_lanes, row_bytes(), of_chunks + chunk * row_bytes());
+      }
+      finish_sums(of_chunks, chunks_, columns(), arithmetic_);
+      std::copy_n(of_chunks, row_bytes(), static_cast<char*>(sums[i]));
+    }
+  }
+
+ private:
+  struct Piece {
+    int64_t chunk;
+    int64_t column; // the first one
+    int64_t width;  // in columns
+    int64_t first_lane;
+    int64_t first_row;
+    int64_t end_row;
+  };
+
+  int64_t columns() const { return rows_.shape().columns; }
+  int64_t size() const { return size_of(arithmetic_); }
+  int64_t row_bytes() const { return columns() * size(); }
+  int64_t pieces() const { return chunks_ * tiles_ * parts_; }
+  int lanes() const { return lanes_in_use_ / parts_; } // of a piece
+  int64_t kept_lanes() const { return parts_ == 1 ? 1 : lanes_in_use_; }
+  // A kernel puts consecutive rows into consecutive lanes. All lanes are one turn; a part of them skips the rows of the others.
+  int64_t rows_of_turn() const { return parts_ == 1 ? kChunk : lanes(); }
+  int64_t rows_between_turns() const { return parts_ == 1 ? kChunk : kLanes; }
+
+  Piece piece_at(int64_t i) const {
+    const int64_t first_lane = i % parts_ * lanes();
+    const int64_t column = i / parts_ % tiles_ * kColumns;
+    const int64_t chunk = i / parts_ / tiles_;
+    const int64_t end = std::min((chunk + 1) * kChunk, rows_.shape().rows);
+    return {chunk, column, std::min(kColumns, columns() - column), first_lane, chunk * kChunk + first_lane, end};
+  }
+
+  void keep(const Piece& piece, const std::array<char*, 2>& lanes_of) {
+    for (size_t i = 0; i < left_.size(); ++i) {
+      if (parts_ == 1) {
+        kernels().fold_lanes[arithmetic_](lanes_of[i], lanes(), piece.width);
+      }
+      const Tile tile{piece.width, parts_ == 1 ? 1 : lanes(), size(), row_bytes()};
+      char* const row = left_[i].get() + (piece.chunk * kept_lanes() + piece.first_lane) * row_bytes();
+      kernels().store[storage_of(arithmetic_)][arithmetic_](row + piece.column * size(), lanes_of[i], tile);
+    }
+  }
+
+  const Rows& rows_;
+  const Arithmetic arithmetic_;
+  const int64_t chunks_;
+  const int64_t tiles_;
+  const int lanes_in_use_;
+  int parts_ = 1;
+  std::array<std::unique_ptr<char[]>, 2> left_; // of each sum [chunks, kept lanes, columns]
+};
 
 } // namespace
 
@@ -203,7 +246,8 @@ std::optional<at::Tensor> forward_by_rows(const Terms& terms, at::ScalarType res
   }
   const at::Tensor out = allocate(rows.shape().sizes, at::dtype(result));
   rows.place(0, out.mutable_data_ptr());
-  const Forward kernel = kernels_of(terms).forward[is_wide(terms.settings, arithmetic_of(terms.operands))][storage_of(result)];
+  const ForwardKernel kernel =
+      kernels_of(terms).forward[is_wide(terms.settings, arithmetic_of(terms.operands))][storage_of(result)];
   at::parallel_for(0, rows.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
     rows.for_range(begin, end, rows.shape().rows, [&](const Block& block, int64_t) { kernel(block, terms.settings); });
   });
@@ -212,7 +256,7 @@ std::optional<at::Tensor> forward_by_rows(const Terms& terms, at::ScalarType res
 
 std::optional<at::Tensor> sum_by_rows(const Terms& terms, at::ScalarType result, at::IntArrayRef shape,
                                       const Reduction& reduction) {
-  const Arguments inputs = terms.operands.slice(0, terms.inputs());
+  const NamedTensors inputs = terms.operands.slice(0, terms.inputs());
   const Arithmetic arithmetic = arithmetic_of(terms.operands, result);
   const bool wide = is_wide(terms.settings, arithmetic);
   const FormulaKernels& of_formula = kernels_of(terms);
@@ -256,7 +300,7 @@ std::optional<at::Tensor> sum_by_rows(const Terms& terms, at::ScalarType result,
 }
 
 bool backward_by_rows(const Terms& terms, const at::Tensor& grad_output, const Gradients& gradients) {
-  const Arguments inputs = terms.operands;
+  const NamedTensors inputs = terms.operands;
   const Arithmetic arithmetic = arithmetic_of(inputs);
   if (terms.is_weighted || arithmetic != arithmetic_of(inputs, grad_output.scalar_type()) || grad_output.numel() == 0) {
     return false;
@@ -281,7 +325,7 @@ bool backward_by_rows(const Terms& terms, const at::Tensor& grad_output, const G
   }
   const bool wide = is_wide(terms.settings, arithmetic);
   const Storage storage = storage_of(rows.dtype());
-  const Backward of_each = kernels_of(terms).backward[wide][storage];
+  const BackwardKernel of_each = kernels_of(terms).backward[wide][storage];
   const BackwardOfOne of_one = kernels_of(terms).backward_of_one[wide][storage];
   const Load read = kernels().load[storage_of(grad_output.scalar_type())][kDouble];
   const auto* const grad = static_cast<const char*>(grad_output.const_data_ptr());
@@ -302,7 +346,7 @@ bool backward_by_rows(const Terms& terms, const at::Tensor& grad_output, const G
 }
 
 bool backward_of_one_by_rows(const Terms& terms, double grad_output, const Gradients& gradients, at::IntArrayRef shape) {
-  const Arguments inputs = terms.operands;
+  const NamedTensors inputs = terms.operands;
   const Arithmetic arithmetic = arithmetic_of(inputs);
   if (terms.is_weighted) {
     return false;
@@ -336,8 +380,9 @@ bool backward_of_one_by_rows(const Terms& terms, double grad_output, const Gradi
     return false;
   }
   const auto prepared = add_q(rows, terms, kernels_of(terms).prepare_q_of_backward[arithmetic]);
-  backward_to_sums(kernels_of(terms).backward_to_lanes[arithmetic], rows, grad_output, terms.settings, arithmetic,
-                   {gradients[2].mutable_data_ptr(), gradients[3].mutable_data_ptr()});
+  SumsOverRows of_q(rows, arithmetic);
+  of_q.run(kernels_of(terms).backward_to_lanes[arithmetic], grad_output, terms.settings);
+  of_q.finish({gradients[2].mutable_data_ptr(), gradients[3].mutable_data_ptr()});
   return true;
 }
 

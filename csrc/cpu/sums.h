@@ -32,9 +32,10 @@ KL_EXT_INLINE void add_turn(T* lanes, const Inputs<F, S>& inputs, const math::Se
   add_groups<F, range>(lanes, 0, inputs, math::kLanes, settings);
 }
 
-// Adds the terms of contiguous inputs to the lanes `first` and on.
+// Adds the terms of contiguous inputs to the lanes `first` and on. Called and not inlined: it has the formula six times, and a
+// compiler that copied it into all its callers would take minutes longer.
 template <class F, Range range, class S, class T>
-KL_EXT_INLINE void accumulate_row(T* lanes, const Inputs<F, S>& inputs, int first, std::int64_t numel,
+[[gnu::noinline]] void accumulate_row(T* lanes, const Inputs<F, S>& inputs, int first, std::int64_t numel,
                                   const math::Settings<T>& settings) {
   std::int64_t i = 0;
   if (const int place = first % kGroup<S>; place != 0) { // the rest of a group

@@ -8,7 +8,6 @@
 #define KL_EXT_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
 // For kernels whose threads exchange numbers: with shuffles, or through an array of the block's and barriers.
 #define KL_EXT_LAUNCH_EXCHANGING KL_EXT_LAUNCH
-#define KL_EXT_UNROLL _Pragma("unroll")
 #define KL_EXT_DEVICE __device__ __forceinline__
 // An array that the threads of a block share; what is given its pointer takes any type that can be indexed and added to.
 #define KL_EXT_SHARED(type, name, size) __shared__ type name[size]

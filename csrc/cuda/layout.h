@@ -16,24 +16,24 @@ constexpr std::int64_t kVectorBytes = 16;
 constexpr int kMaxVectorDims = 4;
 constexpr int kMaxStridedDims = 25;
 
-// Divides by a number fixed on the host, for dividends below 2^31: n / d = (n * (2^32 + magic) >> 32) >> shift (Granlund and
+// Divides by a number fixed on the host, for dividends below 2^31: n / d = (n * (2^32 + magic) >> 32) >> log_divisor (Granlund and
 // Montgomery, Division by Invariant Integers using Multiplication, 1994).
 struct Divider {
   std::uint32_t divisor = 1;
   std::uint32_t magic = 1;
-  std::uint32_t shift = 0;
+  std::uint32_t log_divisor = 0;
 
   Divider() = default;
 
   explicit Divider(std::int64_t size) : divisor(static_cast<std::uint32_t>(size)) {
-    while ((std::uint64_t{1} << shift) < divisor) {
-      ++shift;
+    while ((std::uint64_t{1} << log_divisor) < divisor) {
+      ++log_divisor;
     }
-    magic = static_cast<std::uint32_t>((((std::uint64_t{1} << shift) - divisor) << 32) / divisor + 1);
+    magic = static_cast<std::uint32_t>((((std::uint64_t{1} << log_divisor) - divisor) << 32) / divisor + 1);
   }
 
   KL_EXT_INLINE std::uint32_t quotient(std::uint32_t n) const {
-    return (static_cast<std::uint32_t>((std::uint64_t{n} * magic) >> 32) + n) >> shift;
+    return (static_cast<std::uint32_t>((std::uint64_t{n} * magic) >> 32) + n) >> log_divisor;
   }
 };
 

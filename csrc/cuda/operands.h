@@ -39,7 +39,7 @@ inline at::Tensor on_device(const at::Tensor& tensor, at::Device device) {
 // The arguments with every 0-dim CPU tensor replaced by one on the device.
 class OnDevice {
  public:
-  OnDevice(Arguments arguments, at::Device device) {
+  OnDevice(NamedTensors arguments, at::Device device) {
     tensors_.reserve(arguments.size()); // arguments_ refers to them
     for (const auto& [name, tensor] : arguments) {
       tensors_.push_back(on_device(tensor, device));
@@ -49,11 +49,11 @@ class OnDevice {
 
   OnDevice(const OnDevice&) = delete;
 
-  operator Arguments() const { return arguments_; }
+  operator NamedTensors() const { return arguments_; }
 
  private:
   c10::SmallVector<at::Tensor, 5> tensors_;
-  c10::SmallVector<Argument, 5> arguments_;
+  c10::SmallVector<NamedTensor, 5> arguments_;
 };
 
 // Operand i of the result is operand operands[i] of the iterator, or a gradient not wanted where that is negative.

@@ -57,7 +57,7 @@ at::Tensor forward_sum(const Terms& terms, at::ScalarType result, at::IntArrayRe
   Sum sum(shape, reduction.reduced, arithmetic_type(terms.operands, result));
   const at::Tensor sums = at::empty(reduction.kept_shape(shape), at::device(terms.device).dtype(result));
   sum.add_sum(sums);
-  for (const auto& operand : Arguments(moved)) {
+  for (const auto& operand : NamedTensors(moved)) {
     sum.add(operand.tensor, operand.tensor.scalar_type());
   }
   const int64_t divisor = reduction.divides ? reduction.divisor(shape) : 1;
@@ -66,7 +66,7 @@ at::Tensor forward_sum(const Terms& terms, at::ScalarType result, at::IntArrayRe
 }
 
 // One pass, in which some gradients are summed. operands: on the device.
-void run_pass(const SumPass& pass, const Terms& terms, const at::Tensor& grad_output, Arguments operands,
+void run_pass(const SumPass& pass, const Terms& terms, const at::Tensor& grad_output, NamedTensors operands,
               const Gradients& gradients) {
   Sum sum(grad_output.sizes(), pass.reduced, arithmetic_type(operands, grad_output.scalar_type()));
   SumTargets targets;
@@ -94,7 +94,7 @@ void run_pass(const SumPass& pass, const Terms& terms, const at::Tensor& grad_ou
 void backward(const Terms& terms, const at::Tensor& grad_output, const Gradients& gradients) {
   const c10::cuda::CUDAGuard guard(terms.device);
   const OnDevice copies(terms.operands, terms.device);
-  const Arguments moved(copies);
+  const NamedTensors moved(copies);
   const at::Tensor grad = on_device(grad_output, terms.device);
   Gradients computed; // on the device
   c10::SmallVector<int, kMaxOperands> operands;

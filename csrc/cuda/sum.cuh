@@ -170,54 +170,67 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
 }
 
 // Launches a kernel on the layout, and returns what it leaves of a sum; plan: of its access.
+
+template <class Direction, math::Range range, class T, class Input, class Output, class Access, class Plan>
+Partials launch_columns(const SumLayout& layout, const Plan& plan, SumShape<T> shape, const Settings& settings,
+                        CUstream_st* stream) {
+  constexpr int kItems = Access::kItems;
+  const std::int64_t lanes = math::lanes_in_use(layout.count);
+  const std::int64_t across = next_power_of_two(ceil_divide(layout.sums, kItems)); // threads beside each other, at most
+  const std::int64_t threads = block_of(across * lanes, layout.chunks);
+  const std::int64_t width = std::min(threads / lanes, across);
+  const std::int64_t tiles = ceil_divide(layout.sums, width * kItems);
+  const std::int64_t blocks = tiles * ceil_divide(layout.chunks, threads / (width * lanes));
+  shape.threads = static_cast<std::uint32_t>(threads);
+  shape.log_width = log2_of(width);
+  shape.log_lanes = log2_of(lanes);
+  shape.divider = Divider(tiles);
+  shape.items = static_cast<std::uint32_t>(layout.chunks);
+  constexpr auto kernel = sum_columns<Direction, range, T, Input, Output, Access>;
+  KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), shape.threads, stream, plan, shape,
+                           to_settings<T>(settings));
+  return {layout.chunks, /*are_lanes=*/false};
+}
+
+template <class Direction, math::Range range, class T, class Input, class Output, class Access, class Plan>
+Partials launch_rows(const SumLayout& layout, const Plan& plan, SumShape<T> shape, const Settings& settings,
+                     CUstream_st* stream) {
+  const std::int64_t width = std::max<std::int64_t>(1, math::lanes_in_use(layout.count) / Access::kItems);
+  const std::int64_t threads = block_of(width, layout.sums * layout.chunks);
+  const bool take_turns = kChunksTakeTurns<Access> && layout.chunks > math::kLanes && threads == kThreads;
+  const std::int64_t turns = take_turns ? next_power_of_two(turns_of(layout.chunks)) : 1;
+  const Partials partials{take_turns ? lanes_of(layout.chunks) : layout.chunks, take_turns};
+  const std::int64_t items = partials.count * turns; // of a row
+  shape.threads = static_cast<std::uint32_t>(threads);
+  shape.log_width = log2_of(width);
+  shape.log_turns = log2_of(turns);
+  shape.divider = Divider(items);
+  const std::int64_t rows = (KL_EXT_INDICES - kThreads) / width / items; // of a launch
+  for (shape.first = 0; shape.first < layout.sums; shape.first += rows) {
+    shape.items = static_cast<std::uint32_t>(std::min(rows, layout.sums - shape.first) * items);
+    const std::int64_t blocks = ceil_divide(shape.items * width, threads);
+    constexpr auto kernel = sum_rows<Direction, range, T, Input, Output, Access>;
+    KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), shape.threads, stream, plan, shape,
+                             to_settings<T>(settings));
+  }
+  return partials;
+}
+
+// By columns or by rows, as the layout has it: RowTerms are for rows only, and what shares q for columns.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class Plan>
 Partials launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shape, const Settings& settings,
                      CUstream_st* stream) {
   static_assert(sizeof(Plan) + sizeof(SumShape<T>) + sizeof(math::Settings<T>) <= 4096);
-  constexpr int kItems = Access::kItems;
   shape.count = layout.count;
   shape.columns = layout.sums;
-  const std::int64_t lanes = math::lanes_in_use(layout.count);
-  if constexpr (!Access::kIsWhole) { // RowTerms are for rows only
-    if (layout.by_columns) {
-      const std::int64_t across = next_power_of_two(ceil_divide(layout.sums, kItems));
-      const std::int64_t threads = block_of(across * lanes, layout.chunks);
-      const std::int64_t width = std::min(threads / lanes, across);
-      shape.threads = static_cast<std::uint32_t>(threads);
-      shape.log_width = log2_of(width);
-      shape.log_lanes = log2_of(lanes);
-      const std::int64_t tiles = ceil_divide(layout.sums, width * kItems);
-      shape.divider = Divider(tiles);
-      shape.items = static_cast<std::uint32_t>(layout.chunks);
-      const std::int64_t blocks = tiles * ceil_divide(layout.chunks, threads / (width * lanes));
-      constexpr auto kernel = sum_columns<Direction, range, T, Input, Output, Access>;
-      KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), shape.threads, stream, plan, shape,
-                               to_settings<T>(settings));
-      return {layout.chunks, /*are_lanes=*/false};
-    }
+  if constexpr (Direction::kSharesQ) {
+    return launch_columns<Direction, range, T, Input, Output, Access>(layout, plan, shape, settings, stream);
+  } else if constexpr (Access::kIsWhole) {
+    return launch_rows<Direction, range, T, Input, Output, Access>(layout, plan, shape, settings, stream);
+  } else {
+    return layout.by_columns ? launch_columns<Direction, range, T, Input, Output, Access>(layout, plan, shape, settings, stream)
+                             : launch_rows<Direction, range, T, Input, Output, Access>(layout, plan, shape, settings, stream);
   }
-  if constexpr (!Direction::kSharesQ) {
-    const std::int64_t width = std::max<std::int64_t>(1, lanes / kItems);
-    const std::int64_t threads = block_of(width, layout.sums * layout.chunks);
-    const bool take_turns = kChunksTakeTurns<Access> && layout.chunks > math::kLanes && threads == kThreads;
-    const std::int64_t turns = take_turns ? next_power_of_two(turns_of(layout.chunks)) : 1;
-    const Partials partials{take_turns ? lanes_of(layout.chunks) : layout.chunks, take_turns};
-    const std::int64_t items = partials.count * turns;
-    shape.threads = static_cast<std::uint32_t>(threads);
-    shape.log_width = log2_of(width);
-    shape.log_turns = log2_of(turns);
-    shape.divider = Divider(items);
-    const std::int64_t rows = (KL_EXT_INDICES - kThreads) / width / items;
-    for (shape.first = 0; shape.first < layout.sums; shape.first += rows) {
-      shape.items = static_cast<std::uint32_t>(std::min(rows, layout.sums - shape.first) * items);
-      const std::int64_t blocks = ceil_divide(shape.items * width, threads);
-      constexpr auto kernel = sum_rows<Direction, range, T, Input, Output, Access>;
-      KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), shape.threads, stream, plan, shape,
-                               to_settings<T>(settings));
-    }
-    return partials;
-  }
-  return {};
 }
 
 // Nothing, where the operands' dtypes and layouts do not let it.

@@ -120,14 +120,14 @@ KL_EXT_INLINE T phi_over_r(T x) {
 
 // expm1(r) for e^r from 1/sqrt(2) to 3/2.
 template <class T>
-KL_EXT_INLINE T expm1_reduced(T r) {
+KL_EXT_INLINE T expm1_of_rest(T r) {
   const T square = r * r;
   return fma(square, Constants<T>::c(r, square), r);
 }
 
 // x = k ln 2 + r.
 template <class T>
-struct Reduced {
+struct Split {
   T shifted_k;
   T r;
 };
@@ -161,7 +161,7 @@ constexpr T kLowest = T(-0.625) * T(Format<T>::kBias);
 
 // Of 2^step x + 2^step error, where |error| is at most half an ulp of x; r is left as 2^-step r.
 template <Range range, int step = 0, Use use = Use::kPhi, class T>
-KL_EXT_INLINE Reduced<T> reduce(T x, T error) {
+KL_EXT_INLINE Split<T> split(T x, T error) {
   constexpr T kUnit = kTwoTo<T, -step>;
   if constexpr (range == Range::kWide) {
     error = x < kUnit * kLowest<T> ? T(0) : error;
@@ -173,7 +173,7 @@ KL_EXT_INLINE Reduced<T> reduce(T x, T error) {
 
 // Of 2^step x.
 template <Range range, int step = 0, Use use = Use::kPhi, class T>
-KL_EXT_INLINE Reduced<T> reduce(T x) {
+KL_EXT_INLINE Split<T> split(T x) {
   constexpr T kUnit = kTwoTo<T, -step>;
   if constexpr (range == Range::kWide) {
     x = x < kUnit * kLowest<T> ? kUnit * kLowest<T> : x;
@@ -184,21 +184,21 @@ KL_EXT_INLINE Reduced<T> reduce(T x) {
 
 // x = k ln 2 + r with k the nearest integer, |r| <= ln 2 / 2, for |k| < 2^15.
 template <class T>
-KL_EXT_INLINE Reduced<T> reduce_to_nearest(T x) {
+KL_EXT_INLINE Split<T> split_at_nearest(T x) {
   using C = Constants<T>;
   const T shifted_k = fma(x, C::kLog2E, kShift<T>);
   const T k = shifted_k - kShift<T>;
   return {shifted_k, fma(-k, C::kLn2Low, fma(-k, C::kLn2High, x))};
 }
 
-// Whether x was reduced with an error. Without, it is so far from every k ln 2 that 2^k r is a normal number but for k = 0, and k
+// Whether x was split with an error. Without, it is so far from every k ln 2 that 2^k r is a normal number but for k = 0, and k
 // can be added to its exponent. With an error, r may be 0 or tiny for any k.
 enum class Exactness { kExact, kWithError };
 
-// Half of phi(x), from half of x and its reduction with step 1: finite x may be infinite where its half is not, and so may 2^k
+// Half of phi(x), from half of x and its split with step 1: finite x may be infinite where its half is not, and so may 2^k
 // in the wide range. Where k = 0, all but the product is exactly 0. The other factor and half_x keep NaN.
 template <Range range, Exactness exactness, class T>
-KL_EXT_INLINE T half_phi(T half_x, Reduced<T> half) {
+KL_EXT_INLINE T half_phi(T half_x, Split<T> half) {
   const T half_scale = power_of_two<-1>(half.shifted_k);
   const T linear = range == Range::kWide            ? half_scale * (half.r + half.r)
                    : exactness == Exactness::kExact ? times_power_of_two(half.r, half.shifted_k)
@@ -206,13 +206,13 @@ KL_EXT_INLINE T half_phi(T half_x, Reduced<T> half) {
   return fma(linear, phi_over_r<1>(half.r), ((half_scale - T(0.5)) - half_x) + linear);
 }
 
-// Half of expm1(x), of x reduced for it. Wide: a quarter at first, since half of it is finite up to where half of 2^k is not; but
+// Half of expm1(x), of x split for it. Wide: a quarter at first, since half of it is finite up to where half of 2^k is not; but
 // where k = 0, a quarter might be subnormal.
 template <Range range, class T>
-KL_EXT_INLINE T half_expm1(Reduced<T> x) {
+KL_EXT_INLINE T half_expm1(Split<T> x) {
   constexpr int kPower = range == Range::kWide ? -2 : -1;
   const T scale = power_of_two<kPower>(x.shifted_k);
-  const T of_r = expm1_reduced(x.r);
+  const T of_r = expm1_of_rest(x.r);
   const T result = fma(scale, of_r, scale - kTwoTo<T, kPower>);
   if constexpr (range == Range::kWide) {
     return x.shifted_k == kShift<T> ? kTwoTo<T, kPower + 1> * of_r : result + result;

@@ -91,9 +91,9 @@ KL_EXT_INLINE Product<T> scale_by_power_of_two(Product<T> x, T n) {
 // w = e^-log_var_q, or half of it, in the narrow range.
 template <bool half, class T>
 KL_EXT_INLINE T inverse_variance(T log_var_q) {
-  const Reduced<T> x = reduce_to_nearest(-log_var_q);
+  const Split<T> x = split_at_nearest(-log_var_q);
   const T scale = power_of_two<half ? -1 : 0>(x.shifted_k);
-  return fma(scale, expm1_reduced(x.r), scale);
+  return fma(scale, expm1_of_rest(x.r), scale);
 }
 
 // D^2 w / 2 in the narrow range, of half of w. It is infinite where D is.
@@ -128,8 +128,8 @@ KL_EXT_INLINE MeanGradient<T> mean_gradient(T mu_p, T mu_q, T log_var_q, T scale
     const T difference = mu_p - mu_q;
     // Significands and exponents apart. Beyond kFar no difference of means brings the product back into range.
     constexpr T kFar = T(2.5) * T(Format<T>::kBias + Format<T>::kMantissaBits);
-    const Reduced<T> x = reduce_to_nearest(clamp(-log_var_q, -kFar, kFar));
-    T inverse_var = T(1) + expm1_reduced(x.r);
+    const Split<T> x = split_at_nearest(clamp(-log_var_q, -kFar, kFar));
+    T inverse_var = T(1) + expm1_of_rest(x.r);
     inverse_var = log_var_q == Format<T>::kInfinity ? T(0) : inverse_var;
     inverse_var = log_var_q == -Format<T>::kInfinity ? Format<T>::kInfinity : inverse_var;
     const bool overflow = is_infinite(difference);
@@ -157,7 +157,7 @@ KL_EXT_INLINE Product<T> half_square(T mu_p, T mu_q, T log_var_q) {
 template <class T>
 struct Difference {
   T rounded;
-  Reduced<T> reduced;
+  Split<T> split;
 };
 
 template <Range range, int step = 0, Use use = Use::kPhi, class T>
@@ -168,7 +168,7 @@ KL_EXT_INLINE Difference<T> subtract(T p, T q) {
   if constexpr (range == Range::kWide) {
     error = error == error ? error : T(0); // NaN where something overflows, be it but on the way
   }
-  return {difference, reduce<range, step, use>(difference, error)};
+  return {difference, split<range, step, use>(difference, error)};
 }
 
 // The formulas, for kernels of any kind: inputs in the order of the operators' arguments, log-variances not yet clamped. Each has
@@ -200,7 +200,7 @@ struct StandardDivergence : Formula {
   template <Range range, class T>
   KL_EXT_INLINE static T forward(const T (&input)[kInputs], Settings<T> settings) {
     const T half_log_var = T(0.5) * clamp(input[1], settings.low, settings.high);
-    const T variance = half_phi<range, Exactness::kExact>(half_log_var, reduce<range, 1>(half_log_var));
+    const T variance = half_phi<range, Exactness::kExact>(half_log_var, split<range, 1>(half_log_var));
     return fma(T(0.5) * input[0], input[0], variance);
   }
 
@@ -208,7 +208,7 @@ struct StandardDivergence : Formula {
   KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Settings<T> settings, T (&gradient)[kInputs]) {
     const T log_var = clamp(input[1], settings.low, settings.high);
     gradient[0] = grad_output * input[0];
-    gradient[1] = grad_output * half_expm1<range>(reduce<range, 0, Use::kExpm1>(log_var));
+    gradient[1] = grad_output * half_expm1<range>(split<range, 0, Use::kExpm1>(log_var));
     gradient[1] = clamp_gradient(gradient[1], input[1], settings.low, settings.high);
   }
 };
@@ -246,7 +246,7 @@ struct Divergence : Formula {
     const T log_var_p = clamp(input[1], settings.low, settings.high);
     const T log_var_q = clamp(input[3], settings.low, settings.high);
     const Difference<T> half = subtract<range, 1>(T(0.5) * log_var_p, T(0.5) * log_var_q);
-    return half_square.plus(half_phi<range, Exactness::kWithError>(half.rounded, half.reduced));
+    return half_square.plus(half_phi<range, Exactness::kWithError>(half.rounded, half.split));
   }
 
   template <Range range, class T>
@@ -254,7 +254,7 @@ struct Divergence : Formula {
                                       T (&gradient)[kGradients]) {
     const T log_var_p = clamp(input[1], settings.low, settings.high);
     const T log_var_q = clamp(input[3], settings.low, settings.high);
-    const Reduced<T> difference = subtract<range, 0, Use::kExpm1>(log_var_p, log_var_q).reduced;
+    const Split<T> difference = subtract<range, 0, Use::kExpm1>(log_var_p, log_var_q).split;
     const T half_ratio = settings.scale * half_expm1<range>(difference);
     gradient[0] = grad_output * means.of_mean;
     gradient[1] = clamp_gradient(grad_output * half_ratio, input[1], settings.low, settings.high);

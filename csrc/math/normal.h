@@ -213,23 +213,23 @@ struct NormalDivergence : Formula {
     const T f = fma(fma(-rounded, q.value, rest), inverse, rounded);
     T divergence = ratio_divergence(ratio_exponent(p.exponent, q.exponent, octave), f);
     divergence = or_special(divergence, ratio, (input[1] >= T(0)) & (input[3] > T(0)));
-    // x = shift + residual / q.value. Of an infinite shift there is no residual.
+    // x = distance + residual / q.value. Of an infinite distance there is no residual.
     const T difference = scaled_difference(input[0], input[2], q.factor);
-    const T shift = difference * inverse;
-    const T remainder = fma(-shift, q.value, difference);
+    const T distance = difference * inverse;
+    const T remainder = fma(-distance, q.value, difference);
     const T residual = abs(remainder) < Format<T>::kInfinity ? remainder : T(0);
-    return fma(shift, fma(residual, inverse, T(0.5) * shift), divergence);
+    return fma(distance, fma(residual, inverse, T(0.5) * distance), divergence);
   }
 
   template <Range range, class T>
   KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Settings<T>, T (&gradient)[kGradients]) {
     constexpr int kHalfway = (Format<T>::kBias + 1) / 2;
-    // Lower by 2^9, shift * p.factor stays in range where p is tiny and q is huge.
+    // Lower by 2^9, gap * p.factor stays in range where p is tiny and q is huge.
     const ScaledDeviation<T> p = scale_deviation<9>(input[1]);
     const ScaledDeviation<T> q = scale_deviation(input[3]);
     const T value_q = q.value > T(0) ? q.value : not_a_number<T>();
-    const T shift = ((input[1] >= T(0) ? input[1] : not_a_number<T>()) - input[3]) * q.factor;
-    const T mean_shift = scaled_difference(input[0], input[2], q.factor);
+    const T gap = ((input[1] >= T(0) ? input[1] : not_a_number<T>()) - input[3]) * q.factor;
+    const T distance = scaled_difference(input[0], input[2], q.factor);
     const T inverse_p = T(1) / p.value;
     const T inverse = T(1) / value_q;
     // 1 / value_q^2, rounded as if but once.
@@ -240,10 +240,10 @@ struct NormalDivergence : Formula {
     // so that no product overflows before. It is 1 but for q < 2^-kHalfway, of which no product is subnormal without it.
     const T inner = at_most_power_of_two<kHalfway>(q.factor);
     const T outer = at_least_power_of_two<kHalfway>(q.factor) * from_bits<T>(kBitsOfTwoTo<T, -kHalfway>);
-    const T by_mean = (mean_shift * inner) * inverse_square;
-    const T by_deviation = (shift * inner) * inverse_square;
-    const T by_p = fma(shift * p.factor, inverse * inverse_p, by_deviation * outer);
-    const T by_q = fma(mean_shift * inverse, by_mean, by_deviation * fma(shift, inverse, T(2)));
+    const T by_mean = (distance * inner) * inverse_square;
+    const T by_deviation = (gap * inner) * inverse_square;
+    const T by_p = fma(gap * p.factor, inverse * inverse_p, by_deviation * outer);
+    const T by_q = fma(distance * inverse, by_mean, by_deviation * fma(gap, inverse, T(2)));
     gradient[0] = grad_output * (by_mean * outer);
     gradient[1] = grad_output * by_p;
     gradient[2] = -gradient[0];

@@ -13,6 +13,15 @@
 #define KL_EXT_INLINE inline __attribute__((always_inline))
 #endif
 
+// In front of a short loop with a fixed number of turns: what stayed a loop would end the vectorising of the one around it, and
+// what it indexes would be in memory and not in registers.
+#if defined(KL_EXT_UNROLL)
+#elif defined(__CUDACC__)
+#define KL_EXT_UNROLL _Pragma("unroll")
+#else
+#define KL_EXT_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 namespace kl_ext::math {
 
 // The unsigned integer as wide as T, T's mantissa bits without the implicit one, and T's exponent bias.
