@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from suites import BOTH, FORWARD, KI, MI
+from suites import BOTH, FORWARD, KI, MI, UNMASKED
 from timing import Row
 from workloads import COMPILED, EAGER, KL_EXT, WORKLOADS
 
@@ -92,6 +92,14 @@ GOALS = [
     Goal("torch.compile, geometric mean of all cases", AT_LEAST, 2.5, "ratios", COMPILED, mean=True),
     Goal("plain torch, chunk from 1 Mi on, forward + backward", AT_LEAST, 2.5, "ratios", EAGER, _joined),
     Goal("torch.compile, chunk from 1 Mi on, forward + backward", AT_LEAST, 1.0, "ratios", COMPILED, _joined),
+    Goal(
+        "a sum without its mask / with it, forward, from 64 Ki on",
+        AT_LEAST,
+        0.8,
+        "ratios",
+        UNMASKED,
+        lambda row: row["pass"] == FORWARD and row["elements"] >= 64 * KI,
+    ),
     Goal("memory: elementwise / torch.add", AT_MOST, 1.15, "floor", KL_EXT, lambda row: row["case"] == "elementwise"),
     Goal("memory: sum / torch.dot", AT_MOST, 1.3, "floor", KL_EXT, lambda row: row["case"] == "sum"),
     Goal("memory: gradients / two torch.mul", AT_MOST, 1.15, "floor", KL_EXT, lambda row: row["case"].endswith("gradients")),

@@ -25,6 +25,7 @@ from workloads import DIFFUSERS, DISTRIBUTIONS, EAGER, KL_EXT, PEERS, WORKLOADS
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 CHUNK = "concatenation"  # beside the peers, for chunk views: what the backward of chunk would take
 NATIVE = "torch.mul"  # beside the peers, for the elementwise loss: what any elementwise operator takes with its mean
+UNMASKED = "without the mask"  # beside the peers, for masked sums
 NOTHING_KEPT = "nothing kept"  # kl_ext where it keeps no memory for its next results
 NO_DIVERGENCE = "no divergence"  # a step of training that lacks the loss which is measured
 KI, MI = 1 << 10, 1 << 20
@@ -67,6 +68,8 @@ def ratios(plan: Plan) -> Iterator[Case]:
             contenders = {peer: wrap(workload.run(peer)) for peer in PEERS}
             if workload.chunked and direction == BOTH:
                 contenders[CHUNK] = concatenate
+            if workload.is_masked:
+                contenders[UNMASKED] = wrap(lambda leaves: workload.loss(kl_ext, [*leaves[:-1], None]))
             if name == "single, mean":
                 contenders[NATIVE] = wrap(lambda leaves: torch.mul(*leaves).mean())
             measured = timing.time_in_turn(contenders, sets, plan.effort, KL_EXT, brief=(DISTRIBUTIONS, DIFFUSERS))

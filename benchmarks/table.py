@@ -32,7 +32,7 @@ MARKER = re.compile(r"(<!-- table: (\w+)(?: (\S+))? -->\n)(.*?)(<!-- end of tabl
 Result = dict[str, Any]
 Row = dict[str, Any]
 KL_EXT, EAGER, COMPILED = "kl_ext", "plain torch", "torch.compile"
-CHUNK, NATIVE = "concatenation", "torch.mul"
+CHUNK, NATIVE, UNMASKED = "concatenation", "torch.mul", "without the mask"
 BOTH = "forward + backward"
 
 
@@ -77,7 +77,7 @@ def peers(result: Result) -> str:
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows_of(result, "ratios"):
         for name, (_, middle, _) in row["ratio"].items():
-            if name not in (CHUNK, NATIVE):
+            if name not in (CHUNK, NATIVE, UNMASKED):
                 found.setdefault((row["case"], row["pass"]), {}).setdefault(name, []).append(middle)
     names = list(dict.fromkeys(name for by_peer in found.values() for name in by_peer))
     rows = [
@@ -118,6 +118,16 @@ def chunk_share(result: Result) -> str:
         if CHUNK in row["us"]
     ]
     return table(["workload", "terms", "threads", "concatenation / kl_ext"], rows)
+
+
+def masked(result: Result) -> str:
+    """The time of a masked sum, as a multiple of the time without the mask."""
+    rows = [
+        [row["pass"], elements(row["elements"]), str(row["threads"]), f"{row['us'][KL_EXT][1] / row['us'][UNMASKED][1]:.2f}"]
+        for row in rows_of(result, "ratios")
+        if UNMASKED in row["us"]
+    ]
+    return table(["pass", "terms", "threads", "with a mask / without"], rows)
 
 
 def native(result: Result) -> str:

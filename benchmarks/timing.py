@@ -134,11 +134,13 @@ def forward_of(run: Callable[[list[Tensor]], Tensor]) -> Timed:
 
 
 def gradients_of(run: Callable[[list[Tensor]], Tensor]) -> Timed:
-    """The forward and the backward pass, into every leaf; a result that is not a scalar is averaged over by its gradient."""
+    """The forward and the backward pass, into every leaf that wants a gradient. The gradient of a result that is not a scalar
+    averages over it."""
     weights: dict[torch.Size, Tensor] = {}
 
     def forward_and_backward(leaves: list[Tensor]) -> tuple[Tensor, ...]:
         result = run(leaves)
+        leaves = [leaf for leaf in leaves if leaf.requires_grad]
         if result.dim() == 0:
             return torch.autograd.grad(result, leaves)
         if result.shape not in weights:

@@ -5,6 +5,7 @@ A peer is a namespace with the functions of kl_ext. What a peer does not have is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,14 +27,24 @@ KL_EXT, EAGER, COMPILED, DISTRIBUTIONS, DIFFUSERS = (
 )
 WIDTH = 64  # latent dimensions, where the batch has them
 IMAGE = (8, 32, 32)  # latent channels, height and width
+FRAMES = (64, 64)  # latent channels, frames
 STANDARD_NORMAL = Normal(0.0, 1.0)
 
 
 class Peer:
-    """A divergence per element; the pair loss and the reductions in terms of it."""
+    """A divergence per element; the pair loss, standard deviations, weights and reductions in terms of it."""
 
-    def gaussian_kl_div(self, *tensors: Tensor, reduction: str = "none", dim: Any = None) -> Tensor:
-        terms = self.terms(*tensors)
+    def gaussian_kl_div(
+        self, *tensors: Tensor, weight: Tensor | None = None, reduction: str = "none", dim: Any = None
+    ) -> Tensor:
+        return self.reduced(self.terms(*tensors), weight, reduction, dim)
+
+    def normal_kl_div(self, *tensors: Tensor, reduction: str = "none", dim: Any = None) -> Tensor:
+        log_variances = [2 * x.log() if i % 2 else x for i, x in enumerate(tensors)]
+        return self.reduced(self.terms(*log_variances), None, reduction, dim)
+
+    def reduced(self, terms: Tensor, weight: Tensor | None, reduction: str, dim: Any) -> Tensor:
+        terms = terms if weight is None else terms * weight
         if reduction == "batchmean":
             return terms.sum() / terms.shape[0]
         return terms if reduction == "none" else terms.sum(dim)
@@ -55,6 +66,10 @@ class Distributions(Peer):
         if mu_q is None or log_var_q is None:
             return kl_divergence(Normal(mu, (0.5 * log_var).exp()), STANDARD_NORMAL)
         return kl_divergence(Normal(mu, (0.5 * log_var).exp()), Normal(mu_q, (0.5 * log_var_q).exp()))
+
+    def normal_kl_div(self, *tensors: Tensor, reduction: str = "none", dim: Any = None) -> Tensor:
+        q = Normal(*tensors[2:]) if tensors[2:] else STANDARD_NORMAL
+        return self.reduced(kl_divergence(Normal(*tensors[:2]), q), None, reduction, dim)
 
 
 class Diffusers(Peer):
@@ -85,11 +100,16 @@ class Workload:
 
     name: str
     shapes: Callable[[int], list[tuple[int, ...]]]
-    loss: Callable[[Any, list[Tensor]], Tensor]
+    loss: Callable[[Any, list[Any]], Tensor]
     chunked: bool = False  # mu and log_var are the halves of the first leaf
+    has_deviations: bool = False  # every second leaf is positive
+    is_masked: bool = False  # a mask is behind the leaves
 
     def leaves(self, elements: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        return [timing.leaf(shape, device, dtype) for shape in self.shapes(elements)]
+        leaves = [timing.leaf(shape, device, dtype) for shape in self.shapes(elements)]
+        if self.has_deviations:
+            leaves = [(x.abs() + 0.5).detach().requires_grad_() if i % 2 else x for i, x in enumerate(leaves)]
+        return [*leaves, mask_of(leaves[0])] if self.is_masked else leaves
 
     def run(self, peer: str) -> Callable[[list[Tensor]], Tensor]:
         """What is timed: compiled, reduction and all, for the very shape, where the peer is torch.compile."""
@@ -98,6 +118,18 @@ class Workload:
             return self.loss(PEERS[peer], leaves)
 
         return torch.compile(loss, dynamic=False) if peer == COMPILED else loss
+
+
+def mask_of(frames: Tensor) -> Tensor:
+    """Sequences of several lengths, padded: [B, 1, T] for [B, C, T], half to all of it."""
+    count, _, longest = frames.shape
+    lengths = longest // 2 + torch.arange(count, device=frames.device) * 7 % (longest // 2 + 1)
+    return (torch.arange(longest, device=frames.device) < lengths[:, None])[:, None]
+
+
+def _sequences(elements: int) -> int:
+    """One sequence at least, which has 4 Ki terms or more."""
+    return max(1, elements // math.prod(FRAMES))
 
 
 def _images(elements: int) -> int:
@@ -140,6 +172,18 @@ WORKLOADS = {
             "pair, mean",
             lambda n: [(n,)] * 4,
             lambda peer, leaves: peer.kl_div_pair_loss(*leaves).mean(),
+        ),
+        Workload(
+            "masked sum",
+            lambda n: [(_sequences(n), *FRAMES)] * 4,
+            lambda peer, leaves: peer.gaussian_kl_div(*leaves[:4], weight=leaves[4], reduction="sum"),
+            is_masked=True,
+        ),
+        Workload(
+            "deviations",
+            lambda n: [(max(1, n // WIDTH), WIDTH)] * 4,
+            lambda peer, leaves: peer.normal_kl_div(*leaves, reduction="batchmean"),
+            has_deviations=True,
         ),
     )
 }

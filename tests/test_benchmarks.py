@@ -23,8 +23,7 @@ import plots  # noqa: E402
 import suites  # noqa: E402
 import table  # noqa: E402
 import timing  # noqa: E402
-import workloads  # noqa: E402
-from suites import BOTH, CHUNK, FORWARD, KI, MI, NATIVE, NO_DIVERGENCE, NOTHING_KEPT  # noqa: E402
+from suites import BOTH, CHUNK, FORWARD, KI, MI, NATIVE, NO_DIVERGENCE, NOTHING_KEPT, UNMASKED  # noqa: E402
 from workloads import COMPILED, EAGER, KL_EXT, PEERS, WORKLOADS  # noqa: E402
 
 
@@ -61,9 +60,9 @@ def test_every_workload_size_and_pass_has_all_peers(run):
         (name, direction, size) for size in (4 * KI, MI) for name in WORKLOADS for direction in (FORWARD, BOTH)
     ]
     for row in rows:
-        more = (
-            {CHUNK} if "chunk" in row["case"] and row["pass"] == BOTH else {NATIVE} if row["case"] == "single, mean" else set()
-        )
+        beside = {"single, mean": NATIVE, "masked sum": UNMASKED}
+        beside |= {case: CHUNK for case in goals.CHUNKED if row["pass"] == BOTH}
+        more = {beside[row["case"]]} if row["case"] in beside else set()
         assert set(row["us"]) == {*PEERS, *more}
         assert set(row["ratio"]) == {*PEERS, *more} - {KL_EXT}
 
@@ -230,9 +229,8 @@ def test_the_peers_of_a_workload_compute_the_same(name):
         torch.testing.assert_close(gradients[peer], gradients[EAGER])
     assert all(gradient.any() for gradient in gradients[KL_EXT])
     assert not timing.forward_of(workload.run(KL_EXT))(leaves).requires_grad
-    expected = 8 * KI if "latents" in name else 256
-    terms = workloads.Workload(name, workload.shapes, workload.loss).leaves(256)[0].numel() // (2 if workload.chunked else 1)
-    assert terms == expected
+    expected = {"latents, chunk": 8 * KI, "masked sum": 4 * KI}.get(name, 256)
+    assert leaves[0].numel() // (2 if workload.chunked else 1) == expected
 
 
 @pytest.mark.parametrize("name", ["elementwise's gradients", "sum's gradients"])
