@@ -4,11 +4,13 @@
 #        nightly | format | clean | help
 #
 # Variables: PYTHON (python3), VENV (.venv), TORCH (a torch version; unset: the one installed in VENV, else the newest),
-# ARGS (passed on to the demo, the tests or the benchmarks), and the build's own: KL_EXT_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
+# ARGS (passed on to the demo, the tests or the benchmarks), WORKERS (the processes that share the tests; 0: a single one without
+# pytest-xdist), and the build's own: KL_EXT_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 ARGS ?=
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 
 # Where there is no nvcc, a CUDA torch gets CPU kernels here; a plain `pip install .` would stop and say so.
 export KL_EXT_CUDA ?= auto
@@ -51,16 +53,16 @@ demo: $(stamps)/demo
 	$(bin)/python examples/train_vae.py $(ARGS)
 
 test: $(stamps)/test
-	$(bin)/python -m pytest $(ARGS)
+	$(bin)/python -m pytest -n $(WORKERS) $(ARGS)
 
 # Sanitized, threads take turns in one order of the three, and tensors are cut at one limit. The sanitizers have to be there
 # before Python allocates anything.
 emulation := tests/test_cuda_emulation
 test-cuda-emulation: $(stamps)/test
-	$(bin)/python -m pytest $(emulation)*.py $(ARGS)
+	$(bin)/python -m pytest -n $(WORKERS) $(emulation)*.py $(ARGS)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  KL_EXT_EMULATION_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(bin)/python -m pytest $(emulation).py $(emulation)_sums.py $(emulation)_cuts.py -k 'random and not 4096' $(ARGS)
+	  $(bin)/python -m pytest -n $(WORKERS) $(emulation).py $(emulation)_sums.py $(emulation)_cuts.py -k 'random and not 4096' $(ARGS)
 
 nightly: $(stamps)/test
 	$(bin)/python tests/nightly.py $(ARGS)

@@ -10,8 +10,9 @@ import numpy
 import pytest
 import torch
 
-# One seed per run. Each test derives its own from it and from its name, so that a test alone repeats what it did in the suite.
-SEED = int(os.environ.get("KL_EXT_TEST_SEED", secrets.randbits(32)))
+# One seed per run, also where several processes share the tests. Each test derives its own from it and from its name, so that a
+# test alone repeats what it did in the suite.
+SEED = int(os.environ.setdefault("KL_EXT_TEST_SEED", str(secrets.randbits(32))))
 
 
 def pytest_addoption(parser):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
+import fcntl
 import functools
+import hashlib
 import math
 import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +31,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STORAGES = (*DTYPES, torch.bool)  # in the order of csrc/cuda/kernels.h
 NARROW, WIDE = (-30.0, 20.0), (-math.inf, math.inf)
 THREADS = 256
+LIBRARY = "libemulated.so"
 GUARD = 64  # bytes on either side of a result that nothing may touch
 
 
@@ -73,12 +74,26 @@ def link_emulated(objects: Sequence[Path], out: Path, sanitize: bool = False, sh
 
 
 @functools.cache
+def build() -> Path:
+    """The folder with the objects of every kernel and of the driver, and the library that they make. Compiled once for all
+    processes that run tests, and again where a source has changed."""
+    sources = [path for folder in (ROOT / "csrc/math", ROOT / "csrc/cuda", EMULATION) for path in folder.glob("*.*")]
+    digest = hashlib.sha256(str(SANITIZED).encode())
+    for path in [*sorted(sources), Path(__file__)]:
+        digest.update(path.read_bytes())
+    folder = ROOT / "build" / f"cuda-emulation-{digest.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / LIBRARY).exists():
+            kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+            objects = compile_emulated([*instances(folder), *kernels, *sorted(EMULATION.glob("*.cpp"))], folder, SANITIZED)
+            link_emulated(objects, folder / "linked", SANITIZED).rename(folder / LIBRARY)
+    return folder
+
+
 def objects() -> list[Path]:
-    """Of every kernel and of the driver, compiled once for all tests."""
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder)
-    sources = [*instances(folder), *sorted((ROOT / "csrc/cuda").glob("*.cu")), *sorted(EMULATION.glob("*.cpp"))]
-    return compile_emulated(sources, folder, SANITIZED)
+    return sorted(build().glob("*.o"))
 
 
 def formulas() -> list[str]:
@@ -105,7 +120,7 @@ def instances(folder: Path) -> list[Path]:
 
 @functools.cache
 def library() -> Emulated:
-    return Emulated(link_emulated(objects(), objects()[0].parent / "libemulated.so", SANITIZED))
+    return Emulated(build() / LIBRARY)
 
 
 class Emulated:

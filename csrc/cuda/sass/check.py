@@ -47,8 +47,9 @@ class Row(NamedTuple):
     registers: int
 
     def fits(self, name: Name) -> bool:
-        words = name._replace(formula=f"of{INPUTS[name.formula]}") if self.formula in OF_INPUTS and name.formula in INPUTS else name
-        return all(any(fnmatchcase(value, one) for one in word.split("|")) for word, value in zip(self[:5], words))
+        if self.formula in OF_INPUTS and name.formula in INPUTS:
+            name = name._replace(formula=f"of{INPUTS[name.formula]}")
+        return all(any(fnmatchcase(value, one) for one in word.split("|")) for word, value in zip(self[:5], name))
 
     def __str__(self) -> str:
         return " ".join(self[:5])
