@@ -91,7 +91,8 @@ kl_ext_add_torch_library(c10_cuda)
 target_include_directories(c10_cuda SYSTEM INTERFACE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 
 # Writes the source files of the kernels: of every formula in the list of csrc/math/formulas.h, alone and with weights, and of
-# the weights themselves. Sets a variable to their names.
+# the weights themselves. Sets a variable to their names. A file takes six seconds before its first kernel, so there are not more
+# of them than a machine's cores can share.
 function(kl_ext_cuda_instances result)
   set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS csrc/math/formulas.h)
   file(READ csrc/math/formulas.h text)
@@ -99,11 +100,10 @@ function(kl_ext_cuda_instances result)
   string(REGEX MATCHALL "[A-Za-z0-9_]+" formulas "${CMAKE_MATCH_1}")
   set(files "")
   foreach(formula IN LISTS formulas)
-    foreach(function forward backward forward_sum backward_sum)
-      kl_ext_cuda_instance(${formula} ${function})
-    endforeach()
-    kl_ext_cuda_instance("Weighted<math::${formula}>" forward backward)
-    kl_ext_cuda_instance("Weighted<math::${formula}>" forward_sum backward_sum)
+    kl_ext_cuda_instance(${formula} forward backward)
+    kl_ext_cuda_instance(${formula} forward_sum)
+    kl_ext_cuda_instance(${formula} backward_sum)
+    kl_ext_cuda_instance("Weighted<math::${formula}>" forward backward forward_sum backward_sum)
   endforeach()
   kl_ext_cuda_instance(Weight forward_sum)
   set(${result} ${files} PARENT_SCOPE)

@@ -72,9 +72,10 @@ struct FormulaList {
 
   template <class Wanted>
   static constexpr int index_of() {
+    static_assert((std::is_same_v<F, Wanted> || ...), "this formula is not in the list of math/formulas.h");
     int index = 0;
-    const bool found = ((std::is_same_v<F, Wanted> || (++index, false)) || ...);
-    return found ? index : -1;
+    (void)((std::is_same_v<F, Wanted> || (++index, false)) || ...);
+    return index;
   }
 };
 
