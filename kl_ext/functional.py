@@ -46,8 +46,8 @@ def kl_div_single_loss(mu: Tensor, log_var: Tensor, *, clamp_min: Bound = -30.0,
         The terms, in the broadcast shape and the promoted dtype (float32 under autocast; float64 stays float64).
 
     Raises:
-        TypeError: A tensor is not strided, or not of dtype float16, bfloat16, float32 or float64; another argument is of a
-            type that torch would not take.
+        TypeError: A tensor is neither strided nor jagged, or not of dtype float16, bfloat16, float32 or float64; another
+            argument is of a type that torch would not take.
         RuntimeError: The shapes do not broadcast, or the devices differ.
         ValueError: ``clamp_min`` is not at most ``clamp_max``.
 
@@ -104,8 +104,8 @@ def kl_div_pair_loss(
         The terms, in the broadcast shape and the promoted dtype (float32 under autocast; float64 stays float64).
 
     Raises:
-        TypeError: A tensor is not strided, or not of dtype float16, bfloat16, float32 or float64; another argument is of a
-            type that torch would not take.
+        TypeError: A tensor is neither strided nor jagged, or not of dtype float16, bfloat16, float32 or float64; another
+            argument is of a type that torch would not take.
         RuntimeError: The shapes do not broadcast, or the devices differ.
         ValueError: ``clamp_min`` is not at most ``clamp_max``.
 
@@ -177,8 +177,8 @@ def gaussian_kl_div(
         The terms or their reduction, in the promoted dtype of the inputs (float32 under autocast) unless ``dtype`` is given.
 
     Raises:
-        TypeError: A tensor is not strided, or not of dtype float16, bfloat16, float32 or float64; another argument is of a
-            type that torch would not take.
+        TypeError: A tensor is neither strided nor jagged, or not of dtype float16, bfloat16, float32 or float64; another
+            argument is of a type that torch would not take.
         RuntimeError: The shapes do not broadcast, the devices differ, a dimension is named twice, or ``weight`` would enlarge
             the terms or requires grad.
         IndexError: A dimension is out of range.
@@ -263,8 +263,8 @@ def normal_kl_div(
         The terms or their reduction, in the promoted dtype of the inputs (float32 under autocast) unless ``dtype`` is given.
 
     Raises:
-        TypeError: A tensor is not strided, or not of dtype float16, bfloat16, float32 or float64; another argument is of a
-            type that torch would not take.
+        TypeError: A tensor is neither strided nor jagged, or not of dtype float16, bfloat16, float32 or float64; another
+            argument is of a type that torch would not take.
         RuntimeError: The shapes do not broadcast, the devices differ, a dimension is named twice, or ``weight`` would enlarge
             the terms or requires grad.
         IndexError: A dimension is out of range.

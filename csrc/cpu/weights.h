@@ -1,6 +1,8 @@
 // The weights of consecutive terms: read where they are, whatever their dtype and however they are broadcast, a few chunks at a time.
 #pragma once
 
+#include <cstring>
+
 #include "block.h"
 
 namespace kl_ext::cpu {
@@ -61,7 +63,7 @@ class Weights {
       const bool is_there =
           is_first && repeats && from == loaded.from && tile.columns == loaded.tile.columns && tile.rows <= loaded.tile.rows;
       if (!is_there) {
-        load_(to, from, tile);
+        load_tile(to, from, tile);
         loaded = is_first && repeats ? Loaded{from, tile} : Loaded{};
       }
       is_first = false;
@@ -72,6 +74,16 @@ class Weights {
   }
 
  private:
+  // Copies a row that repeats, since that takes less time than to read it again.
+  void load_tile(char* to, const char* from, const Tile& tile) const {
+    const bool is_one_row = tile.row_stride == 0;
+    load_(to, from, is_one_row ? Tile{tile.columns, 1, tile.column_stride, 0} : tile);
+    const int64_t bytes = tile.columns * tile.rows * size_;
+    for (int64_t done = tile.columns * size_; is_one_row && done < bytes; done *= 2) {
+      std::memcpy(to + done, to, std::min(done, bytes - done));
+    }
+  }
+
   // Some dimensions that are walked as one; the last come first.
   struct Axis {
     int64_t size;
