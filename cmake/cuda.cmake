@@ -1,26 +1,35 @@
 # Whether to build the CUDA kernels, with which nvcc and for which GPUs: sets KL_EXT_WITH_CUDA, KL_EXT_CUDA_ARCHITECTURES,
 # KL_EXT_CUDA_COMPILER_VERSION, KL_EXT_CUDA_RPATH and defines the imported target c10_cuda.
 #
-# It is decided by torch's own CUDA build and nvcc, never by a GPU being present. KL_EXT_CUDA: unset, the kernels are built for
-# a CUDA torch; 1, anything else is an error; auto, they are left out where there is no nvcc; 0, they are left out.
+# With a CUDA build of torch and nvcc they are built for the GPUs that are visible, or where none is, as while a container is made,
+# for all architectures; TORCH_CUDA_ARCH_LIST names others. Without nvcc they are left out, with a warning. KL_EXT_CUDA changes
+# that: 0 leaves them out; 1 makes it an error where they cannot be built; all does too, and is for all architectures; auto leaves
+# them out where no GPU is visible.
 set(KL_EXT_WITH_CUDA OFF)
 if(NOT DEFINED KL_EXT_CUDA)
   set(KL_EXT_CUDA "$ENV{KL_EXT_CUDA}")
 endif()
-if(NOT KL_EXT_CUDA MATCHES "^(|0|1|auto)$")
-  message(FATAL_ERROR "kl_ext: expected KL_EXT_CUDA to be 0, 1 or auto, got '${KL_EXT_CUDA}'.")
+if(NOT KL_EXT_CUDA MATCHES "^(|0|1|all|auto)$")
+  message(FATAL_ERROR "kl_ext: expected KL_EXT_CUDA to be 0, 1, all or auto, got '${KL_EXT_CUDA}'.")
 endif()
 if(KL_EXT_CUDA STREQUAL "0")
   message(STATUS "No CUDA kernels: KL_EXT_CUDA=0.")
   return()
 endif()
 if(NOT TORCH_CUDA_VERSION)
-  if(KL_EXT_CUDA STREQUAL "1")
+  if(KL_EXT_CUDA MATCHES "^(1|all)$")
     message(FATAL_ERROR
-      "kl_ext: KL_EXT_CUDA=1 asks for CUDA kernels, and torch ${TORCH_VERSION} is not a CUDA build.\n"
+      "kl_ext: KL_EXT_CUDA=${KL_EXT_CUDA} asks for CUDA kernels, and torch ${TORCH_VERSION} is not a CUDA build.\n"
       "Install a CUDA build of torch, or unset KL_EXT_CUDA.")
   endif()
   message(STATUS "No CUDA kernels: torch ${TORCH_VERSION} is not a CUDA build.")
+  return()
+endif()
+
+include("${CMAKE_CURRENT_LIST_DIR}/cuda_architectures.cmake")
+kl_ext_visible_gpus(visible)
+if(KL_EXT_CUDA STREQUAL "auto" AND NOT visible AND "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
+  message(STATUS "No CUDA kernels: no GPU is visible, and KL_EXT_CUDA=auto.")
   return()
 endif()
 
@@ -35,14 +44,17 @@ set(nvcc_major "${CMAKE_MATCH_1}")
 set(nvcc_version "${CMAKE_MATCH_1}.${CMAKE_MATCH_2}")
 string(REGEX MATCH "^[0-9]+" torch_cuda_major "${TORCH_CUDA_VERSION}")
 if(NOT release)
-  if(KL_EXT_CUDA STREQUAL "auto")
-    message(STATUS "No CUDA kernels: no nvcc found, and KL_EXT_CUDA=auto.")
-    return()
+  if(KL_EXT_CUDA MATCHES "^(1|all)$")
+    set(severity FATAL_ERROR)
+  else()
+    set(severity WARNING)
   endif()
-  message(FATAL_ERROR
+  message(${severity}
     "kl_ext: torch ${TORCH_VERSION} is a CUDA build, and no nvcc was found to build the CUDA kernels with (looked at CUDACXX, "
-    "CUDA_HOME, PATH and /usr/local/cuda).\n"
-    "Install the CUDA ${torch_cuda_major} toolkit's nvcc or set CUDACXX to it; or set KL_EXT_CUDA=0 to mean a CPU-only build.")
+    "CUDA_HOME, PATH and /usr/local/cuda): CUDA tensors will be refused.\n"
+    "Install the CUDA ${torch_cuda_major} toolkit's nvcc or set CUDACXX to it; KL_EXT_CUDA=0 means a CPU-only build, and "
+    "KL_EXT_CUDA=1 makes this an error.")
+  return()
 endif()
 if(NOT nvcc_major STREQUAL torch_cuda_major)
   message(FATAL_ERROR
@@ -52,9 +64,10 @@ if(NOT nvcc_major STREQUAL torch_cuda_major)
     "to mean a CPU-only build.")
 endif()
 
-include("${CMAKE_CURRENT_LIST_DIR}/cuda_architectures.cmake")
 if(NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
   kl_ext_cuda_architectures("$ENV{TORCH_CUDA_ARCH_LIST}" CMAKE_CUDA_ARCHITECTURES)
+elseif(visible AND NOT KL_EXT_CUDA STREQUAL "all" AND NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  kl_ext_cuda_architectures("${visible}" CMAKE_CUDA_ARCHITECTURES)
 elseif(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND nvcc_version VERSION_LESS 12.8)
   set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 90) # nvcc knows no later ones
 elseif(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
@@ -80,6 +93,10 @@ endif()
 set(KL_EXT_CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
 set(KL_EXT_CUDA_COMPILER_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
 message(STATUS "CUDA kernels for ${KL_EXT_CUDA_ARCHITECTURES} with ${nvcc} ${KL_EXT_CUDA_COMPILER_VERSION}")
+list(LENGTH CMAKE_CUDA_ARCHITECTURES count)
+if(count GREATER 3)
+  message(STATUS "This takes about ten minutes on two cores. TORCH_CUDA_ARCH_LIST=8.6, say, is for one GPU only, and takes two.")
+endif()
 
 # Where the nvidia packages that torch depends on put libcudart.so.
 if(torch_cuda_major VERSION_LESS 13)
