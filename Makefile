@@ -57,7 +57,7 @@ test: $(stamps)/test
 
 # Sanitized, threads take turns in one order of the three, and tensors are cut at one limit. The sanitizers have to be there
 # before Python allocates anything.
-emulation := tests/test_cuda_emulation
+emulation := tests/cuda/test_cuda_emulation
 test-cuda-emulation: $(stamps)/test
 	$(bin)/python -m pytest -n $(WORKERS) $(emulation)*.py $(ARGS)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \

@@ -17,7 +17,7 @@ from gpu_context import BENCHMARKS, ROOT, Context, Found, save
 
 NEEDED_BY_TESTS = ["expecttest", "hypothesis", "matplotlib", "mpmath", "numpy", "pytest", "sklearn", "tqdm"]
 NO_CUDA = re.compile("without CUDA|no CUDA device")  # a reason to skip that no GPU machine may give
-LARGE_FILES = ["tests/test_cuda.py", "tests/test_layouts.py"]
+LARGE_FILES = ["tests/cuda/test_cuda.py", "tests/layouts/test_layouts.py"]
 LARGE = "2_to_the_31 or (cuda and 31_bits)"  # tests that want the memory of the card for themselves
 
 
@@ -74,14 +74,14 @@ def workers() -> int:
 def bits(context: Context) -> Found:
     """GPU results equal to the CPU's, bit by bit, and 20 runs equal to each other."""
     if context.dry_run:
-        return run_tests(context, "bits", context.seconds, "tests/test_device_bits.py", "-k", "cpu and (empty or moved)")
+        return run_tests(context, "bits", context.seconds, "tests/values/test_device_bits.py", "-k", "cpu and (empty or moved)")
     os.environ.update(variables_of_the_build())
-    chosen = ["tests/test_device_bits.py", "tests/test_determinism.py", "-k", "cuda"]
+    chosen = ["tests/values/test_device_bits.py", "tests/values/test_determinism.py", "-k", "cuda"]
     return run_tests(context, "bits", context.seconds - 5, *chosen, workers=workers())
 
 
 def variables_of_the_build() -> dict[str, str]:
-    """What tests/test_build.py takes as the build's own: only there to be read."""
+    """What tests/package/test_build.py takes as the build's own: only there to be read."""
     import kl_ext
 
     names = kl_ext._library.build_facts().cuda_architectures
@@ -110,7 +110,7 @@ def tests(context: Context) -> Found:
     """Every test that runs on the GPU; what wants the card's memory for itself first, and alone."""
     start = time.monotonic()
     missing = [name for name in NEEDED_BY_TESTS if find_spec(name) is None]
-    dry = ["tests/test_examples_docs.py", "tests/test_cuda.py"]
+    dry = ["tests/package/test_examples_docs.py", "tests/cuda/test_cuda.py"]
     ignored = not_collected(dry if context.dry_run else [])
     ignore = [f"--ignore={file}" for file in ignored]
     if context.dry_run:

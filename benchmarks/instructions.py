@@ -5,7 +5,7 @@
 
 Unlike times, instructions are the same on a busy machine: a kernel that is no longer vectorised, a layout that falls to a
 slower path, or a call that got longer shows at once. Callgrind, which has no AVX-512, makes torch and kl_ext choose AVX2;
-tests/test_vectorised.py looks at the code of both. Counted are one call on 64 x 64 elements, in instructions per element,
+test_vectorised.py looks at the code of both. Counted are one call on 64 x 64 elements, in instructions per element,
 calls on 4 elements, in calls of at::add on as many, and calls from Python in the forms that people write, in calls of a form
 that is fast (forms.py).
 """

@@ -1,4 +1,4 @@
-"""How the loaded library was compiled, and what the build says where it cannot go on. tests/test_install.py installs."""
+"""How the loaded library was compiled, and what the build says where it cannot go on. test_install.py installs."""
 
 import filecmp
 import json
@@ -15,7 +15,7 @@ import torch
 
 from kl_ext import _library
 
-SOURCE = Path(__file__).resolve().parent.parent
+SOURCE = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(SOURCE / "cmake"), str(SOURCE / "build_backend")]
 
 import kl_ext_build  # noqa: E402
@@ -171,7 +171,7 @@ def test_torch_becomes_a_build_requirement_only_where_none_is_visible(monkeypatc
 
 @pytest.mark.parametrize("uv", [False, True])
 def test_only_pip_may_fetch_torch_unasked(uv, monkeypatch):
-    """tests/test_packaging.py asks uv and pip themselves."""
+    """test_packaging.py asks uv and pip themselves."""
     hide_torch(monkeypatch)
     for name in ("PIP_BUILD_TRACKER", "KL_EXT_TORCH_VERSION", "UV"):
         monkeypatch.delenv(name, raising=False)

@@ -141,7 +141,7 @@ def supported(capability):
 
 
 def run_under(capability, *command):
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True, check=True, timeout=300
     ).stdout

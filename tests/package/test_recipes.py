@@ -15,7 +15,7 @@ from torch import Tensor
 import kl_ext
 from loss_cases import CLOSE
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "recipes.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text()
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SETUP, *_ = BLOCK.findall(PAGE)
 # From the heading of each recipe to its code.

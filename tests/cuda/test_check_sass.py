@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "csrc" / "cuda" / "sass"
+SCRIPTS = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "sass"
 sys.path.insert(0, str(SCRIPTS))
 
 import check  # noqa: E402

@@ -75,7 +75,7 @@ def test_wrong_dtypes(count: int, call: Callable[..., Any], name: str) -> None:
 
 @each_call
 def test_weights_that_would_enlarge_the_terms(count: int, call: Callable[..., Any], name: str) -> None:
-    """One more dimension too, though it be of size 1. Fake backward passes: tests/test_errors_without_numbers.py."""
+    """One more dimension too, though it be of size 1. Fake backward passes: test_errors_without_numbers.py."""
     inputs = [torch.ones(2, 3), *(torch.ones(3) for _ in range(count - 1))]
     for shape in LARGER:
         with raises(

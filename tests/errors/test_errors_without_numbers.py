@@ -1,6 +1,6 @@
 """Meta and fake tensors are refused as real ones are, with the same type of error and the same words, in every mode.
 
-The real tensors are the oracle here: tests/test_errors.py and tests/test_gaussian_kl_div_errors.py test what they get."""
+The real tensors are the oracle here: test_errors.py and test_gaussian_kl_div_errors.py test what they get."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 STAGES = ["environment", "build", "bits", "tests", "bandwidth", "memcheck", "racecheck", "synccheck", "initcheck", "ncu"]
 
 pytest.importorskip("tqdm")

@@ -1,9 +1,9 @@
-// Kernels with one fault each, for tests/test_cuda_emulation_faults.py: of the line marked with it, and named by it. The last
+// Kernels with one fault each, for test_cuda_emulation_faults.py: of the line marked with it, and named by it. The last
 // ones are for the sanitizers to find.
 #include <cstdio>
 #include <cstdlib>
 
-#include "../../csrc/cuda/launch.cuh"
+#include "../../../csrc/cuda/launch.cuh"
 
 namespace faults {
 

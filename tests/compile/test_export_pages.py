@@ -14,7 +14,7 @@ import torch
 
 from kl_ext import _library
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "export.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "export.md").read_text()
 SAVE, LOAD = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 PROGRAM = re.search(r"```cpp\n(.*?)```", PAGE, re.DOTALL)
 WITHOUT = re.findall(r"^\| `(torch.*?)` \| `?(.*?)`? \|$", PAGE, re.MULTILINE)

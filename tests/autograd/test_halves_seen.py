@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import kl_ext
+from halves import HALVES, apart, encoded, joins
 from kl_ext import reference
 from loss_cases import CLOSE
 from oracle import same_bits
-from test_halves import HALVES, apart, encoded, joins
 
 # Of mu and log_var to terms or sums, and which inputs they are. The prior is as large as they are, whatever that is.
 OPERATORS: dict[str, tuple[Callable[..., Tensor], int]] = {

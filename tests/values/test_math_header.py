@@ -13,7 +13,7 @@ import torch
 import oracle
 import points
 
-HEADERS = Path(__file__).parent.parent / "csrc" / "math"
+HEADERS = Path(__file__).resolve().parents[2] / "csrc" / "math"
 
 # The operators' own functions over arrays; and for the exhaustive test, which is too long for numpy, the largest errors of phi
 # and expm1 over a range of float32 bit patterns against long double.

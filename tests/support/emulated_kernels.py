@@ -25,8 +25,8 @@ from torch import Tensor
 import normal_cases
 import points
 
-ROOT = Path(__file__).parent.parent
-EMULATION = ROOT / "tests/cuda_emulation"
+ROOT = Path(__file__).resolve().parents[2]
+EMULATION = ROOT / "tests/cuda/cuda_emulation"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STORAGES = (*DTYPES, torch.bool)  # in the order of csrc/cuda/kernels.h
 NARROW, WIDE = (-30.0, 20.0), (-math.inf, math.inf)
@@ -40,7 +40,7 @@ SANITIZED = os.environ.get("KL_EXT_EMULATION_SANITIZE") == "1"
 # -O1 would take twice the time to compile, which is most of it.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O0"]
 PLAIN_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-ORDERS = ("forward", "reverse", "random")  # in the order of tests/cuda_emulation/block.h
+ORDERS = ("forward", "reverse", "random")  # in the order of cuda_emulation/block.h
 
 
 class KernelFault(Exception):
@@ -124,7 +124,7 @@ def library() -> Emulated:
 
 
 class Emulated:
-    """The functions of tests/cuda_emulation/driver.cpp."""
+    """The functions of cuda_emulation/driver.cpp."""
 
     def __init__(self, path: Path):
         self.functions = ctypes.CDLL(str(path))

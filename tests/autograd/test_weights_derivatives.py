@@ -16,10 +16,10 @@ from torch.func import grad as func_grad
 from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_map
 
+from halves import joins
 from layouts import chunk
 from loss_cases import batching_fallbacks, no_fallback  # noqa: F401 (a fixture)
 from oracle import same_bits
-from test_halves import joins
 from weight_cases import (
     SHAPES,
     WEIGHTS,

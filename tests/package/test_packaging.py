@@ -15,7 +15,7 @@ import pytest
 
 from kl_ext import _library
 
-SOURCE = Path(__file__).resolve().parent.parent
+SOURCE = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PIP", "UV", "KL_EXT"))}
 ENVIRONMENT["PIP_CONFIG_FILE"] = os.devnull
 ENVIRONMENT["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])

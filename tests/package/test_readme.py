@@ -12,7 +12,7 @@ import torch
 import kl_ext
 import kl_ext.reference
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "csrc/README.md", "csrc/cuda/README.md", "benchmarks/README.md")),
     *(ROOT / "docs" / name for name in ("export.md", "recipes.md")),

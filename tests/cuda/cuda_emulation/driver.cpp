@@ -1,4 +1,4 @@
-// The emulated kernels for tests/test_cuda_emulation.py, through ctypes.
+// The emulated kernels for test_cuda_emulation.py, through ctypes.
 #include <algorithm>
 #include <map>
 #include <string>

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SOURCE = Path(__file__).resolve().parent.parent
+SOURCE = Path(__file__).resolve().parents[2]
 MINOR = ".".join(torch.__version__.split(".")[:2])
 DROPPED = ("PYTHONPATH", "KL_EXT_TORCH_VERSION", "KL_EXT_CMAKE_ARGS", "PIP_BUILD_TRACKER", "UV")
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in DROPPED}
@@ -167,7 +167,7 @@ def test_a_wheel_is_built_from_the_sdist_and_installs(with_torch, sources, tmp_p
 def run_tests_of_the_tree(environment: Environment, unpacked: Path) -> None:
     """Those that read its files and need no build, against the installed package."""
     others = re.compile("install|gpu_check|emulation")
-    files = (unpacked / "tests").glob("test_*.py")
+    files = (unpacked / "tests").rglob("test_*.py")
     tests = [file for file in files if "__file__" in file.read_text() and not others.search(file.name)]
     assert len(tests) > 5
     # Not from the folder, which `python -m` would put first on the path: its kl_ext is not compiled.

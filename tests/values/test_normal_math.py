@@ -14,7 +14,7 @@ import normal_cases as cases
 import oracle
 import points
 
-HEADERS = Path(__file__).parent.parent / "csrc" / "math"
+HEADERS = Path(__file__).resolve().parents[2] / "csrc" / "math"
 
 # The losses over arrays, out: the value and the gradients, one array each. And for the exhaustive test, which is too long for
 # numpy, the largest errors over a range of float32 bit patterns of p, for one q, against long double: its difference from q is
