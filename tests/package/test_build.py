@@ -105,7 +105,7 @@ def test_the_cuda_kernels_are_registered():
 @pytest.mark.usefixtures("cuda_build")
 def test_the_library_holds_code_for_each_cuda_architecture():
     built = list(_library.build_facts().cuda_architectures)
-    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
         assert built == ["75-real", "80-real", "86-real", "90-real", "100-real", "120"]
     triton = pytest.importorskip("triton", reason="cuobjdump comes with triton")
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -248,17 +248,26 @@ def make_nvcc(folder: Path, release: str) -> str:
     return str(nvcc)
 
 
-def configure(folder: Path, **environment: str) -> str:
+def make_smi(folder: Path, said: str, status: int = 0) -> str:
+    """A folder for PATH, with an nvidia-smi that sees GPUs of these compute capabilities."""
+    smi = folder / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nprintf '{said}'\nexit {status}\n")
+    smi.chmod(0o755)
+    return os.pathsep.join([str(folder), os.environ["PATH"]])
+
+
+def configure(folder: Path, fails: bool = True, **environment: str) -> str:
     """What CMake says, its lines joined as it breaks them anywhere."""
     options = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"]
     completed = subprocess.run(
         [tool("cmake"), "-S", SOURCE, "-B", folder / "build", *options],
         env={"PATH": os.environ["PATH"], **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
-    assert completed.returncode == 1, completed.stdout
-    return " ".join(completed.stderr.split())
+    assert not fails or completed.returncode == 1, completed.stdout
+    return " ".join(completed.stdout.split())
 
 
 @pytest.mark.parametrize("environment", [{"CXX": "/nowhere/g++"}, {"PATH": "/nowhere"}], ids=["CXX", "PATH"])
@@ -276,10 +285,41 @@ def test_an_older_torch_is_refused(tmp_path):
     assert "pip install --upgrade 'torch>=2.11'" in said
 
 
-def test_a_cuda_torch_without_nvcc_is_said(tmp_path):
-    said = configure(tmp_path, PYTHONPATH=make_torch(tmp_path, "2.14.1+cu130", "13.0"), CUDACXX="/nowhere/nvcc")
+@pytest.mark.parametrize("asked", ["", "1", "all"])
+def test_a_cuda_torch_without_nvcc_is_said(asked, tmp_path):
+    """A warning, unless the kernels are asked for."""
+    environment = {"PYTHONPATH": make_torch(tmp_path, "2.14.1+cu130", "13.0"), "CUDACXX": "/nowhere/nvcc", "KL_EXT_CUDA": asked}
+    said = configure(tmp_path, fails=bool(asked), **environment)
+    assert ("CMake Error" if asked else "CMake Warning") in said
     assert "torch 2.14.1+cu130 is a CUDA build, and no nvcc was found" in said
-    assert "set KL_EXT_CUDA=0 to mean a CPU-only build" in said
+    assert "CUDA tensors will be refused" in said and "KL_EXT_CUDA=1 makes this an error" in said
+
+
+def test_without_a_gpu_kl_ext_cuda_auto_builds_no_kernels(tmp_path):
+    environment = {"PYTHONPATH": make_torch(tmp_path, "2.14.1+cu130", "13.0"), "KL_EXT_CUDA": "auto"}
+    assert "No CUDA kernels: no GPU is visible" in configure(
+        tmp_path, fails=False, PATH=make_smi(tmp_path, "", 9), **environment
+    )
+
+
+@pytest.mark.parametrize(
+    "said, status, environment, expected",
+    [
+        ("9.0\\n8.6\\n9.0\\n", 0, {}, "8.6 9.0+PTX"),
+        ("8.0\\n12.0\\n", 0, {}, "8.0 12.0+PTX"),
+        ("9.0\\n", 0, {"CUDA_VISIBLE_DEVICES": ""}, ""),
+        ("9.0\\n", 0, {"CUDA_VISIBLE_DEVICES": "-1"}, ""),
+        ("NVIDIA-SMI has failed because it couldn't communicate 1.2", 9, {}, ""),
+        ("No devices were found\\n", 0, {}, ""),
+    ],
+)
+def test_the_gpus_that_are_visible(said, status, environment, expected, tmp_path):
+    path = make_smi(tmp_path, said.replace("'", ""), status)
+    assert run_script("kl_ext_visible_gpus(result)", tmp_path, PATH=path, **environment) == f"-- [{expected}]"
+
+
+def test_without_nvidia_smi_no_gpu_is_visible(tmp_path):
+    assert run_script("kl_ext_visible_gpus(result)", tmp_path, PATH=str(tmp_path)) == "-- []"
 
 
 def test_an_nvcc_of_another_major_version_is_refused(tmp_path):
@@ -296,7 +336,7 @@ def test_asking_a_cpu_torch_for_cuda_kernels_is_refused(tmp_path):
 
 
 def test_another_value_of_kl_ext_cuda_is_refused(tmp_path):
-    assert "expected KL_EXT_CUDA to be 0, 1 or auto, got 'yes'" in configure(tmp_path, KL_EXT_CUDA="yes")
+    assert "expected KL_EXT_CUDA to be 0, 1, all or auto, got 'yes'" in configure(tmp_path, KL_EXT_CUDA="yes")
 
 
 @pytest.mark.parametrize(
@@ -308,17 +348,19 @@ def test_another_value_of_kl_ext_cuda_is_refused(tmp_path):
     ],
 )
 def test_torch_cuda_arch_list_is_understood(written, expected, tmp_path):
-    assert architectures(written, tmp_path) == f"-- {expected}"
+    assert run_script(f'kl_ext_cuda_architectures("{written}" result)', tmp_path) == f"-- [{expected}]"
 
 
 @pytest.mark.parametrize("item", ["sm_90", "8", "Volta", "9.0+ptx"])
 def test_another_cuda_architecture_is_refused(item, tmp_path):
-    assert f"got '{item}' in it" in architectures(f"8.0 {item}", tmp_path)
+    assert f"got '{item}' in it" in run_script(f'kl_ext_cuda_architectures("8.0 {item}" result)', tmp_path)
 
 
-def architectures(written: str, folder: Path) -> str:
+def run_script(line: str, folder: Path, **environment: str) -> str:
+    """What a line of CMake that sets `result` makes of it."""
     script = folder / "script.cmake"
     file = SOURCE / "cmake" / "cuda_architectures.cmake"
-    script.write_text(f'include("{file}")\nkl_ext_cuda_architectures("{written}" result)\nmessage(STATUS "${{result}}")\n')
-    completed = subprocess.run([tool("cmake"), "-P", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    script.write_text(f'include("{file}")\n{line}\nmessage(STATUS "[${{result}}]")\n')
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    completed = subprocess.run([tool("cmake"), "-P", script], env=environment, text=True, **streams)
     return " ".join(completed.stdout.split())
