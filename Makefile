@@ -115,7 +115,7 @@ $(torch): $(stamps)/python
 	@rm -f $(stamps)/torch-* && touch $@
 
 $(package): $(torch) $(sources)
-	$(bin)/python -m pip install -e .
+	$(bin)/python -m pip install -v -e .  # -v: the build shows how far it is
 	$(bin)/python -m kl_ext
 	@rm -f build/installed-in-* && touch $@
 

@@ -6,6 +6,7 @@ Environment: MAX_JOBS (compilers at a time), KL_EXT_CMAKE_ARGS (more arguments f
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -26,6 +27,13 @@ SOURCE = Path(__file__).resolve().parent
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
 
 
+def default_jobs() -> int:
+    """A compiler for each core, as long as each finds a gibibyte of memory, which is more than nvcc takes for these files."""
+    found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    memory = int(found[1]) >> 20 if found else 1
+    return max(1, min(len(os.sched_getaffinity(0)), memory))
+
+
 class CMakeBuild(build_ext):
     """Builds everything compiled (kl_ext/_C, kl_ext/lib, kl_ext/share) with CMake."""
 
@@ -37,8 +45,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             *shlex.split(os.environ.get("KL_EXT_CMAKE_ARGS", "")),
         )
-        jobs = os.environ.get("MAX_JOBS")
-        self.run_cmake("--build", self.folder, *(["--parallel", jobs] if jobs else []))
+        self.run_cmake("--build", self.folder, "--parallel", os.environ.get("MAX_JOBS") or str(default_jobs()))
         if not self.editable_mode:
             self.install_into(Path(self.build_lib) / "kl_ext")
 
