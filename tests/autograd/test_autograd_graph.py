@@ -12,36 +12,37 @@ from torch.autograd import grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from loss_cases import SINGLE, Loss, each_loss, each_loss_and_wanted, intermediates, leaves_for, subsets
+from operator_cases import each_elementwise_operator_and_wanted, intermediates, leaves_for, subsets
+from operators import SINGLE, Operator, each_elementwise_operator
 from oracle import same_bits
 
 NODE_NAMES = {"kl_div_single_loss": "KlDivSingleLossBackward", "kl_div_pair_loss": "KlDivPairLossBackward"}
 
 
-@each_loss
-def test_the_result_may_be_changed_in_place(loss: Loss, device: torch.device) -> None:
-    leaves = leaves_for(loss, loss.arguments, device)
-    expected = grad((loss.formula(*leaves) * 3).sum(), leaves)
-    for a, e in zip(grad(loss.function(*leaves).mul_(3).sum(), leaves), expected, strict=True):
+@each_elementwise_operator
+def test_the_result_may_be_changed_in_place(operator: Operator, device: torch.device) -> None:
+    leaves = leaves_for(operator, operator.arguments, device)
+    expected = grad((operator.formula(*leaves) * 3).sum(), leaves)
+    for a, e in zip(grad(operator.function(*leaves).mul_(3).sum(), leaves), expected, strict=True):
         torch.testing.assert_close(a, e)
 
 
-@each_loss
-def test_gradients_share_no_memory_with_each_other_or_with_anything_else(loss: Loss, device: torch.device) -> None:
-    leaves = leaves_for(loss, loss.arguments, device)
+@each_elementwise_operator
+def test_gradients_share_no_memory_with_each_other_or_with_anything_else(operator: Operator, device: torch.device) -> None:
+    leaves = leaves_for(operator, operator.arguments, device)
     grad_output = torch.ones(2, 3, dtype=torch.float64, device=device)
-    gradients = grad(loss.function(*leaves), leaves, grad_output)
+    gradients = grad(operator.function(*leaves), leaves, grad_output)
     addresses = {x.untyped_storage().data_ptr() for x in (*leaves, grad_output, *gradients)}
-    assert len(addresses) == 2 * loss.count + 1
+    assert len(addresses) == 2 * operator.count + 1
     copies = [g.clone() for g in gradients[1:]]
     gradients[0].zero_()
     assert all(torch.equal(g, c) for g, c in zip(gradients[1:], copies, strict=True))
 
 
-@each_loss
-def test_the_gradient_of_an_expanded_sum_can_be_changed_in_place(loss: Loss, device: torch.device) -> None:
-    leaves = leaves_for(loss, loss.arguments, device)
-    loss.function(*leaves).sum().backward()
+@each_elementwise_operator
+def test_the_gradient_of_an_expanded_sum_can_be_changed_in_place(operator: Operator, device: torch.device) -> None:
+    leaves = leaves_for(operator, operator.arguments, device)
+    operator.function(*leaves).sum().backward()
     for leaf in leaves:
         before = leaf.grad.clone()
         leaf.grad[0, 0] += 1
@@ -49,10 +50,14 @@ def test_the_gradient_of_an_expanded_sum_can_be_changed_in_place(loss: Loss, dev
         assert torch.equal(leaf.grad, before)
 
 
-@each_loss
-def test_the_same_tensor_given_for_every_argument_receives_the_sum_of_the_gradients(loss: Loss, device: torch.device) -> None:
+@each_elementwise_operator
+def test_the_same_tensor_given_for_every_argument_receives_the_sum_of_the_gradients(
+    operator: Operator, device: torch.device
+) -> None:
     x = SINGLE.inputs([2, 3], device=device, requires_grad=True)[0]
-    torch.testing.assert_close(grad(loss.function(*[x] * loss.count).sum(), x), grad(loss.formula(*[x] * loss.count).sum(), x))
+    torch.testing.assert_close(
+        grad(operator.function(*[x] * operator.count).sum(), x), grad(operator.formula(*[x] * operator.count).sum(), x)
+    )
 
 
 class RecordedCalls(TorchDispatchMode):
@@ -68,30 +73,32 @@ class RecordedCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@each_loss_and_wanted
-def test_only_the_gradients_asked_for_are_computed(loss: Loss, wanted: Sequence[str], device: torch.device) -> None:
-    leaves = leaves_for(loss, loss.arguments, device)
-    result = loss.function(*leaves).sum()
+@each_elementwise_operator_and_wanted
+def test_only_the_gradients_asked_for_are_computed(operator: Operator, wanted: Sequence[str], device: torch.device) -> None:
+    leaves = leaves_for(operator, operator.arguments, device)
+    result = operator.function(*leaves).sum()
     with RecordedCalls() as recorded:
-        grad(result, [x for a, x in zip(loss.arguments, leaves, strict=True) if a in wanted])
-    ((operator, arguments),) = recorded.calls
-    assert operator is loss.backward_operator
-    assert list(arguments[-1]) == [a in wanted for a in loss.arguments]
+        grad(result, [x for a, x in zip(operator.arguments, leaves, strict=True) if a in wanted])
+    ((called, arguments),) = recorded.calls
+    assert called is operator.backward_operator
+    assert list(arguments[-1]) == [a in wanted for a in operator.arguments]
 
 
-@each_loss_and_wanted
-def test_gradients_not_in_the_output_mask_come_back_as_none(loss: Loss, wanted: Sequence[str], device: torch.device) -> None:
-    inputs = loss.inputs([2, 3], device=device)
+@each_elementwise_operator_and_wanted
+def test_gradients_not_in_the_output_mask_come_back_as_none(
+    operator: Operator, wanted: Sequence[str], device: torch.device
+) -> None:
+    inputs = operator.inputs([2, 3], device=device)
     grad_output = torch.randn_like(inputs[0])
-    mask = [a in wanted for a in loss.arguments]
-    gradients = loss.backward_operator(grad_output, *inputs, -30.0, 20.0, mask)
-    every = loss.backward_operator(grad_output, *inputs, -30.0, 20.0, [True] * loss.count)
+    mask = [a in wanted for a in operator.arguments]
+    gradients = operator.backward_operator(grad_output, *inputs, -30.0, 20.0, mask)
+    every = operator.backward_operator(grad_output, *inputs, -30.0, 20.0, [True] * operator.count)
     for is_wanted, gradient, e in zip(mask, gradients, every, strict=True):
         assert same_bits(gradient, e) if is_wanted else gradient is None
 
 
-@each_loss
-def test_an_undefined_incoming_gradient_gives_undefined_gradients(loss: Loss, device: torch.device) -> None:
+@each_elementwise_operator
+def test_an_undefined_incoming_gradient_gives_undefined_gradients(operator: Operator, device: torch.device) -> None:
     class Block(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):  # type: ignore[no-untyped-def]
@@ -101,22 +108,22 @@ def test_an_undefined_incoming_gradient_gives_undefined_gradients(loss: Loss, de
         def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
             return None
 
-    leaves = leaves_for(loss, loss.arguments, device)
-    Block.apply(loss.function(*leaves)).sum().backward()
+    leaves = leaves_for(operator, operator.arguments, device)
+    Block.apply(operator.function(*leaves)).sum().backward()
     assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves)
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_gives_the_same_bits(loss: Loss, use_reentrant: bool, device: torch.device) -> None:
+def test_checkpointing_gives_the_same_bits(operator: Operator, use_reentrant: bool, device: torch.device) -> None:
     calls = 0
 
     def counted(*inputs: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        return loss.function(*intermediates(inputs))
+        return operator.function(*intermediates(inputs))
 
-    leaves = leaves_for(loss, loss.arguments, device)
+    leaves = leaves_for(operator, operator.arguments, device)
     weights = torch.randn(2, 3, dtype=torch.float64, device=device)
     (counted(*leaves) * weights).sum().backward()
     expected = [leaf.grad for leaf in leaves]
@@ -127,12 +134,14 @@ def test_checkpointing_gives_the_same_bits(loss: Loss, use_reentrant: bool, devi
     assert all(same_bits(leaf.grad, e) for leaf, e in zip(leaves, expected, strict=True))
 
 
-@each_loss
-def test_anomaly_mode_names_the_node_that_made_a_nan_and_the_line_that_made_the_node(loss: Loss, device: torch.device) -> None:
-    leaves = leaves_for(loss, loss.arguments, device)
-    name = NODE_NAMES[loss.name]
+@each_elementwise_operator
+def test_anomaly_mode_names_the_node_that_made_a_nan_and_the_line_that_made_the_node(
+    operator: Operator, device: torch.device
+) -> None:
+    leaves = leaves_for(operator, operator.arguments, device)
+    name = NODE_NAMES[operator.name]
     with torch.autograd.detect_anomaly(check_nan=True):
-        result = loss.function(*leaves)  # the line to be named
+        result = operator.function(*leaves)  # the line to be named
         with (
             pytest.warns(UserWarning, match=rf"Error detected in {name}(.|\n)*the line to be named"),
             pytest.raises(RuntimeError, match=f"Function '{name}' returned nan values in its 0th output"),
@@ -140,37 +149,37 @@ def test_anomaly_mode_names_the_node_that_made_a_nan_and_the_line_that_made_the_
             result.backward(torch.full_like(result, float("nan")))
 
 
-@each_loss
-def test_a_second_backward_needs_retain_graph(loss: Loss, device: torch.device) -> None:
-    leaves = leaves_for(loss, loss.arguments, device)
-    result = loss.function(*leaves).sum()
+@each_elementwise_operator
+def test_a_second_backward_needs_retain_graph(operator: Operator, device: torch.device) -> None:
+    leaves = leaves_for(operator, operator.arguments, device)
+    result = operator.function(*leaves).sum()
     first = grad(result, leaves, retain_graph=True)
     second = grad(result, leaves)
     assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
-    result = loss.function(*leaves)  # without the sum: this node itself must object
+    result = operator.function(*leaves)  # without the sum: this node itself must object
     grad(result, leaves, torch.ones_like(result))
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         grad(result, leaves, torch.ones_like(result))
 
 
-@each_loss
-def test_the_node_has_a_stable_name_and_an_edge_for_each_input(loss: Loss, device: torch.device) -> None:
-    for wanted in subsets(loss.arguments):
-        leaves = leaves_for(loss, wanted, device)
-        node = loss.function(*leaves).grad_fn
-        assert node.name() == NODE_NAMES[loss.name]
+@each_elementwise_operator
+def test_the_node_has_a_stable_name_and_an_edge_for_each_input(operator: Operator, device: torch.device) -> None:
+    for wanted in subsets(operator.arguments):
+        leaves = leaves_for(operator, wanted, device)
+        node = operator.function(*leaves).grad_fn
+        assert node.name() == NODE_NAMES[operator.name]
         assert [next_node is not None for next_node, _ in node.next_functions] == [leaf.requires_grad for leaf in leaves]
         assert [next_node.variable for next_node, _ in node.next_functions if next_node] == [
             x for x in leaves if x.requires_grad
         ]
 
 
-@each_loss
-def test_hooks_on_tensors_and_on_the_node_see_and_change_the_gradients(loss: Loss, device: torch.device) -> None:
-    leaves = leaves_for(loss, loss.arguments, device)
-    expected = grad(loss.function(*leaves).sum(), leaves)
+@each_elementwise_operator
+def test_hooks_on_tensors_and_on_the_node_see_and_change_the_gradients(operator: Operator, device: torch.device) -> None:
+    leaves = leaves_for(operator, operator.arguments, device)
+    expected = grad(operator.function(*leaves).sum(), leaves)
     seen: list[str] = []
-    result = loss.function(*leaves)
+    result = operator.function(*leaves)
     result.register_hook(lambda g: seen.append("result") or g * 2)
     result.grad_fn.register_prehook(lambda gs: seen.append("before") or tuple(g * 2 for g in gs))
     result.grad_fn.register_hook(lambda outputs, inputs: seen.append("after") or tuple(g * 2 for g in outputs))
@@ -182,32 +191,32 @@ def test_hooks_on_tensors_and_on_the_node_see_and_change_the_gradients(loss: Los
     torch.testing.assert_close(leaves[1].grad, expected[1] * 8)
 
 
-@each_loss
-def test_gradients_accumulate_over_backward_calls(loss: Loss, device: torch.device) -> None:
-    leaves = leaves_for(loss, loss.arguments, device)
-    expected = grad(loss.function(*leaves).sum(), leaves)
+@each_elementwise_operator
+def test_gradients_accumulate_over_backward_calls(operator: Operator, device: torch.device) -> None:
+    leaves = leaves_for(operator, operator.arguments, device)
+    expected = grad(operator.function(*leaves).sum(), leaves)
     for _ in range(3):
-        loss.function(*leaves).sum().backward()
+        operator.function(*leaves).sum().backward()
     for leaf, e in zip(leaves, expected, strict=True):
         torch.testing.assert_close(leaf.grad, 3 * e)
 
 
-@each_loss
-def test_inference_mode_computes_the_same_bits_and_leaves_no_graph(loss: Loss, device: torch.device) -> None:
-    leaves = leaves_for(loss, loss.arguments, device)
-    expected = loss.function(*leaves)
+@each_elementwise_operator
+def test_inference_mode_computes_the_same_bits_and_leaves_no_graph(operator: Operator, device: torch.device) -> None:
+    leaves = leaves_for(operator, operator.arguments, device)
+    expected = operator.function(*leaves)
     with torch.inference_mode():
-        result = loss.function(*leaves)
+        result = operator.function(*leaves)
         assert result.is_inference()
         assert not result.requires_grad
     assert same_bits(result, expected)
 
 
-@each_loss
-def test_backward_runs_in_many_threads_at_once(loss: Loss, device: torch.device) -> None:
+@each_elementwise_operator
+def test_backward_runs_in_many_threads_at_once(operator: Operator, device: torch.device) -> None:
     """On graphs that share their leaves, and on one graph that all threads share."""
-    leaves = leaves_for(loss, loss.arguments, device)
-    shared = loss.function(*leaves)
+    leaves = leaves_for(operator, operator.arguments, device)
+    shared = operator.function(*leaves)
     weights = torch.randn(2, 3, dtype=torch.float64, device=device)
     expected = grad(shared, leaves, weights, retain_graph=True)
     threads, repeats = 4, 25
@@ -219,7 +228,7 @@ def test_backward_runs_in_many_threads_at_once(loss: Loss, device: torch.device)
             for _ in range(repeats):
                 actual = grad(shared, leaves, weights, retain_graph=True)
                 assert all(same_bits(a, e) for a, e in zip(actual, expected, strict=True))
-                loss.function(*leaves).backward(weights)
+                operator.function(*leaves).backward(weights)
         except BaseException as failure:
             failures.append(failure)
 
@@ -233,13 +242,13 @@ def test_backward_runs_in_many_threads_at_once(loss: Loss, device: torch.device)
         torch.testing.assert_close(leaf.grad, threads * repeats * e)
 
 
-@each_loss
-def test_a_loss_inside_a_custom_function_and_a_module_hook_trains(loss: Loss, device: torch.device) -> None:
+@each_elementwise_operator
+def test_a_loss_inside_a_custom_function_and_a_module_hook_trains(operator: Operator, device: torch.device) -> None:
     class Module(torch.nn.Module):
         def forward(self, *inputs: Tensor) -> Tensor:
-            return loss.function(*inputs)
+            return operator.function(*inputs)
 
-    leaves = leaves_for(loss, loss.arguments, device)
+    leaves = leaves_for(operator, operator.arguments, device)
     module, seen = Module(), []
     module.register_full_backward_hook(lambda module, grad_inputs, grad_outputs: seen.append(grad_inputs))
     module(*leaves).sum().backward()

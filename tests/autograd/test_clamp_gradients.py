@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,18 +14,14 @@ from torch.autograd import forward_ad
 
 import kl_ext
 from kl_ext import reference
+from operators import OPERATORS, Operator
 
 BOUNDS = [(-30.0, 20.0), (-0.5, 0.75)]
 each_bounds = pytest.mark.parametrize("bounds", BOUNDS, ids=str)
 
-# Each operator, what it is as a multiple of the divergence (but for a number), and how many inputs it has.
-OPERATORS: dict[str, tuple[Callable[..., Tensor], int, int]] = {
-    "single": (kl_ext.kl_div_single_loss, 1, 2),
-    "pair": (kl_ext.kl_div_pair_loss, 2, 4),
-    "divergence from N(0, 1)": (kl_ext.gaussian_kl_div, 1, 2),
-    "divergence": (kl_ext.gaussian_kl_div, 1, 4),
-}
-each_operator = pytest.mark.parametrize(("function", "scale", "count"), OPERATORS.values(), ids=OPERATORS)
+# Each operator that clamps, and how many inputs it is given.
+CLAMPED = [(operator, count) for operator in OPERATORS if operator.bounds for count in operator.counts]
+each_clamped = pytest.mark.parametrize(("operator", "count"), CLAMPED, ids=str)
 
 
 def points(low: float, high: float) -> list[float]:
@@ -43,7 +39,7 @@ def inputs_at(bounds: tuple[float, float], count: int, device: torch.device) -> 
 
 
 def derivative(
-    inputs: Sequence[Tensor], by: Sequence[int], scale: int, bounds: tuple[float, float]
+    inputs: Sequence[Tensor], by: Sequence[int], scale: float, bounds: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of `scale` times the divergence, by the inputs of these numbers in turn, in closed form: of (lq - lp + e^(lp - lq) +
     D^2 e^-lq - 1) / 2 with D = mu_p - mu_q. And the sum of the sizes of its terms, and where the clamp lets it pass."""
@@ -83,31 +79,29 @@ def nested(terms: Tensor, inputs: Sequence[Tensor], by: Sequence[int]) -> Tensor
     return terms
 
 
-@each_operator
+@each_clamped
 @each_bounds
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_derivatives_pass_at_the_bounds_and_are_zero_outside(
     order: int,
     bounds: tuple[float, float],
-    function: Callable[..., Tensor],
-    scale: int,
+    operator: Operator,
     count: int,
     device: torch.device,
 ) -> None:
     inputs = inputs_at(bounds, count, device)
-    terms = function(*inputs, clamp_min=bounds[0], clamp_max=bounds[1])
+    terms = operator(*inputs, clamp_min=bounds[0], clamp_max=bounds[1])
     for by in itertools.product(range(count), repeat=order):
-        assert_right(nested(terms, inputs, by), *derivative(inputs, by, scale, bounds), by)
+        assert_right(nested(terms, inputs, by), *derivative(inputs, by, operator.of_divergence[0], bounds), by)
 
 
-@each_operator
+@each_clamped
 @each_bounds
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_so_do_those_whose_last_is_taken_forward(
     order: int,
     bounds: tuple[float, float],
-    function: Callable[..., Tensor],
-    scale: int,
+    operator: Operator,
     count: int,
     device: torch.device,
 ) -> None:
@@ -116,10 +110,10 @@ def test_so_do_those_whose_last_is_taken_forward(
         with forward_ad.dual_level():
             inputs = list(leaves)
             inputs[last] = forward_ad.make_dual(leaves[last], torch.ones_like(leaves[last]))
-            terms = function(*inputs, clamp_min=bounds[0], clamp_max=bounds[1])
+            terms = operator(*inputs, clamp_min=bounds[0], clamp_max=bounds[1])
             for by in itertools.product(range(count), repeat=order - 1):
                 tangent = forward_ad.unpack_dual(nested(terms, inputs, by)).tangent
-                expected = derivative(leaves, [*by, last], scale, bounds)
+                expected = derivative(leaves, [*by, last], operator.of_divergence[0], bounds)
                 assert_right(torch.zeros_like(expected[0]) if tangent is None else tangent, *expected, (*by, last))
 
 

@@ -9,19 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad, grad
 
-from loss_cases import (
-    CLOSE,
-    DTYPES,
-    HALF_TYPES,
-    PAIR,
-    SINGLE,
-    Loss,
-    clamped_inputs,
-    each_loss,
-    each_loss_and_wanted,
-    no_fallback,  # noqa: F401 (a fixture)
-    subsets,
-)
+from batching import no_fallback  # noqa: F401 (a fixture)
+from operator_cases import clamped_inputs, each_elementwise_operator_and_wanted, subsets
+from operators import CLOSE, DTYPES, HALF_TYPES, PAIR, SINGLE, Operator, each_elementwise_operator
 
 pytestmark = pytest.mark.usefixtures("no_fallback")
 
@@ -32,82 +22,84 @@ def tangent_of(function: Callable[..., Tensor], inputs: Sequence[Tensor], tangen
         return forward_ad.unpack_dual(function(*duals)).tangent
 
 
-@each_loss_and_wanted
+@each_elementwise_operator_and_wanted
 def test_a_tangent_on_any_subset_of_the_inputs_gives_the_formulas_tangent(
-    loss: Loss, wanted: Sequence[str], device: torch.device
+    operator: Operator, wanted: Sequence[str], device: torch.device
 ) -> None:
-    inputs = loss.inputs([2, 1], [3], device=device)
-    tangents = [torch.randn_like(x) if a in wanted else None for a, x in zip(loss.arguments, inputs, strict=True)]
-    actual = tangent_of(loss.function, inputs, tangents)
+    inputs = operator.inputs([2, 1], [3], device=device)
+    tangents = [torch.randn_like(x) if a in wanted else None for a, x in zip(operator.arguments, inputs, strict=True)]
+    actual = tangent_of(operator.function, inputs, tangents)
     assert actual is not None
     assert actual.shape == (2, 3)
-    torch.testing.assert_close(actual, tangent_of(loss.formula, inputs, tangents), **CLOSE)
+    torch.testing.assert_close(actual, tangent_of(operator.formula, inputs, tangents), **CLOSE)
     with torch.no_grad():
-        torch.testing.assert_close(tangent_of(loss.function, inputs, tangents), actual, rtol=0, atol=0)
+        torch.testing.assert_close(tangent_of(operator.function, inputs, tangents), actual, rtol=0, atol=0)
 
 
-@each_loss
-def test_a_tangent_equals_the_numerical_derivative(loss: Loss, device: torch.device) -> None:
-    inputs = loss.inputs([4, 5], device=device)
+@each_elementwise_operator
+def test_a_tangent_equals_the_numerical_derivative(operator: Operator, device: torch.device) -> None:
+    inputs = operator.inputs([4, 5], device=device)
     tangents = [torch.randn_like(x) for x in inputs]
     step = 1e-5
-    ahead, behind = (loss.function(*[x + h * t for x, t in zip(inputs, tangents, strict=True)]) for h in (step, -step))
-    torch.testing.assert_close(tangent_of(loss.function, inputs, tangents), (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
+    ahead, behind = (operator.function(*[x + h * t for x, t in zip(inputs, tangents, strict=True)]) for h in (step, -step))
+    torch.testing.assert_close(
+        tangent_of(operator.function, inputs, tangents), (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6
+    )
 
 
-@each_loss
-def test_a_tangent_is_zero_outside_the_clamp(loss: Loss, device: torch.device) -> None:
-    inputs = clamped_inputs(loss, device)
+@each_elementwise_operator
+def test_a_tangent_is_zero_outside_the_clamp(operator: Operator, device: torch.device) -> None:
+    inputs = clamped_inputs(operator, device)
     bounds = {"clamp_min": -0.5, "clamp_max": 0.5}
-    for wanted in subsets(loss.arguments):
-        tangents = [torch.randn_like(x) if a in wanted else None for a, x in zip(loss.arguments, inputs, strict=True)]
+    for wanted in subsets(operator.arguments):
+        tangents = [torch.randn_like(x) if a in wanted else None for a, x in zip(operator.arguments, inputs, strict=True)]
         actual, expected = (
-            tangent_of(lambda *a, f=f: f(*a, **bounds), inputs, tangents) for f in (loss.function, loss.formula)
+            tangent_of(lambda *a, f=f: f(*a, **bounds), inputs, tangents) for f in (operator.function, operator.formula)
         )
         torch.testing.assert_close(actual, expected, **CLOSE)
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[::-1], HALF_TYPES * 2], ids=lambda d: "-".join(map(str, d)))
 def test_tangents_of_mixed_dtypes_come_in_the_dtype_of_the_result(
-    loss: Loss, dtypes: Sequence[torch.dtype], device: torch.device
+    operator: Operator, dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
-    inputs = [x.to(d) for x, d in zip(loss.inputs([2, 3], [3], device=device), dtypes, strict=False)]
+    inputs = [x.to(d) for x, d in zip(operator.inputs([2, 3], [3], device=device), dtypes, strict=False)]
     tangents = [torch.randn_like(x) for x in inputs]
-    result = loss.function(*inputs)
-    actual = tangent_of(loss.function, inputs, tangents)
-    expected = tangent_of(loss.formula, [x.double() for x in inputs], [t.double() for t in tangents])
+    result = operator.function(*inputs)
+    actual = tangent_of(operator.function, inputs, tangents)
+    expected = tangent_of(operator.formula, [x.double() for x in inputs], [t.double() for t in tangents])
     assert actual is not None
     assert expected is not None
     assert (actual.dtype, actual.shape) == (result.dtype, result.shape)
     torch.testing.assert_close(actual, expected.to(result.dtype))
 
 
-@each_loss
-def test_zero_tensors_are_accepted_as_tangents_and_as_incoming_gradients(loss: Loss, device: torch.device) -> None:
-    inputs = loss.inputs([2, 3], device=device)
+@each_elementwise_operator
+def test_zero_tensors_are_accepted_as_tangents_and_as_incoming_gradients(operator: Operator, device: torch.device) -> None:
+    inputs = operator.inputs([2, 3], device=device)
     zero = torch._efficientzerotensor((2, 3), dtype=torch.float64, device=device)
-    moving = [torch.randn_like(inputs[0]), *[zero] * (loss.count - 1)]
-    expected = tangent_of(loss.formula, inputs, [t.clone() for t in moving])
-    torch.testing.assert_close(tangent_of(loss.function, inputs, moving), expected, **CLOSE)
-    gradients = loss.backward_operator(zero, *inputs, -30.0, 20.0, [True] * loss.count)
+    moving = [torch.randn_like(inputs[0]), *[zero] * (operator.count - 1)]
+    expected = tangent_of(operator.formula, inputs, [t.clone() for t in moving])
+    torch.testing.assert_close(tangent_of(operator.function, inputs, moving), expected, **CLOSE)
+    gradients = operator.backward_operator(zero, *inputs, -30.0, 20.0, [True] * operator.count)
     for gradient in gradients:
         torch.testing.assert_close(gradient, torch.zeros_like(inputs[0]), rtol=0, atol=0)
 
 
-@each_loss
-def test_forward_over_reverse_and_reverse_over_forward_agree_with_the_formula(loss: Loss, device: torch.device) -> None:
+@each_elementwise_operator
+def test_forward_over_reverse_and_reverse_over_forward_agree_with_the_formula(operator: Operator, device: torch.device) -> None:
     def forward_over_reverse(function: Callable[..., Tensor]) -> Tensor:
         return tangent_of(lambda *a: torch.stack(grad((function(*a) * weights).sum(), a, create_graph=True)), inputs, tangents)
 
     def reverse_over_forward(function: Callable[..., Tensor]) -> Tensor:
         return torch.stack(grad((tangent_of(function, inputs, tangents) * weights).sum(), inputs))
 
-    inputs = loss.inputs([2, 3], device=device, requires_grad=True)
+    inputs = operator.inputs([2, 3], device=device, requires_grad=True)
     tangents = [torch.randn_like(x) for x in inputs]
     weights = torch.randn_like(inputs[0])
-    expected = forward_over_reverse(loss.formula)
-    for actual in (forward_over_reverse(loss.function), reverse_over_forward(loss.function)):
+    expected = forward_over_reverse(operator.formula)
+    for actual in (forward_over_reverse(operator.function), reverse_over_forward(operator.function)):
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 

@@ -15,26 +15,20 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kl_ext import _bindings
+from operators import OPERATORS, named
 from oracle import same_bits
 
-INPUTS = {
-    "kl_div_single_loss": ["mu", "log_var"],
-    "kl_div_pair_loss": ["mu_p", "log_var_p", "mu_q", "log_var_q"],
-    "gaussian_kl_div": ["mu_p", "log_var_p", "mu_q", "log_var_q"],
-    "normal_kl_div": ["loc_p", "scale_p", "loc_q", "scale_q"],
-}
-REDUCING = ("gaussian_kl_div", "normal_kl_div")
+INPUTS = {operator.name: operator.arguments for operator in OPERATORS}
 HOWS = {None: ("none", None), "sum": ("sum", None), "mean of rows": ("mean", [1])}
 each_operator = pytest.mark.parametrize("name", INPUTS)
 each_reduction = pytest.mark.parametrize(
     ("name", "reduction"),
-    [(name, how) for name in INPUTS for how in HOWS if how is None or name in REDUCING],
+    [(operator.name, how) for operator in OPERATORS for how in HOWS if how is None or operator.reduces],
 )
 
 
 def rest(name: str, reduction: str | None = None) -> list[Any]:
-    bounds = [] if name == "normal_kl_div" else [-30.0, 20.0]
-    return [*bounds, *(HOWS[reduction] if name in REDUCING else ())]
+    return [*named(name).bounds, *(HOWS[reduction] if named(name).reduces else ())]
 
 
 def into(name: str, tensors: Sequence[Tensor], gradients: dict[str, Tensor], reduction: str | None = None) -> None:
@@ -73,8 +67,7 @@ def mode(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def arguments(name: str, place: torch.device, shape: Sequence[int] = (4, 6)) -> list[Tensor]:
     drawn = [torch.randn(tuple(shape), device=place) for _ in range(1 + len(INPUTS[name]))]
-    deviations = (2, 4) if name == "normal_kl_div" else ()
-    return [x.abs() + 0.5 if i in deviations else x for i, x in enumerate(drawn)]
+    return [drawn[0], *(named(name).suited(i, x) for i, x in enumerate(drawn[1:]))]
 
 
 def placed(base: Tensor, name: str, position: int, slices: tuple[Any, ...], place: torch.device) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 import kl_ext
 from halves import HALVES, Halve, apart, encoded, joins
 from kl_ext import reference
-from loss_cases import CLOSE, DTYPES
+from operators import CLOSE, DTYPES, Operator, each_operator
 from oracle import same_bits
 
 # Likewise, to two slices of one shape that are no halves of it.
@@ -304,76 +304,73 @@ def test_only_the_wanted_gradient_of_halves_is_computed(device: torch.device) ->
 # The operators that write gradients where they are told.
 
 
-def into(name: str, arguments: Sequence[Any], gradients: Sequence[Tensor | None]) -> None:
-    operator = getattr(torch.ops.kl_ext, f"{name}_backward").out
-    assert operator(*arguments, **dict(zip(given_names(name), gradients, strict=True))) is None
+def into(operator: Operator, arguments: Sequence[Any], gradients: Sequence[Tensor | None]) -> None:
+    assert operator.backward_out(*arguments, **dict(zip(given_names(operator), gradients, strict=True))) is None
 
 
-def given_names(name: str) -> list[str]:
+def given_names(operator: Operator) -> list[str]:
     """The arguments that take gradients."""
-    schema = getattr(torch.ops.kl_ext, f"{name}_backward").out._schema
-    return [argument.name for argument in schema.arguments if argument.kwarg_only]
+    return [f"grad_{name}" for name in operator.arguments]
 
 
-OPERATORS = {"kl_div_single_loss": 2, "kl_div_pair_loss": 4, "gaussian_kl_div": 4}
-each_operator = pytest.mark.parametrize(("name", "count"), OPERATORS.items(), ids=OPERATORS)
-
-
-def arguments_of(name: str, count: int, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Any]:
-    tensors = [torch.randn(5, 24, device=device, dtype=dtype) for _ in range(count + 1)]
-    return [*tensors, -30.0, 20.0, *(["none", None] if name == "gaussian_kl_div" else [])]
+def arguments_of(operator: Operator, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Any]:
+    tensors = [torch.randn(5, 24, device=device), *operator.inputs(*[(5, 24)] * operator.count, device=device)]
+    return [*(x.to(dtype) for x in tensors), *operator.bounds, *(["none", None] if operator.reduces else [])]
 
 
 @each_operator
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "rows", "columns", "transposed"])
-def test_gradients_go_where_they_are_told(name: str, count: int, dtype: torch.dtype, layout: str, device: torch.device) -> None:
-    arguments = arguments_of(name, count, device, dtype)
-    expected = getattr(torch.ops.kl_ext, f"{name}_backward").default(*arguments, [True] * count)
+def test_gradients_go_where_they_are_told(operator: Operator, dtype: torch.dtype, layout: str, device: torch.device) -> None:
+    arguments = arguments_of(operator, device, dtype)
+    expected = operator.backward_operator(*arguments, [True] * operator.count)
     room = {
         "contiguous": lambda: torch.full((5, 24), float("nan")),
         "rows": lambda: torch.full((5, 48), float("nan"))[:, 24:],
         "columns": lambda: torch.full((5, 48), float("nan"))[:, ::2],
         "transposed": lambda: torch.full((24, 5), float("nan")).t(),
     }[layout]
-    for left_out in (None, *range(count)):
-        gradients = [None if i == left_out else room().to(device, dtype) for i in range(count)]
-        into(name, arguments, gradients)
+    for left_out in (None, *range(operator.count)):
+        gradients = [None if i == left_out else room().to(device, dtype) for i in range(operator.count)]
+        into(operator, arguments, gradients)
         for i, gradient in enumerate(gradients):
             assert gradient is None if i == left_out else same_bits(gradient, expected[i])
 
 
 @each_operator
-def test_gradients_of_broadcast_inputs_go_where_they_are_told(name: str, count: int, device: torch.device) -> None:
-    arguments = arguments_of(name, count, device)
+def test_gradients_of_broadcast_inputs_go_where_they_are_told(operator: Operator, device: torch.device) -> None:
+    arguments = arguments_of(operator, device)
     arguments[1] = arguments[1][0].clone()
-    expected = getattr(torch.ops.kl_ext, f"{name}_backward").default(*arguments, [True] * count)
+    expected = operator.backward_operator(*arguments, [True] * operator.count)
     gradients = [torch.full_like(expected[0], float("nan")).repeat(2)[::2], *(torch.empty_like(e) for e in expected[1:])]
-    into(name, arguments, gradients)
+    into(operator, arguments, gradients)
     assert all(same_bits(*pair) for pair in zip(gradients, expected, strict=True))
 
 
 @each_operator
-def test_gradients_that_do_not_fit_are_refused(name: str, count: int, device: torch.device) -> None:
-    arguments = arguments_of(name, count, device)
-    first = "mu" if count == 2 else "mu_p"
-    rest = [None] * (count - 1)
-    function = rf"^{name}_backward: expected grad_{first}"
+def test_gradients_that_do_not_fit_are_refused(operator: Operator, device: torch.device) -> None:
+    arguments = arguments_of(operator, device)
+    first = operator.arguments[0]
+    rest = [None] * (operator.count - 1)
+    function = rf"^{operator}_backward: expected grad_{first}"
     with pytest.raises(TypeError, match=rf"{function} to be float32 like {first}, got float64"):
-        into(name, arguments, [torch.empty(5, 24, device=device, dtype=torch.float64), *rest])
+        into(operator, arguments, [torch.empty(5, 24, device=device, dtype=torch.float64), *rest])
     with pytest.raises(RuntimeError, match=rf"{function} of shape \[5, 24\] like {first}, got shape \[24\]"):
-        into(name, arguments, [torch.empty(24, device=device), *rest])
+        into(operator, arguments, [torch.empty(24, device=device), *rest])
     if device.type == "cuda":
         with pytest.raises(RuntimeError, match=rf"{function} on cuda:0 like {first}, got cpu"):
-            into(name, arguments, [torch.empty(5, 24), *rest])
+            into(operator, arguments, [torch.empty(5, 24), *rest])
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor refers to a single memory location"):
-        into(name, arguments, [torch.empty(24, device=device).expand(5, 24), *rest])
-    with pytest.raises(RuntimeError, match=rf"^{name}_backward: expected no tensor to require grad where gradients are given"):
-        into(name, [arguments[0].requires_grad_(), *arguments[1:]], [torch.empty(5, 24, device=device), *rest])
+        into(operator, arguments, [torch.empty(24, device=device).expand(5, 24), *rest])
+    with pytest.raises(
+        RuntimeError, match=rf"^{operator}_backward: expected no tensor to require grad where gradients are given"
+    ):
+        into(operator, [arguments[0].requires_grad_(), *arguments[1:]], [torch.empty(5, 24, device=device), *rest])
 
 
 @each_operator
-def test_the_operators_with_given_gradients_pass_opcheck(name: str, count: int, device: torch.device) -> None:
-    operator = getattr(torch.ops.kl_ext, f"{name}_backward").out
-    gradients = {argument: torch.empty(5, 24, device=device) for argument in given_names(name)}
-    torch.library.opcheck(operator, arguments_of(name, count, device), gradients, test_utils=("test_schema", "test_faketensor"))
+def test_the_operators_with_given_gradients_pass_opcheck(operator: Operator, device: torch.device) -> None:
+    gradients = {argument: torch.empty(5, 24, device=device) for argument in given_names(operator)}
+    torch.library.opcheck(
+        operator.backward_out, arguments_of(operator, device), gradients, test_utils=("test_schema", "test_faketensor")
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 import kl_ext
 from halves import HALVES, apart, encoded, joins
 from kl_ext import reference
-from loss_cases import CLOSE
+from operators import CLOSE
 from oracle import same_bits
 
 # Of mu and log_var to terms or sums, and which inputs they are. The prior is as large as they are, whatever that is.

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.graph import saved_tensors_hooks
 
-from loss_cases import PAIR, SINGLE, Loss, each_loss, each_loss_and_wanted, intermediates, leaves_for
+from operator_cases import each_elementwise_operator_and_wanted, intermediates, leaves_for
+from operators import PAIR, SINGLE, Operator, each_elementwise_operator
 from oracle import same_bits
 
 
@@ -29,21 +30,21 @@ def recorded_saves() -> Iterator[list[Tensor]]:
         yield saved
 
 
-@each_loss_and_wanted
-def test_only_what_the_wanted_gradients_need_is_saved(loss: Loss, wanted: Sequence[str], device: torch.device) -> None:
-    inputs = leaves_for(loss, wanted, device)
+@each_elementwise_operator_and_wanted
+def test_only_what_the_wanted_gradients_need_is_saved(operator: Operator, wanted: Sequence[str], device: torch.device) -> None:
+    inputs = leaves_for(operator, wanted, device)
     with recorded_saves() as saved:
-        loss.function(*inputs)
-    by_address = {x.data_ptr(): a for a, x in zip(loss.arguments, inputs, strict=True)}
-    assert sorted(by_address.get(x.data_ptr(), "a new tensor") for x in saved) == sorted(loss.needed_for(wanted))
+        operator.function(*inputs)
+    by_address = {x.data_ptr(): a for a, x in zip(operator.arguments, inputs, strict=True)}
+    assert sorted(by_address.get(x.data_ptr(), "a new tensor") for x in saved) == sorted(operator.needed_for(wanted))
 
 
 def test_what_is_saved_is_as_few_tensors_as_the_formulas_allow(device: torch.device) -> None:
     """The promise above in numbers, so that the table of needs cannot be wrong unnoticed."""
 
-    def count(loss: Loss, *wanted: str) -> int:
+    def count(operator: Operator, *wanted: str) -> int:
         with recorded_saves() as saved:
-            loss.function(*leaves_for(loss, wanted, device))
+            operator.function(*leaves_for(operator, wanted, device))
         return len(saved)
 
     assert count(SINGLE, "mu") == count(SINGLE, "log_var") == 1
@@ -53,26 +54,26 @@ def test_what_is_saved_is_as_few_tensors_as_the_formulas_allow(device: torch.dev
     assert count(PAIR, "log_var_q") == count(PAIR, *PAIR.arguments) == 4
 
 
-@each_loss
-def test_nothing_is_saved_where_no_gradient_is_wanted(loss: Loss, device: torch.device) -> None:
+@each_elementwise_operator
+def test_nothing_is_saved_where_no_gradient_is_wanted(operator: Operator, device: torch.device) -> None:
     with recorded_saves() as saved:
-        assert loss.function(*loss.inputs([2, 3], device=device)).grad_fn is None
+        assert operator.function(*operator.inputs([2, 3], device=device)).grad_fn is None
         with torch.no_grad():
-            assert not loss.function(*leaves_for(loss, loss.arguments, device)).requires_grad
-        loss.function(*(x.detach() for x in leaves_for(loss, loss.arguments, device)))
+            assert not operator.function(*leaves_for(operator, operator.arguments, device)).requires_grad
+        operator.function(*(x.detach() for x in leaves_for(operator, operator.arguments, device)))
     assert not saved
 
 
-@each_loss_and_wanted
+@each_elementwise_operator_and_wanted
 def test_changing_an_input_in_place_is_caught_where_a_gradient_needs_it_and_allowed_elsewhere(
-    loss: Loss, wanted: Sequence[str], device: torch.device
+    operator: Operator, wanted: Sequence[str], device: torch.device
 ) -> None:
-    needed = loss.needed_for(wanted)
-    for position, changed in enumerate(loss.arguments):
-        inputs = leaves_for(loss, wanted, device)
+    needed = operator.needed_for(wanted)
+    for position, changed in enumerate(operator.arguments):
+        inputs = leaves_for(operator, wanted, device)
         leaves = [x for x in inputs if x.requires_grad]
-        expected = grad(loss.formula(*inputs).sum(), leaves)
-        result = loss.function(*inputs).sum()
+        expected = grad(operator.formula(*inputs).sum(), leaves)
+        result = operator.function(*inputs).sum()
         with torch.no_grad():
             inputs[position].add_(1)
         if changed in needed:
@@ -84,52 +85,52 @@ def test_changing_an_input_in_place_is_caught_where_a_gradient_needs_it_and_allo
                 torch.testing.assert_close(leaf.grad, e)
 
 
-@each_loss
-def test_changing_the_base_of_a_chunk_in_place_is_caught(loss: Loss, device: torch.device) -> None:
-    encoded = torch.randn(2, 3 * loss.count, device=device, requires_grad=True) * 1
-    result = loss.function(*encoded.chunk(loss.count, 1)).sum()
+@each_elementwise_operator
+def test_changing_the_base_of_a_chunk_in_place_is_caught(operator: Operator, device: torch.device) -> None:
+    encoded = torch.randn(2, 3 * operator.count, device=device, requires_grad=True) * 1
+    result = operator.function(*encoded.chunk(operator.count, 1)).sum()
     with torch.no_grad():
         encoded.add_(1)
     with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
         result.backward()
 
 
-@each_loss
-def test_mutation_is_allowed_where_the_user_allows_mutation_on_saved_tensors(loss: Loss, device: torch.device) -> None:
-    leaves = leaves_for(loss, loss.arguments, device)
-    expected = grad(loss.function(*leaves).sum(), leaves)
+@each_elementwise_operator
+def test_mutation_is_allowed_where_the_user_allows_mutation_on_saved_tensors(operator: Operator, device: torch.device) -> None:
+    leaves = leaves_for(operator, operator.arguments, device)
+    expected = grad(operator.function(*leaves).sum(), leaves)
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
         inputs = intermediates(leaves)
-        result = loss.function(*inputs).sum()
+        result = operator.function(*inputs).sum()
         for x in inputs:
             x.mul_(2)
         for a, e in zip(grad(result, leaves), expected, strict=True):
             assert same_bits(a, e)
 
 
-@each_loss
-def test_saved_tensors_can_be_packed_to_the_cpu_and_back(loss: Loss, device: torch.device) -> None:
-    leaves = leaves_for(loss, loss.arguments, device)
-    expected = grad(loss.function(*leaves).sum(), leaves)
+@each_elementwise_operator
+def test_saved_tensors_can_be_packed_to_the_cpu_and_back(operator: Operator, device: torch.device) -> None:
+    leaves = leaves_for(operator, operator.arguments, device)
+    expected = grad(operator.function(*leaves).sum(), leaves)
     with torch.autograd.graph.save_on_cpu():
-        result = loss.function(*leaves).sum()
+        result = operator.function(*leaves).sum()
     assert all(same_bits(a, e) for a, e in zip(grad(result, leaves), expected, strict=True))
 
     unpacked: list[Tensor] = []
     with saved_tensors_hooks(lambda x: x.detach().cpu().clone(), lambda x: unpacked.append(x) or x.to(device)):
-        result = loss.function(*leaves).sum()
+        result = operator.function(*leaves).sum()
     assert all(same_bits(a, e) for a, e in zip(grad(result, leaves), expected, strict=True))
-    assert len(unpacked) == loss.count
+    assert len(unpacked) == operator.count
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize("released_by", ["backward", "the end of the graph"])
-def test_saved_tensors_live_until(loss: Loss, released_by: str, device: torch.device) -> None:
-    inputs = intermediates(leaves_for(loss, loss.arguments, device))
+def test_saved_tensors_live_until(operator: Operator, released_by: str, device: torch.device) -> None:
+    inputs = intermediates(leaves_for(operator, operator.arguments, device))
     references = [weakref.ref(x) for x in inputs]
     gc.disable()  # so that a reference cycle would show
     try:
-        result = loss.function(*inputs)
+        result = operator.function(*inputs)
         del inputs
         assert all(reference() is not None for reference in references)
         if released_by == "backward":
@@ -141,13 +142,13 @@ def test_saved_tensors_live_until(loss: Loss, released_by: str, device: torch.de
         gc.enable()
 
 
-@each_loss
-def test_a_graph_of_gradients_is_released_like_any_other(loss: Loss, device: torch.device) -> None:
-    inputs = intermediates(leaves_for(loss, loss.arguments, device))
+@each_elementwise_operator
+def test_a_graph_of_gradients_is_released_like_any_other(operator: Operator, device: torch.device) -> None:
+    inputs = intermediates(leaves_for(operator, operator.arguments, device))
     references = [weakref.ref(x) for x in inputs]
     gc.disable()  # so that a reference cycle would show
     try:
-        gradients = grad(loss.function(*inputs).sum(), inputs, create_graph=True)
+        gradients = grad(operator.function(*inputs).sum(), inputs, create_graph=True)
         second = sum(g.sum() for g in gradients)
         grad(second, inputs, retain_graph=True)
         grad(second, inputs)

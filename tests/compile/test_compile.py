@@ -15,7 +15,8 @@ from torch.autograd import grad
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
-from loss_cases import DTYPES, LAYOUTS, PAIR, SINGLE, Layout, Loss, each_loss
+from operator_cases import LAYOUTS, Layout
+from operators import DTYPES, PAIR, SINGLE, Operator, each_elementwise_operator
 from oracle import same_bits
 
 each_dynamic = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -33,7 +34,7 @@ def operators_in(graph: GraphModule) -> list[torch._ops.OpOverload]:
     return [target for target in targets if getattr(target, "namespace", None) == "kl_ext"]
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize(
     ("layout", "dynamic"),
     [(layout, True) for layout in LAYOUTS.values()]
@@ -42,12 +43,12 @@ def operators_in(graph: GraphModule) -> list[torch._ops.OpOverload]:
     + ["contiguous-static", "broadcast-static", "chunk_last-static", "zero_dim-static"],
 )
 def test_a_compiled_loss_and_its_gradients_have_the_bits_and_strides_of_eager(
-    loss: Loss, layout: Layout, dynamic: bool, device: torch.device
+    operator: Operator, layout: Layout, dynamic: bool, device: torch.device
 ) -> None:
-    leaves, view = layout(loss, device, torch.float32)
+    leaves, view = layout(operator, device, torch.float32)
 
     def step(*leaves: Tensor) -> Tensor:
-        return loss.function(*view(*leaves))
+        return operator.function(*view(*leaves))
 
     expected = step(*leaves)
     actual = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)(*leaves)
@@ -59,22 +60,22 @@ def test_a_compiled_loss_and_its_gradients_have_the_bits_and_strides_of_eager(
         assert a.stride() == e.stride()
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[::-1], DTYPES[:1] * 4, DTYPES[1:2] * 4], ids=lambda d: "-".join(map(str, d)))
 def test_a_compiled_loss_of_mixed_dtypes_has_the_bits_of_eager(
-    loss: Loss, dtypes: Sequence[torch.dtype], device: torch.device
+    operator: Operator, dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
-    inputs = [x.to(d).requires_grad_() for x, d in zip(loss.inputs([2, 3], [3], device=device), dtypes, strict=False)]
-    expected = loss.function(*inputs, clamp_min=-1.0, clamp_max=1.0)
-    compiled = torch.compile(loss.function, backend="aot_eager", fullgraph=True)
+    inputs = [x.to(d).requires_grad_() for x, d in zip(operator.inputs([2, 3], [3], device=device), dtypes, strict=False)]
+    expected = operator.function(*inputs, clamp_min=-1.0, clamp_max=1.0)
+    compiled = torch.compile(operator.function, backend="aot_eager", fullgraph=True)
     actual = compiled(*inputs, clamp_min=-1.0, clamp_max=1.0)
     assert same_bits(actual, expected)
     for a, e in zip(grad(actual.sum(), inputs), grad(expected.sum(), inputs), strict=True):
         assert same_bits(a, e)
 
 
-@each_loss
-def test_the_operators_stay_whole_in_the_compiled_graphs(loss: Loss, device: torch.device) -> None:
+@each_elementwise_operator
+def test_the_operators_stay_whole_in_the_compiled_graphs(operator: Operator, device: torch.device) -> None:
     """Forward and backward appear as kl_ext's operators, and only the wanted gradients are computed."""
     graphs: list[GraphModule] = []
 
@@ -82,66 +83,67 @@ def test_the_operators_stay_whole_in_the_compiled_graphs(loss: Loss, device: tor
         graphs.append(graph)
         return graph.forward
 
-    for wanted in (loss.arguments, loss.arguments[1:2]):
+    for wanted in (operator.arguments, operator.arguments[1:2]):
         graphs.clear()
         torch.compiler.reset()
         inputs = [
-            x.requires_grad_(a in wanted) for a, x in zip(loss.arguments, loss.inputs([2, 3], device=device), strict=True)
+            x.requires_grad_(a in wanted)
+            for a, x in zip(operator.arguments, operator.inputs([2, 3], device=device), strict=True)
         ]
         backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-        torch.compile(loss.function, backend=backend, fullgraph=True)(*inputs).sum().backward()
+        torch.compile(operator.function, backend=backend, fullgraph=True)(*inputs).sum().backward()
         forward, backward = graphs
-        assert operators_in(forward) == [loss.operator]
-        assert operators_in(backward) == [loss.backward_operator]
-        (call,) = [node for node in backward.graph.nodes if node.target is loss.backward_operator]
-        assert list(call.args[-1]) == [a in wanted for a in loss.arguments]
+        assert operators_in(forward) == [operator.operator]
+        assert operators_in(backward) == [operator.backward_operator]
+        (call,) = [node for node in backward.graph.nodes if node.target is operator.backward_operator]
+        assert list(call.args[-1]) == [a in wanted for a in operator.arguments]
         assert not any(node.target is torch.ops.aten.exp.default for graph in graphs for node in graph.graph.nodes)
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize("wanted", [SINGLE.arguments, SINGLE.arguments[1:], PAIR.arguments, PAIR.arguments[1:2]], ids="+".join)
 def test_a_compiled_call_of_the_backward_operator_keeps_its_mask(
-    loss: Loss, wanted: Sequence[str], device: torch.device
+    operator: Operator, wanted: Sequence[str], device: torch.device
 ) -> None:
-    if not set(wanted) <= set(loss.arguments):
+    if not set(wanted) <= set(operator.arguments):
         pytest.skip("arguments of the other loss")
-    mask = [a in wanted for a in loss.arguments]
+    mask = [a in wanted for a in operator.arguments]
 
     def backward(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-        return loss.backward_operator(*tensors, -1.0, 1.0, mask)
+        return operator.backward_operator(*tensors, -1.0, 1.0, mask)
 
-    tensors = (torch.randn(2, 3, dtype=torch.float64, device=device), *loss.inputs([2, 3], [3], device=device))
+    tensors = (torch.randn(2, 3, dtype=torch.float64, device=device), *operator.inputs([2, 3], [3], device=device))
     actual = torch.compile(backward, backend="aot_eager", fullgraph=True)(*tensors)
     for a, e in zip(actual, backward(*tensors), strict=True):
         assert a is e if e is None else same_bits(a, e)
 
 
-@each_loss
-def test_one_dynamic_graph_serves_every_size(loss: Loss, device: torch.device) -> None:
-    compiled = torch.compile(loss.function, backend="aot_eager", fullgraph=True, dynamic=True)
+@each_elementwise_operator
+def test_one_dynamic_graph_serves_every_size(operator: Operator, device: torch.device) -> None:
+    compiled = torch.compile(operator.function, backend="aot_eager", fullgraph=True, dynamic=True)
     for rows, columns, stance in [
         (4, 6, "default"),
         (5, 6, "fail_on_recompile"),
         (7, 3, "fail_on_recompile"),
         (128, 9, "fail_on_recompile"),
     ]:
-        inputs = loss.inputs([rows, columns], [columns], device=device, dtype=torch.float32, requires_grad=True)
+        inputs = operator.inputs([rows, columns], [columns], device=device, dtype=torch.float32, requires_grad=True)
         with torch.compiler.set_stance(stance):
             actual = compiled(*inputs)
-        expected = loss.function(*inputs)
+        expected = operator.function(*inputs)
         assert same_bits(actual, expected)
         for a, e in zip(grad(actual.sum(), inputs), grad(expected.sum(), inputs), strict=True):
             torch.testing.assert_close(a, e)  # the gradient of the broadcast input is a sum, whose order torch may choose
 
 
-@each_loss
-def test_a_second_size_recompiles_once_and_a_marked_one_not_at_all(loss: Loss, device: torch.device) -> None:
+@each_elementwise_operator
+def test_a_second_size_recompiles_once_and_a_marked_one_not_at_all(operator: Operator, device: torch.device) -> None:
     for mark, expected_count in ((False, 2), (True, 1)):
         torch.compiler.reset()
         counter = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(loss.function, backend=counter, fullgraph=True)
+        compiled = torch.compile(operator.function, backend=counter, fullgraph=True)
         for rows in (4, 5, 6, 7):
-            inputs = loss.inputs([rows, 3], device=device, requires_grad=True)
+            inputs = operator.inputs([rows, 3], device=device, requires_grad=True)
             for x in inputs:
                 if mark:
                     torch._dynamo.mark_dynamic(x, 0)
@@ -149,24 +151,24 @@ def test_a_second_size_recompiles_once_and_a_marked_one_not_at_all(loss: Loss, d
         assert counter.frame_count == expected_count
 
 
-@each_loss
-def test_calls_of_the_same_kind_do_not_recompile(loss: Loss, device: torch.device) -> None:
-    compiled = torch.compile(loss.function, backend="aot_eager", fullgraph=True)
-    inputs = loss.inputs([4, 3], device=device, requires_grad=True)
+@each_elementwise_operator
+def test_calls_of_the_same_kind_do_not_recompile(operator: Operator, device: torch.device) -> None:
+    compiled = torch.compile(operator.function, backend="aot_eager", fullgraph=True)
+    inputs = operator.inputs([4, 3], device=device, requires_grad=True)
     compiled(*inputs).sum().backward()
     with torch.compiler.set_stance("fail_on_recompile"):
         for _ in range(3):
-            compiled(*loss.inputs([4, 3], device=device, requires_grad=True)).sum().backward()
+            compiled(*operator.inputs([4, 3], device=device, requires_grad=True)).sum().backward()
 
 
-@each_loss
+@each_elementwise_operator
 @each_dynamic
-def test_clamp_bounds_computed_at_run_time_are_honoured(loss: Loss, dynamic: bool, device: torch.device) -> None:
+def test_clamp_bounds_computed_at_run_time_are_honoured(operator: Operator, dynamic: bool, device: torch.device) -> None:
     def widened(width: float, *inputs: Tensor) -> Tensor:
-        return loss.function(*inputs, clamp_min=-width, clamp_max=2 * width)
+        return operator.function(*inputs, clamp_min=-width, clamp_max=2 * width)
 
     compiled = torch.compile(widened, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    inputs = loss.inputs([4, 3], device=device, requires_grad=True)
+    inputs = operator.inputs([4, 3], device=device, requires_grad=True)
     for width in (0.125, 0.25, 1.0, 0.5):
         expected = widened(width, *inputs)
         actual = compiled(width, *inputs)
@@ -175,39 +177,41 @@ def test_clamp_bounds_computed_at_run_time_are_honoured(loss: Loss, dynamic: boo
             assert same_bits(a, e)
 
 
-@each_loss
-def test_transforms_inside_a_compiled_function_give_what_they_give_in_eager(loss: Loss, device: torch.device) -> None:
+@each_elementwise_operator
+def test_transforms_inside_a_compiled_function_give_what_they_give_in_eager(operator: Operator, device: torch.device) -> None:
     def transformed(*inputs: Tensor) -> tuple[Any, ...]:
-        everything = tuple(range(loss.count))
-        gradient = torch.func.grad(lambda *a: loss.function(*a).sum(), argnums=everything)
-        _, tangent = torch.func.jvp(loss.function, inputs, tuple(x.cos() for x in inputs))
-        return gradient(*inputs), tangent, torch.func.vmap(gradient)(*inputs), torch.func.vmap(loss.function)(*inputs)
+        everything = tuple(range(operator.count))
+        gradient = torch.func.grad(lambda *a: operator.function(*a).sum(), argnums=everything)
+        _, tangent = torch.func.jvp(operator.function, inputs, tuple(x.cos() for x in inputs))
+        return gradient(*inputs), tangent, torch.func.vmap(gradient)(*inputs), torch.func.vmap(operator.function)(*inputs)
 
-    inputs = loss.inputs([4, 3], device=device)
+    inputs = operator.inputs([4, 3], device=device)
     compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*inputs), transformed(*inputs), rtol=1e-14, atol=1e-14)
 
 
-@each_loss
-def test_checkpointing_inside_a_compiled_function_gives_the_bits_of_eager(loss: Loss, device: torch.device) -> None:
+@each_elementwise_operator
+def test_checkpointing_inside_a_compiled_function_gives_the_bits_of_eager(operator: Operator, device: torch.device) -> None:
     def step(*inputs: Tensor) -> Tensor:
-        return checkpoint(loss.function, *inputs, use_reentrant=False)
+        return checkpoint(operator.function, *inputs, use_reentrant=False)
 
-    inputs = loss.inputs([4, 3], device=device, requires_grad=True)
+    inputs = operator.inputs([4, 3], device=device, requires_grad=True)
     actual = torch.compile(step, backend="aot_eager", fullgraph=True)(*inputs)
-    expected = loss.function(*inputs)
+    expected = operator.function(*inputs)
     for a, e in zip(grad(actual.sum(), inputs), grad(expected.sum(), inputs), strict=True):
         assert same_bits(a, e)
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_loss_compiles_where_no_gradient_is_recorded(loss: Loss, mode: Callable[[], Any], device: torch.device) -> None:
-    inputs = loss.inputs([4, 3], device=device, requires_grad=True)
+def test_a_loss_compiles_where_no_gradient_is_recorded(
+    operator: Operator, mode: Callable[[], Any], device: torch.device
+) -> None:
+    inputs = operator.inputs([4, 3], device=device, requires_grad=True)
     with mode():
-        actual = torch.compile(loss.function, backend="aot_eager", fullgraph=True)(*inputs)
+        actual = torch.compile(operator.function, backend="aot_eager", fullgraph=True)(*inputs)
     assert not actual.requires_grad
-    assert same_bits(actual, loss.function(*inputs))
+    assert same_bits(actual, operator.function(*inputs))
 
 
 def encoder_step(device: torch.device) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:

@@ -14,7 +14,8 @@ from torch._inductor.utils import fresh_inductor_cache
 from torch.autograd import grad
 from torch.fx import GraphModule
 
-from loss_cases import DTYPES, PAIR, SINGLE, Layout, Loss, each_layout, each_loss, each_loss_and_wanted
+from operator_cases import Layout, each_elementwise_operator_and_wanted, each_layout
+from operators import DTYPES, PAIR, SINGLE, Operator, each_elementwise_operator
 from oracle import same_bits
 
 
@@ -58,54 +59,54 @@ def assert_same(compiled: Sequence[Tensor], eager: Sequence[Tensor]) -> None:
         assert c.stride() == e.stride()
 
 
-@each_loss
+@each_elementwise_operator
 @each_layout
 def test_a_compiled_backward_of_an_eager_forward_gives_the_bits_of_eager(
-    loss: Loss, layout: Layout, device: torch.device
+    operator: Operator, layout: Layout, device: torch.device
 ) -> None:
-    leaves, view = layout(loss, device, torch.float32)
-    compiled, eager, graphs = gradients_in_both_ways(lambda *leaves: loss.function(*view(*leaves)), leaves)
+    leaves, view = layout(operator, device, torch.float32)
+    compiled, eager, graphs = gradients_in_both_ways(lambda *leaves: operator.function(*view(*leaves)), leaves)
     assert_same(compiled, eager)
     assert len(graphs) == 1
 
 
-@each_loss_and_wanted
+@each_elementwise_operator_and_wanted
 def test_a_compiled_backward_computes_only_the_wanted_gradients(
-    loss: Loss, wanted: Sequence[str], device: torch.device
+    operator: Operator, wanted: Sequence[str], device: torch.device
 ) -> None:
-    inputs = loss.inputs([2, 3], device=device)
-    leaves = [x.requires_grad_() for a, x in zip(loss.arguments, inputs, strict=True) if a in wanted]
-    compiled, eager, _ = gradients_in_both_ways(lambda *_: loss.function(*inputs), leaves)
+    inputs = operator.inputs([2, 3], device=device)
+    leaves = [x.requires_grad_() for a, x in zip(operator.arguments, inputs, strict=True) if a in wanted]
+    compiled, eager, _ = gradients_in_both_ways(lambda *_: operator.function(*inputs), leaves)
     assert_same(compiled, eager)
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[::-1], DTYPES[:1] * 4], ids=lambda d: "-".join(map(str, d)))
 def test_a_compiled_backward_gives_each_gradient_in_its_inputs_dtype(
-    loss: Loss, dtypes: Sequence[torch.dtype], device: torch.device
+    operator: Operator, dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
-    leaves = [x.to(d).requires_grad_() for x, d in zip(loss.inputs([2, 3], [3], device=device), dtypes, strict=False)]
-    compiled, eager, _ = gradients_in_both_ways(loss.function, leaves)
+    leaves = [x.to(d).requires_grad_() for x, d in zip(operator.inputs([2, 3], [3], device=device), dtypes, strict=False)]
+    compiled, eager, _ = gradients_in_both_ways(operator.function, leaves)
     assert_same(compiled, eager)
 
 
-@each_loss
-def test_the_captured_graph_calls_the_backward_operator(loss: Loss, device: torch.device) -> None:
-    leaves = loss.inputs([2, 3], device=device, requires_grad=True)
-    _, _, (graph,) = gradients_in_both_ways(loss.function, leaves, backend="eager")
-    assert loss.backward_operator in [node.target for node in graph.graph.nodes]
+@each_elementwise_operator
+def test_the_captured_graph_calls_the_backward_operator(operator: Operator, device: torch.device) -> None:
+    leaves = operator.inputs([2, 3], device=device, requires_grad=True)
+    _, _, (graph,) = gradients_in_both_ways(operator.function, leaves, backend="eager")
+    assert operator.backward_operator in [node.target for node in graph.graph.nodes]
 
 
-@each_loss
-def test_a_capture_is_used_again_for_the_same_graph_and_never_for_another(loss: Loss, device: torch.device) -> None:
+@each_elementwise_operator
+def test_a_capture_is_used_again_for_the_same_graph_and_never_for_another(operator: Operator, device: torch.device) -> None:
     """Clamp bounds, wanted inputs and dtypes are part of what a capture depends on; the numbers in the tensors are not."""
 
     def step(dtype: torch.dtype, wanted: Sequence[str], **bounds: float) -> Callable[[], list[Tensor]]:
-        inputs = loss.inputs([4, 3], device=device, dtype=dtype)
-        leaves = [x.requires_grad_() for a, x in zip(loss.arguments, inputs, strict=True) if a in wanted]
-        return lambda: list(grad(loss.function(*inputs, **bounds).sum(), leaves))
+        inputs = operator.inputs([4, 3], device=device, dtype=dtype)
+        leaves = [x.requires_grad_() for a, x in zip(operator.arguments, inputs, strict=True) if a in wanted]
+        return lambda: list(grad(operator.function(*inputs, **bounds).sum(), leaves))
 
-    everything, one = loss.arguments, loss.arguments[1:2]
+    everything, one = operator.arguments, operator.arguments[1:2]
     steps = [
         step(dtype, wanted, **bounds)
         for dtype in (torch.float64, torch.bfloat16)
@@ -121,20 +122,20 @@ def test_a_capture_is_used_again_for_the_same_graph_and_never_for_another(loss: 
     assert len(graphs) <= len(steps) // 2
 
 
-@each_loss
-def test_a_capture_serves_other_sizes(loss: Loss, device: torch.device) -> None:
+@each_elementwise_operator
+def test_a_capture_serves_other_sizes(operator: Operator, device: torch.device) -> None:
     with backward_compiled() as graphs:
         for rows in (4, 5, 6, 7, 8):
-            leaves = loss.inputs([rows, 3], device=device, requires_grad=True)
-            loss.function(*leaves).sum().backward()
-            for leaf, e in zip(leaves, gradients_of_formula(loss, leaves), strict=True):
+            leaves = operator.inputs([rows, 3], device=device, requires_grad=True)
+            operator.function(*leaves).sum().backward()
+            for leaf, e in zip(leaves, gradients_of_formula(operator, leaves), strict=True):
                 torch.testing.assert_close(leaf.grad, e)
     assert len(graphs) <= 2  # of one size, and of any
 
 
-def gradients_of_formula(loss: Loss, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def gradients_of_formula(operator: Operator, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
     with compiled_autograd._disable():
-        return grad(loss.formula(*leaves).sum(), leaves)
+        return grad(operator.formula(*leaves).sum(), leaves)
 
 
 def test_one_graph_may_hold_both_losses_several_times(device: torch.device) -> None:
@@ -151,36 +152,36 @@ def test_one_graph_may_hold_both_losses_several_times(device: torch.device) -> N
     assert len(graphs) == 1
 
 
-@each_loss
-def test_hooks_and_packed_tensors_work_in_a_compiled_backward(loss: Loss, device: torch.device) -> None:
+@each_elementwise_operator
+def test_hooks_and_packed_tensors_work_in_a_compiled_backward(operator: Operator, device: torch.device) -> None:
     def step(*leaves: Tensor) -> Tensor:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x * 2, lambda x: x / 2):
-            result = loss.function(*leaves)
+            result = operator.function(*leaves)
         result.register_hook(lambda g: g * 3)
         return result
 
-    leaves = loss.inputs([4, 3], device=device, requires_grad=True)
+    leaves = operator.inputs([4, 3], device=device, requires_grad=True)
     compiled, eager, _ = gradients_in_both_ways(step, leaves)
     assert_same(compiled, eager)
 
 
-@each_loss
-def test_a_changed_input_is_caught_in_a_compiled_backward(loss: Loss, device: torch.device) -> None:
-    leaves = loss.inputs([4, 3], device=device, requires_grad=True)
-    result = loss.function(*leaves).sum()
+@each_elementwise_operator
+def test_a_changed_input_is_caught_in_a_compiled_backward(operator: Operator, device: torch.device) -> None:
+    leaves = operator.inputs([4, 3], device=device, requires_grad=True)
+    result = operator.function(*leaves).sum()
     with torch.no_grad():
         leaves[1].add_(1)
     with backward_compiled(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.backward()
 
 
-@each_loss
-def test_gradients_accumulate_over_compiled_backward_calls(loss: Loss, device: torch.device) -> None:
-    leaves = loss.inputs([4, 3], device=device, requires_grad=True)
-    expected = grad(loss.function(*leaves).sum(), leaves)
+@each_elementwise_operator
+def test_gradients_accumulate_over_compiled_backward_calls(operator: Operator, device: torch.device) -> None:
+    leaves = operator.inputs([4, 3], device=device, requires_grad=True)
+    expected = grad(operator.function(*leaves).sum(), leaves)
     with backward_compiled():
         for _ in range(3):
-            loss.function(*leaves).sum().backward()
+            operator.function(*leaves).sum().backward()
     for leaf, e in zip(leaves, expected, strict=True):
         torch.testing.assert_close(leaf.grad, 3 * e)
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram, export
 
-from loss_cases import DTYPES, Layout, Loss, each_layout, each_loss
+from operator_cases import Layout, each_layout
+from operators import DTYPES, Operator, each_elementwise_operator
 from oracle import same_bits
 
 
 class Wrapped(torch.nn.Module):
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, operator: Operator) -> None:
         super().__init__()
-        self.loss = loss.function
+        self.loss = operator.function
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.loss(*inputs, clamp_min=-1.0)
@@ -27,37 +28,37 @@ def operators_in(program: ExportedProgram) -> list[torch._ops.OpOverload]:
     return [node.target for node in program.graph.nodes if getattr(node.target, "namespace", None) == "kl_ext"]
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_loss_gives_the_bits_of_eager(loss: Loss, strict: bool, device: torch.device) -> None:
-    module = Wrapped(loss)
-    inputs = loss.inputs([2, 3], [3], device=device, dtype=torch.float32)
+def test_an_exported_loss_gives_the_bits_of_eager(operator: Operator, strict: bool, device: torch.device) -> None:
+    module = Wrapped(operator)
+    inputs = operator.inputs([2, 3], [3], device=device, dtype=torch.float32)
     program = export(module, inputs, strict=strict)
-    assert operators_in(program) == [loss.operator]
-    others = loss.inputs([2, 3], [3], device=device, dtype=torch.float32)
+    assert operators_in(program) == [operator.operator]
+    others = operator.inputs([2, 3], [3], device=device, dtype=torch.float32)
     assert same_bits(program.module()(*others), module(*others))
 
 
-@each_loss
-def test_an_exported_loss_serves_every_size_of_its_dynamic_dimensions(loss: Loss, device: torch.device) -> None:
-    module = Wrapped(loss)
+@each_elementwise_operator
+def test_an_exported_loss_serves_every_size_of_its_dynamic_dimensions(operator: Operator, device: torch.device) -> None:
+    module = Wrapped(operator)
     rows, columns = Dim("rows"), Dim("columns")
-    shapes = tuple(({0: rows, 1: columns}, {0: columns})[i % 2] for i in range(loss.count))
-    program = export(module, loss.inputs([4, 3], [3], device=device), dynamic_shapes=(shapes,))
-    assert operators_in(program) == [loss.operator]
+    shapes = tuple(({0: rows, 1: columns}, {0: columns})[i % 2] for i in range(operator.count))
+    program = export(module, operator.inputs([4, 3], [3], device=device), dynamic_shapes=(shapes,))
+    assert operators_in(program) == [operator.operator]
     for size in ([2, 5], [7, 2], [64, 33]):
-        inputs = loss.inputs(size, size[1:], device=device)
+        inputs = operator.inputs(size, size[1:], device=device)
         assert same_bits(program.module()(*inputs), module(*inputs))
 
 
-@each_loss
+@each_elementwise_operator
 @each_layout
-def test_an_exported_loss_keeps_the_strides_of_eager(loss: Loss, layout: Layout, device: torch.device) -> None:
+def test_an_exported_loss_keeps_the_strides_of_eager(operator: Operator, layout: Layout, device: torch.device) -> None:
     class Viewed(torch.nn.Module):
         def forward(self, *leaves: Tensor) -> Tensor:
-            return loss.function(*view(*leaves))
+            return operator.function(*view(*leaves))
 
-    leaves, view = layout(loss, device, torch.float32)
+    leaves, view = layout(operator, device, torch.float32)
     inputs = tuple(leaf.detach() for leaf in leaves)
     program = export(Viewed(), inputs)
     actual, expected = program.module()(*inputs), Viewed()(*inputs)
@@ -67,16 +68,16 @@ def test_an_exported_loss_keeps_the_strides_of_eager(loss: Loss, layout: Layout,
     assert output.meta["val"].stride() == expected.stride()
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[::-1], DTYPES[:2] * 2], ids=lambda d: "-".join(map(str, d)))
 def test_an_exported_program_can_be_saved_decomposed_and_run_elsewhere(
-    loss: Loss, dtypes: Sequence[torch.dtype], device: torch.device
+    operator: Operator, dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
-    module = Wrapped(loss)
-    inputs = tuple(x.to(d) for x, d in zip(loss.inputs([2, 3], [3], device=device), dtypes, strict=False))
+    module = Wrapped(operator)
+    inputs = tuple(x.to(d) for x, d in zip(operator.inputs([2, 3], [3], device=device), dtypes, strict=False))
     file = io.BytesIO()
     torch.export.save(export(module, inputs), file)
     file.seek(0)
     program = torch.export.load(file).run_decompositions()
-    assert operators_in(program) == [loss.operator]
+    assert operators_in(program) == [operator.operator]
     assert same_bits(program.module()(*inputs), module(*inputs))

@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
-from loss_cases import DTYPES, LOSSES, PAIR, SINGLE, Loss, each_loss, subsets
+from operator_cases import subsets
+from operators import DTYPES, ELEMENTWISE, PAIR, SINGLE, Operator, each_elementwise_operator
 
 
 def non_dense(shape: Sequence[int]) -> Tensor:
@@ -66,59 +67,69 @@ SAMPLES: dict[str, Callable[[], list[Tensor]]] = {
 each_sample = pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES.keys())
 
 
-def sample_inputs(loss: Loss, sample: Callable[[], list[Tensor]], device: torch.device) -> tuple[Tensor, ...]:
+def sample_inputs(operator: Operator, sample: Callable[[], list[Tensor]], device: torch.device) -> tuple[Tensor, ...]:
     # Not .to(device, dtype): the layouts must stay as they are.
-    return tuple(x.to(device, memory_format=torch.preserve_format) for x in sample()[: loss.count])
+    return tuple(x.to(device, memory_format=torch.preserve_format) for x in sample()[: operator.count])
 
 
-@each_loss
+@each_elementwise_operator
 @each_sample
-def test_the_forward_operators_pass_opcheck(loss: Loss, sample: Callable[[], list[Tensor]], device: torch.device) -> None:
-    inputs = [x.requires_grad_() for x in sample_inputs(loss, sample, device)]
-    assert set(opcheck(loss.operator, inputs).values()) == {"SUCCESS"}
+def test_the_forward_operators_pass_opcheck(
+    operator: Operator, sample: Callable[[], list[Tensor]], device: torch.device
+) -> None:
+    inputs = [x.requires_grad_() for x in sample_inputs(operator, sample, device)]
+    assert set(opcheck(operator.operator, inputs).values()) == {"SUCCESS"}
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize(
     "keywords", [{"clamp_min": -1.0}, {"clamp_max": 0.5, "dtype": torch.float64}, {"dtype": torch.float16}], ids=str
 )
 def test_the_forward_operators_pass_opcheck_with_keywords(
-    loss: Loss, keywords: dict[str, object], device: torch.device
+    operator: Operator, keywords: dict[str, object], device: torch.device
 ) -> None:
-    inputs = [x.requires_grad_() for x in sample_inputs(loss, SAMPLES["promotion to float32"], device)]
-    assert set(opcheck(loss.operator, inputs, keywords).values()) == {"SUCCESS"}
+    inputs = [x.requires_grad_() for x in sample_inputs(operator, SAMPLES["promotion to float32"], device)]
+    assert set(opcheck(operator.operator, inputs, keywords).values()) == {"SUCCESS"}
 
 
-def backward_arguments(loss: Loss, inputs: Sequence[Tensor], mask: Sequence[bool]) -> tuple[object, ...]:
-    grad_output = torch.randn_like(loss.operator(*(x.detach() for x in inputs)))
+def backward_arguments(operator: Operator, inputs: Sequence[Tensor], mask: Sequence[bool]) -> tuple[object, ...]:
+    grad_output = torch.randn_like(operator.operator(*(x.detach() for x in inputs)))
     return (grad_output, *inputs, -30.0, 20.0, list(mask))
 
 
-@each_loss
+@each_elementwise_operator
 @each_sample
-def test_the_backward_operators_pass_opcheck(loss: Loss, sample: Callable[[], list[Tensor]], device: torch.device) -> None:
-    arguments = backward_arguments(loss, sample_inputs(loss, sample, device), [True] * loss.count)
-    assert set(opcheck(loss.backward_operator, arguments).values()) == {"SUCCESS"}
+def test_the_backward_operators_pass_opcheck(
+    operator: Operator, sample: Callable[[], list[Tensor]], device: torch.device
+) -> None:
+    arguments = backward_arguments(operator, sample_inputs(operator, sample, device), [True] * operator.count)
+    assert set(opcheck(operator.backward_operator, arguments).values()) == {"SUCCESS"}
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize("name", ["contiguous", "broadcast", "promotion", "permuted in two ways", "zero-size"])
-def test_the_backward_operators_pass_opcheck_where_they_are_differentiated(loss: Loss, name: str, device: torch.device) -> None:
-    inputs = [x.requires_grad_() for x in sample_inputs(loss, SAMPLES[name], device)]
-    assert set(opcheck(loss.backward_operator, backward_arguments(loss, inputs, [True] * loss.count)).values()) == {"SUCCESS"}
+def test_the_backward_operators_pass_opcheck_where_they_are_differentiated(
+    operator: Operator, name: str, device: torch.device
+) -> None:
+    inputs = [x.requires_grad_() for x in sample_inputs(operator, SAMPLES[name], device)]
+    assert set(opcheck(operator.backward_operator, backward_arguments(operator, inputs, [True] * operator.count)).values()) == {
+        "SUCCESS"
+    }
 
 
 @pytest.mark.parametrize(
-    ("loss", "wanted"),
+    ("operator", "wanted"),
     [(SINGLE, w) for w in subsets(SINGLE.arguments)] + [(PAIR, w) for w in subsets(PAIR.arguments)[::3]],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else str(value),
 )
-def test_the_backward_operators_pass_opcheck_with_masks(loss: Loss, wanted: Sequence[str], device: torch.device) -> None:
-    inputs = sample_inputs(loss, SAMPLES["broadcast"], device)
-    arguments = backward_arguments(loss, inputs, [a in wanted for a in loss.arguments])
+def test_the_backward_operators_pass_opcheck_with_masks(
+    operator: Operator, wanted: Sequence[str], device: torch.device
+) -> None:
+    inputs = sample_inputs(operator, SAMPLES["broadcast"], device)
+    arguments = backward_arguments(operator, inputs, [a in wanted for a in operator.arguments])
     # Without autograd registration's test: it would differentiate the gradients that are None.
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    assert set(opcheck(loss.backward_operator, arguments, test_utils=checks).values()) == {"SUCCESS"}
+    assert set(opcheck(operator.backward_operator, arguments, test_utils=checks).values()) == {"SUCCESS"}
 
 
 def random_layout(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -152,25 +163,25 @@ def meta_of(tensor: Tensor | None) -> tuple[object, ...] | None:
     return shape, tensor.dtype, strides, tensor.device
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize("symbolic", [False, True], ids=["numbers", "symbols"])
 def test_fake_results_have_the_shapes_dtypes_and_strides_of_the_real_ones(
-    loss: Loss, symbolic: bool, device: torch.device
+    operator: Operator, symbolic: bool, device: torch.device
 ) -> None:
     mode = FakeTensorMode()
     for _ in range(25 if symbolic else 600):
         shape = random_shape()
-        inputs = [random_layout(shape, random.choice(DTYPES)).to(device) for _ in range(loss.count)]
+        inputs = [random_layout(shape, random.choice(DTYPES)).to(device) for _ in range(operator.count)]
         mask = [random.random() < 0.75 for _ in inputs]
-        result = loss.operator(*inputs)
+        result = operator.operator(*inputs)
         grad_output = random_layout(result.shape, random.choice(DTYPES)).to(device).expand(result.shape)
-        gradients = loss.backward_operator(grad_output, *inputs, -30.0, 20.0, mask)
+        gradients = operator.backward_operator(grad_output, *inputs, -30.0, 20.0, mask)
         if symbolic:
             mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
         with mode:
             fakes = [mode.from_tensor(x) for x in (grad_output, *inputs)]
-            fake_result = loss.operator(*fakes[1:])
-            fake_gradients = loss.backward_operator(*fakes, -30.0, 20.0, mask)
+            fake_result = operator.operator(*fakes[1:])
+            fake_gradients = operator.backward_operator(*fakes, -30.0, 20.0, mask)
         assert isinstance(fake_result, FakeTensor)
         layouts = [meta_of(x) for x in inputs]
         assert meta_of(fake_result) == meta_of(result), f"the result for {layouts}"
@@ -178,18 +189,20 @@ def test_fake_results_have_the_shapes_dtypes_and_strides_of_the_real_ones(
             assert meta_of(fake) == meta_of(real), f"a gradient for {layouts}"
 
 
-@each_loss
-def test_results_on_the_meta_device_have_the_shapes_dtypes_and_strides_of_the_real_ones(loss: Loss) -> None:
+@each_elementwise_operator
+def test_results_on_the_meta_device_have_the_shapes_dtypes_and_strides_of_the_real_ones(operator: Operator) -> None:
     for sample in SAMPLES.values():
-        inputs = sample()[: loss.count]
+        inputs = sample()[: operator.count]
         metas = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in inputs]
-        arguments = backward_arguments(loss, inputs, [True] * loss.count)
-        result, real = loss.operator(*metas), loss.operator(*inputs)
+        arguments = backward_arguments(operator, inputs, [True] * operator.count)
+        result, real = operator.operator(*metas), operator.operator(*inputs)
         assert result.is_meta
         assert meta_of(result)[:3] == meta_of(real)[:3]
         grad_output = torch.empty_like(result)
         for fake, real in zip(
-            loss.backward_operator(grad_output, *metas, *arguments[-3:]), loss.backward_operator(*arguments), strict=True
+            operator.backward_operator(grad_output, *metas, *arguments[-3:]),
+            operator.backward_operator(*arguments),
+            strict=True,
         ):
             assert meta_of(fake)[:3] == meta_of(real)[:3]
 
@@ -197,43 +210,45 @@ def test_results_on_the_meta_device_have_the_shapes_dtypes_and_strides_of_the_re
 # Without gradients: torch itself cannot record a graph of fake CUDA tensors where there is no GPU.
 
 
-@each_loss
-def test_fake_cuda_tensors_give_cuda_results_without_a_gpu(loss: Loss) -> None:
+@each_elementwise_operator
+def test_fake_cuda_tensors_give_cuda_results_without_a_gpu(operator: Operator) -> None:
     with FakeTensorMode():
-        inputs = [torch.randn(2, 3, device="cuda", dtype=d) for d in DTYPES[: loss.count]]
-        result = loss.function(*inputs)
+        inputs = [torch.randn(2, 3, device="cuda", dtype=d) for d in DTYPES[: operator.count]]
+        result = operator.function(*inputs)
         assert (result.device, result.shape) == (torch.device("cuda:0"), (2, 3))
-        for x, gradient in zip(inputs, loss.backward_operator(result, *inputs, -30.0, 20.0, [True] * loss.count), strict=True):
+        for x, gradient in zip(
+            inputs, operator.backward_operator(result, *inputs, -30.0, 20.0, [True] * operator.count), strict=True
+        ):
             assert meta_of(gradient) == meta_of(x)
 
 
-@each_loss
-def test_fake_zero_dim_cpu_tensors_go_beside_cuda_tensors(loss: Loss) -> None:
-    for cuda in subsets(loss.arguments):
+@each_elementwise_operator
+def test_fake_zero_dim_cpu_tensors_go_beside_cuda_tensors(operator: Operator) -> None:
+    for cuda in subsets(operator.arguments):
         with FakeTensorMode():
             inputs = [
-                torch.randn(3, device="cuda") if a in cuda else torch.randn((), dtype=torch.float64) for a in loss.arguments
+                torch.randn(3, device="cuda") if a in cuda else torch.randn((), dtype=torch.float64) for a in operator.arguments
             ]
-            result = loss.function(*inputs)
+            result = operator.function(*inputs)
             assert meta_of(result) == ((3,), torch.float32, [1], torch.device("cuda:0"))
             for x, gradient in zip(
-                inputs, loss.backward_operator(result, *inputs, -30.0, 20.0, [True] * loss.count), strict=True
+                inputs, operator.backward_operator(result, *inputs, -30.0, 20.0, [True] * operator.count), strict=True
             ):
                 assert meta_of(gradient) == meta_of(x)
 
 
-@each_loss
-def test_fake_gradients_ask_nothing_of_stand_ins(loss: Loss) -> None:
+@each_elementwise_operator
+def test_fake_gradients_ask_nothing_of_stand_ins(operator: Operator) -> None:
     """Compiled autograd captures with CPU tensors of no size for gradients and for saved tensors that were packed."""
     with FakeTensorMode():
         stand_in = torch.randn(0, 123456789)
-        for packed in (subset for subset in [(), *subsets(loss.arguments)] if subset != tuple(loss.arguments)):
-            inputs = [stand_in if a in packed else torch.randn(2, 3, device="cuda") for a in loss.arguments]
-            gradients = loss.backward_operator(stand_in, *inputs, -30.0, 20.0, [True] * loss.count)
+        for packed in (subset for subset in [(), *subsets(operator.arguments)] if subset != tuple(operator.arguments)):
+            inputs = [stand_in if a in packed else torch.randn(2, 3, device="cuda") for a in operator.arguments]
+            gradients = operator.backward_operator(stand_in, *inputs, -30.0, 20.0, [True] * operator.count)
             assert [meta_of(gradient) for gradient in gradients] == [meta_of(x) for x in inputs]
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -245,14 +260,14 @@ def test_fake_gradients_ask_nothing_of_stand_ins(loss: Loss) -> None:
     ids=["int64", "bool", "complex64", "shape"],
 )
 def test_fake_tensors_are_refused_with_the_message_of_real_ones(
-    loss: Loss, spoil: Callable[[Sequence[Tensor]], list[Tensor]]
+    operator: Operator, spoil: Callable[[Sequence[Tensor]], list[Tensor]]
 ) -> None:
     def refusal(inputs: Sequence[Tensor], **bounds: float) -> tuple[type, str]:
         with pytest.raises((TypeError, ValueError, RuntimeError)) as raised:
-            loss.operator(*inputs, **bounds)
+            operator.operator(*inputs, **bounds)
         return raised.type, str(raised.value).splitlines()[0]
 
-    inputs = loss.inputs([2, 3])
+    inputs = operator.inputs([2, 3])
     spoiled = spoil(inputs)
     swapped = {"clamp_min": 1.0, "clamp_max": 0.0}
     expected = refusal(spoiled), refusal(inputs, **swapped)
@@ -263,18 +278,18 @@ def test_fake_tensors_are_refused_with_the_message_of_real_ones(
         ) == expected
 
 
-@each_loss
-def test_symbolic_tracing_keeps_the_operators_and_serves_other_sizes(loss: Loss, device: torch.device) -> None:
+@each_elementwise_operator
+def test_symbolic_tracing_keeps_the_operators_and_serves_other_sizes(operator: Operator, device: torch.device) -> None:
     def step(*inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in inputs]
-        return torch.autograd.grad(loss.function(*leaves).sum(), leaves)
+        return torch.autograd.grad(operator.function(*leaves).sum(), leaves)
 
     for mode in ("fake", "symbolic"):
-        graph = make_fx(step, tracing_mode=mode)(*loss.inputs([2, 3], [3], device=device))
+        graph = make_fx(step, tracing_mode=mode)(*operator.inputs([2, 3], [3], device=device))
         targets = [node.target for node in graph.graph.nodes]
-        assert loss.operator in targets
-        assert loss.backward_operator in targets
-        inputs = loss.inputs([5, 4] if mode == "symbolic" else [2, 3], [4] if mode == "symbolic" else [3], device=device)
+        assert operator.operator in targets
+        assert operator.backward_operator in targets
+        inputs = operator.inputs([5, 4] if mode == "symbolic" else [2, 3], [4] if mode == "symbolic" else [3], device=device)
         for a, e in zip(graph(*inputs), step(*inputs), strict=True):
             torch.testing.assert_close(a, e, rtol=1e-14, atol=1e-14)
 
@@ -284,4 +299,4 @@ def test_the_samples_hold_what_they_are_named_for() -> None:
     assert all(not x.is_contiguous() for x in SAMPLES["permuted"]())
     assert all(x.stride(-1) == 2 for x in SAMPLES["non-dense"]())
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in SAMPLES["channels last"]())
-    assert {loss.name for loss in LOSSES} == {"kl_div_single_loss", "kl_div_pair_loss"}
+    assert max(operator.count for operator in ELEMENTWISE) == 4

@@ -20,22 +20,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
 from kl_ext import gaussian_kl_div, normal_kl_div
+from operators import DTYPES, GAUSSIAN, NORMAL, Operator, each_reducing_operator
 from oracle import same_bits
 from test_gaussian_kl_div_compile import meta_of
-from weight_cases import (
-    DTYPES,
-    GAUSSIAN,
-    NORMAL,
-    REDUCTIONS,
-    SHAPES,
-    WEIGHT_DTYPES,
-    Divergence,
-    each_divergence,
-    each_reduction,
-    mask,
-    some_weight,
-    spoiled,
-)
+from weight_cases import REDUCTIONS, SHAPES, WEIGHT_DTYPES, each_reduction, mask, some_weight, spoiled
 
 
 @pytest.fixture(autouse=True)
@@ -57,20 +45,20 @@ def step(function: Callable[..., Tensor], leaves: Sequence[Tensor], weight: Tens
     return (value.detach(), *grad(value, leaves, grad_output))
 
 
-def of(divergence: Divergence, how: dict[str, Any]) -> Callable[..., Tensor]:
+def of(operator: Operator, how: dict[str, Any]) -> Callable[..., Tensor]:
     def function(weight: Tensor, *inputs: Tensor) -> Tensor:
-        return divergence.function(*inputs, weight=weight, **how)
+        return operator.function(*inputs, weight=weight, **how)
 
     return function
 
 
-@each_divergence
+@each_reducing_operator
 @each_reduction
 def test_compiled_value_and_gradients_have_the_bits_of_eager(
-    divergence: Divergence, how: dict[str, Any], device: torch.device
+    operator: Operator, how: dict[str, Any], device: torch.device
 ) -> None:
     """In one static graph, and in one dynamic graph for every size; with garbage in what is left out."""
-    function = of(divergence, how)
+    function = of(operator, how)
     sizes = {(2, 3, 4): torch.bool, (2, 1, 4): torch.float32}
     size, dtype = random.choice(list(sizes.items()))
     for dynamic in (False, True):
@@ -78,7 +66,7 @@ def test_compiled_value_and_gradients_have_the_bits_of_eager(
         compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
         for scale in (1, 2, 3) if dynamic else (1,):
             shapes = [tuple(n * scale for n in shape) for shape in SHAPES["prior [D]"]]
-            inputs = divergence.inputs(*shapes, dtype=torch.float32, device=device)
+            inputs = operator.inputs(*shapes, dtype=torch.float32, device=device)
             weight = some_weight([n if n == 1 else n * scale for n in size], dtype, device)
             leaves = [x.requires_grad_() for x in spoiled(inputs, weight)]
             grad_output = torch.randn_like(function(weight, *leaves))
@@ -104,17 +92,17 @@ def test_a_training_step_with_a_mask_of_lengths_compiles_by_inductor(device: tor
         torch.testing.assert_close(grad(actual, parameters), grad(expected, parameters))
 
 
-@each_divergence
+@each_reducing_operator
 @pytest.mark.parametrize("how", [REDUCTIONS["none"], REDUCTIONS["mean"], REDUCTIONS["sum of 0 and 2"]], ids=str)
 def test_an_exported_weighted_reduction_serves_other_sizes_and_survives_saving(
-    divergence: Divergence, how: dict[str, Any], device: torch.device
+    operator: Operator, how: dict[str, Any], device: torch.device
 ) -> None:
     class Loss(torch.nn.Module):
         def forward(self, weight: Tensor, *inputs: Tensor) -> Tensor:
-            return divergence.function(*inputs, weight=weight, **how)
+            return operator.function(*inputs, weight=weight, **how)
 
     def arguments(rows: int) -> tuple[Tensor, ...]:
-        inputs = divergence.inputs((rows, 3, 4), (rows, 3, 4), (4,), (4,), dtype=torch.float32, device=device)
+        inputs = operator.inputs((rows, 3, 4), (rows, 3, 4), (4,), (4,), dtype=torch.float32, device=device)
         return mask((rows, 1, 4), device), *inputs
 
     rows = Dim("rows", min=2, max=64)
@@ -124,15 +112,15 @@ def test_an_exported_weighted_reduction_serves_other_sizes_and_survives_saving(
     file.seek(0)
     for served in (program, torch.export.load(file).run_decompositions()):
         own = [n.target for n in served.graph.nodes if getattr(n.target, "namespace", None) == "kl_ext"]
-        assert own == [divergence.operator]
+        assert own == [operator.operator]
         weight, *inputs = arguments(7)
-        assert same_bits(served.module()(weight, *inputs), divergence.function(*inputs, weight=weight, **how))
+        assert same_bits(served.module()(weight, *inputs), operator.function(*inputs, weight=weight, **how))
 
 
-@each_divergence
+@each_reducing_operator
 @each_reduction
 def test_a_compiled_backward_of_an_eager_forward_has_the_bits_of_eager(
-    divergence: Divergence, how: dict[str, Any], device: torch.device
+    operator: Operator, how: dict[str, Any], device: torch.device
 ) -> None:
     """Whichever gradients are wanted, of one capture each; and a hook that packs what is saved."""
     graphs: list[GraphModule] = []
@@ -141,17 +129,17 @@ def test_a_compiled_backward_of_an_eager_forward_has_the_bits_of_eager(
         graphs.append(graph)
         return torch.compile(graph, backend="aot_eager", fullgraph=True)
 
-    inputs = divergence.inputs(*SHAPES["prior [D]"], dtype=torch.float32, device=device)
+    inputs = operator.inputs(*SHAPES["prior [D]"], dtype=torch.float32, device=device)
     for size, dtype, wanted in (((2, 3, 4), torch.float32, range(4)), ((2, 1, 4), torch.bool, (0, 3))):
         weight = some_weight(size, dtype, device)
         given = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
         leaves = [x for x in given if x.requires_grad]
-        value = divergence.function(*given, weight=weight, **how)
+        value = operator.function(*given, weight=weight, **how)
         grad_output = torch.randn_like(value)
         expected = grad(value, leaves, grad_output, retain_graph=True)
         with compiled_autograd._enable(compile_backward, dynamic=True):
             assert_same(grad(value, leaves, grad_output), expected)
-    assert len(graphs) == 2 and all(divergence.backward_operator in [n.target for n in g.graph.nodes] for g in graphs)
+    assert len(graphs) == 2 and all(operator.backward_operator in [n.target for n in g.graph.nodes] for g in graphs)
 
 
 def test_a_captured_backward_is_never_used_for_another_weight(device: torch.device) -> None:
@@ -183,18 +171,18 @@ def test_a_captured_backward_is_never_used_for_another_weight(device: torch.devi
 # Autocast
 
 
-@each_divergence
+@each_reducing_operator
 @pytest.mark.parametrize("of_weight", WEIGHT_DTYPES, ids=str)
-def test_autocast_gives_float32_and_float64_stays(divergence: Divergence, of_weight: torch.dtype, device: torch.device) -> None:
+def test_autocast_gives_float32_and_float64_stays(operator: Operator, of_weight: torch.dtype, device: torch.device) -> None:
     for dtype in DTYPES:
-        leaves = divergence.inputs(*SHAPES["prior [D]"], dtype=dtype, device=device, requires_grad=True)
+        leaves = operator.inputs(*SHAPES["prior [D]"], dtype=dtype, device=device, requires_grad=True)
         weight = some_weight((2, 3, 1), of_weight, device)
         wide = torch.float64 if torch.float64 in (dtype, of_weight) else torch.float32
         for how in REDUCTIONS.values():
-            expected = divergence.function(*leaves, weight=weight, **how, dtype=wide)
+            expected = operator.function(*leaves, weight=weight, **how, dtype=wide)
             grad_output = torch.randn_like(expected)
             with torch.autocast(device.type, dtype=torch.bfloat16):
-                value = divergence.function(*leaves, weight=weight, **how)
+                value = operator.function(*leaves, weight=weight, **how)
             assert same_bits(value.detach(), expected.detach())
             pairs = (grad(x, leaves, grad_output) for x in (value, expected))
             for a, e in zip(*pairs, strict=True):
@@ -203,7 +191,7 @@ def test_autocast_gives_float32_and_float64_stays(divergence: Divergence, of_wei
 
 # opcheck, and fake tensors
 
-Sample = Callable[[Divergence], list[Tensor]]
+Sample = Callable[[Operator], list[Tensor]]
 SAMPLES: dict[str, tuple[Sample, tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "none": (lambda d: d.inputs((2, 3), (2, 3)), (2, 3), torch.bool, {}),
     "broadcast, none": (lambda d: d.inputs((2, 1, 3), (4, 1), (3,), ()), (4, 1), torch.float16, {}),
@@ -227,27 +215,27 @@ SAMPLES: dict[str, tuple[Sample, tuple[int, ...], torch.dtype, dict[str, Any]]] 
 each_sample = pytest.mark.parametrize("sample, size, dtype, how", SAMPLES.values(), ids=SAMPLES.keys())
 
 
-@each_divergence
+@each_reducing_operator
 @each_sample
 def test_both_operators_pass_opcheck(
-    divergence: Divergence, sample: Sample, size: Any, dtype: torch.dtype, how: dict[str, Any], device: torch.device
+    operator: Operator, sample: Sample, size: Any, dtype: torch.dtype, how: dict[str, Any], device: torch.device
 ) -> None:
-    inputs = [x.to(device).requires_grad_() for x in sample(divergence)]
+    inputs = [x.to(device).requires_grad_() for x in sample(operator)]
     weight = torch.ones(size, dtype=dtype, device=device)
     arguments = (*inputs, *[None] * (4 - len(inputs)), weight)
-    assert set(opcheck(divergence.operator, arguments, how).values()) == {"SUCCESS"}
+    assert set(opcheck(operator.operator, arguments, how).values()) == {"SUCCESS"}
     plain = [x.detach() for x in inputs]
-    grad_output = torch.randn_like(divergence.function(*plain, weight=weight, **how))
-    backward = divergence.backward_arguments(grad_output, plain, weight, how, [True] * len(inputs))
+    grad_output = torch.randn_like(operator.function(*plain, weight=weight, **how))
+    backward = operator.backward_arguments(grad_output, plain, weight, how, [True] * len(inputs))
     # Without autograd registration's test where a gradient is None: it would differentiate that.
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    assert set(opcheck(divergence.backward_operator, backward, test_utils=checks).values()) == {"SUCCESS"}
+    assert set(opcheck(operator.backward_operator, backward, test_utils=checks).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("symbolic", [False, True], ids=["numbers", "symbols"])
 def test_fake_results_have_the_shapes_dtypes_and_strides_of_the_real_ones(symbolic: bool, device: torch.device) -> None:
     for _ in range(20 if symbolic else 100):
-        divergence = random.choice([GAUSSIAN, NORMAL])
+        operator = random.choice([GAUSSIAN, NORMAL])
         shape = [random.choice([0, 1, 2, 3, 4]) for _ in range(random.randint(0, 4))]
         tensors = []
         for i in range(random.choice([2, 4]) + 1):
@@ -264,16 +252,16 @@ def test_fake_results_have_the_shapes_dtypes_and_strides_of_the_real_ones(symbol
             how["dim"] = random.choice([None, random.sample(range(-len(terms), 0), random.randint(0, len(terms)))])
             how["keepdim"] = random.choice([False, True])
         dtype = random.choice([None, *DTYPES])
-        value = divergence.function(*inputs, weight=weight, **how, dtype=dtype)
+        value = operator.function(*inputs, weight=weight, **how, dtype=dtype)
         grad_output = torch.randn_like(value)
         wanted = [random.random() < 0.75 for _ in inputs]
-        gradients = divergence.backward(grad_output, *inputs, weight=weight, mask=wanted, **how)
+        gradients = operator.backward(grad_output, *inputs, weight=weight, mask=wanted, **how)
         mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False) if symbolic else FakeTensorMode()
         with mode:
             fake_weight, fake_grad, *fakes = [mode.from_tensor(x) for x in (weight, grad_output, *inputs)]
             results = [
-                divergence.function(*fakes, weight=fake_weight, **how, dtype=dtype),
-                *divergence.backward(fake_grad, *fakes, weight=fake_weight, mask=wanted, **how),
+                operator.function(*fakes, weight=fake_weight, **how, dtype=dtype),
+                *operator.backward(fake_grad, *fakes, weight=fake_weight, mask=wanted, **how),
             ]
         for fake, real in zip(results, [value, *gradients], strict=True):
             assert meta_of(fake) == meta_of(real), f"{how} of {[meta_of(x) for x in tensors]}"

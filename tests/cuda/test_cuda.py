@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import kl_ext
-from gaussian_cases import backward_operator
 from kl_ext import gaussian_kl_div, kl_div_pair_loss, kl_div_single_loss
+from operators import GAUSSIAN
 from oracle import same_bits
 from ordered_sum import reduced_sum
 
@@ -196,7 +196,7 @@ def test_a_reduction_allocates_its_result_and_its_chunks_sums(dtype, how):
         size, value = peak(lambda inputs=inputs: gaussian_kl_div(*inputs, **how))
         assert size <= 2 * 4 * value.numel() + 2 * sums + MIB, f"{size / MIB:.2f} MiB"
         grad_output = torch.ones_like(value)
-        size, gradients = peak(lambda inputs=inputs, grad=grad_output: backward_operator(grad, *inputs, **how))
+        size, gradients = peak(lambda inputs=inputs, grad=grad_output: GAUSSIAN.backward(grad, *inputs, **how))
         results = sum(x.numel() * x.element_size() for x in gradients)
         assert size <= results + 4 * value.numel() + 4 * sums + MIB, f"{size / MIB:.2f} MiB for {results / MIB:.2f}"
 
@@ -257,14 +257,14 @@ def test_sums_of_more_than_2_to_the_31_terms(large):
 def test_gradients_of_a_prior_from_more_than_2_to_the_31_terms(large):
     prior = [torch.randn(1024, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     grad_output = torch.ones((), device="cuda", dtype=torch.bfloat16)
-    gradients = backward_operator(grad_output, *large, *prior, reduction="sum")
+    gradients = GAUSSIAN.backward(grad_output, *large, *prior, reduction="sum")
     for window in WINDOWS:
         inputs = [x[window].cpu() for x in large] + [x.cpu() for x in prior]
-        want = backward_operator(grad_output.cpu(), *inputs, reduction="sum")
+        want = GAUSSIAN.backward(grad_output.cpu(), *inputs, reduction="sum")
         assert_same([x[window].cpu() for x in gradients[:2]], want[:2])
     some = slice(511, 513)
     inputs = [x[:, some].cpu() for x in large] + [x[some].cpu() for x in prior]
-    want = backward_operator(grad_output.cpu(), *inputs, reduction="sum")
+    want = GAUSSIAN.backward(grad_output.cpu(), *inputs, reduction="sum")
     assert_same([x[some].cpu() for x in gradients[2:]], want[2:])
 
 

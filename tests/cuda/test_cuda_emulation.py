@@ -12,13 +12,13 @@ from torch import Tensor
 import kl_ext  # noqa: F401
 import layouts
 from emulated_checks import backward_of, check_backward, check_forward, kernel_of, launch, settings_of
-from emulated_kernels import DTYPES, NARROW, THREADS, WIDE, assert_same_bits, inputs_of, values, without_q_too
+from emulated_kernels import DTYPES, NARROW, THREADS, WIDE, assert_same_bits, values, without_q_too
+from operators import OPERATORS, SINGLE, each_operator
 
-LOSSES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div", "normal_kl_div")
-# normal_kl_div clamps nothing.
-CLAMPED = [(loss, clamp) for loss in LOSSES for clamp in (NARROW, WIDE) if loss != "normal_kl_div" or clamp == NARROW]
-each_loss_and_clamp = pytest.mark.parametrize("loss, clamp", CLAMPED, ids=str)
-SETTINGS = settings_of("kl_div_single_loss", NARROW)
+# One clamp is enough for an operator that clamps nothing.
+CLAMPED = [(operator, clamp) for operator in OPERATORS for clamp in (NARROW, WIDE)[: 2 if operator.bounds else 1]]
+each_operator_and_clamp = pytest.mark.parametrize("operator, clamp", CLAMPED, ids=str)
+SETTINGS = settings_of(SINGLE, NARROW)
 
 # Dtypes of the inputs and of the result that have vector kernels, with the numbers in a vector.
 VECTORS = (
@@ -39,15 +39,15 @@ def strided_grid(numel: int) -> list[int]:
     return vector_grid(numel, 2)
 
 
-@each_loss_and_clamp
+@each_operator_and_clamp
 @pytest.mark.parametrize("input_dtype, dtype, items", VECTORS)
-def test_contiguous_sizes_around_every_boundary(emulated, rng, loss, input_dtype, dtype, items, clamp):
+def test_contiguous_sizes_around_every_boundary(emulated, rng, operator, input_dtype, dtype, items, clamp):
     tile = items * THREADS
     for numel in (1, items - 1, items, items + 1, tile - 1, tile, tile + 1, 2 * tile + items + 1):
         grad_output = torch.randn(numel).to(dtype)
-        for inputs in without_q_too(loss, values(rng, loss, [numel], input_dtype)):
-            assert check_forward(emulated, loss, inputs, dtype, clamp) == vector_grid(numel, items)
-            assert check_backward(emulated, loss, grad_output, inputs, clamp) == vector_grid(numel, items)
+        for inputs in without_q_too(operator, values(rng, operator, [numel], input_dtype)):
+            assert check_forward(emulated, operator, inputs, dtype, clamp) == vector_grid(numel, items)
+            assert check_backward(emulated, operator, grad_output, inputs, clamp) == vector_grid(numel, items)
 
 
 def within(x: Tensor, *margins: int) -> Tensor:
@@ -74,18 +74,18 @@ VECTOR_LAYOUTS: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 
 
-@each_loss_and_clamp
+@each_operator_and_clamp
 @pytest.mark.parametrize("layout", VECTOR_LAYOUTS)
-def test_common_layouts_take_vectors(emulated, rng, loss, layout, clamp):
+def test_common_layouts_take_vectors(emulated, rng, operator, layout, clamp):
     for input_dtype, dtype, items in VECTORS:
-        full = values(rng, loss, [6, 16, 8, 8], input_dtype)
+        full = values(rng, operator, [6, 16, 8, 8], input_dtype)
         grid = vector_grid(full[0].numel(), items)
         of_sum = torch.randn([]).to(dtype).expand(full[0].shape)
         grad_output = layouts.chunk(torch.randn(full[0].shape).to(dtype), 1, 1) if layout != "channels last" else of_sum
-        for inputs in without_q_too(loss, [VECTOR_LAYOUTS[layout](x, i) for i, x in enumerate(full)]):
-            assert check_forward(emulated, loss, inputs, dtype, clamp) == grid
-            assert check_backward(emulated, loss, of_sum, inputs, clamp) == grid
-            assert check_backward(emulated, loss, grad_output, inputs, clamp) == grid
+        for inputs in without_q_too(operator, [VECTOR_LAYOUTS[layout](x, i) for i, x in enumerate(full)]):
+            assert check_forward(emulated, operator, inputs, dtype, clamp) == grid
+            assert check_backward(emulated, operator, of_sum, inputs, clamp) == grid
+            assert check_backward(emulated, operator, grad_output, inputs, clamp) == grid
 
 
 # What cannot: functions of a tensor of shape [2, 3, 4, 2, 16], which make its rows start anywhere or have too many dimensions.
@@ -100,67 +100,69 @@ STRIDED_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("layout", STRIDED_LAYOUTS)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_layouts_that_vectors_do_not_fit(emulated, rng, loss, layout):
+@each_operator
+def test_layouts_that_vectors_do_not_fit(emulated, rng, operator, layout):
     for input_dtype, dtype, _ in VECTORS:
-        full = values(rng, loss, [2, 3, 4, 2, 16], input_dtype)
+        full = values(rng, operator, [2, 3, 4, 2, 16], input_dtype)
         chosen = rng.integers(len(full))
         inputs = [STRIDED_LAYOUTS[layout](x) if i == chosen else x for i, x in enumerate(full)]
         inputs = [x.view(inputs[chosen].shape) if i != chosen else x for i, x in enumerate(inputs)]
-        assert check_forward(emulated, loss, inputs, dtype, NARROW) == strided_grid(full[0].numel())
+        assert check_forward(emulated, operator, inputs, dtype, NARROW) == strided_grid(full[0].numel())
         grad_output = torch.randn(inputs[0].shape).to(dtype)
-        assert check_backward(emulated, loss, grad_output, inputs, NARROW) == strided_grid(full[0].numel())
+        assert check_backward(emulated, operator, grad_output, inputs, NARROW) == strided_grid(full[0].numel())
 
 
 def test_rows_that_no_vector_divides(emulated, rng):
     """Aligned rows, of the result too, with a short vector at the end of each."""
-    inputs = [within(x, 0, 3) for x in values(rng, "kl_div_single_loss", [5, 33], torch.float32)]
+    inputs = [within(x, 0, 3) for x in values(rng, SINGLE, [5, 33], torch.float32)]
     out = torch.zeros(5, 36)[:, :33]
     assert launch(emulated, "forward StandardDivergence", [out, *inputs], SETTINGS) == strided_grid(5 * 33)
     assert_same_bits(out, torch.ops.kl_ext.kl_div_single_loss(*inputs), "rows")
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_gradients_of_halves_are_written_into_the_whole_in_vectors(emulated, rng, loss):
+@each_operator
+def test_gradients_of_halves_are_written_into_the_whole_in_vectors(emulated, rng, operator):
     for input_dtype, dtype, items in VECTORS:
-        full = values(rng, loss, [6, 16], input_dtype)
+        full = values(rng, operator, [6, 16], input_dtype)
         pairs = list(zip(full[::2], full[1::2], strict=True))
         inputs = [half for pair in pairs for half in torch.cat(pair, 1).chunk(2, 1)]
         grad_output = torch.randn(6, 16).to(dtype)
-        expected = backward_of(loss, grad_output, inputs, NARROW, [True] * len(inputs))
+        expected = backward_of(operator, grad_output, inputs, NARROW, [True] * len(inputs))
         wholes = [torch.full((6, 32), float("nan"), dtype=input_dtype) for _ in pairs]
         halves = [half for whole in wholes for half in whole.chunk(2, 1)]
-        kernel, settings = kernel_of("backward", loss, inputs), settings_of(loss, NARROW)
+        kernel, settings = kernel_of("backward", operator, inputs), settings_of(operator, NARROW)
         assert launch(emulated, kernel, [*halves, grad_output, *inputs], settings) == vector_grid(6 * 16, items)
         for i, half in enumerate(halves):
             assert_same_bits(half, expected[i], f"gradient {i}")
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_gradients_not_wanted_are_not_written(emulated, rng, loss):
+@each_operator
+def test_gradients_not_wanted_are_not_written(emulated, rng, operator):
     for input_dtype, dtype, items in VECTORS:
-        inputs = values(rng, loss, [999], input_dtype)
+        inputs = values(rng, operator, [999], input_dtype)
         grad_output = torch.randn(999).to(dtype)
         for bits in range(1, 2 ** len(inputs)):
             mask = [bool(bits >> i & 1) for i in range(len(inputs))]
-            assert check_backward(emulated, loss, grad_output, inputs, NARROW, mask) == vector_grid(999, items)
-            check_backward(emulated, loss, grad_output, inputs, NARROW, mask, offset=1)
+            assert check_backward(emulated, operator, grad_output, inputs, NARROW, mask) == vector_grid(999, items)
+            check_backward(emulated, operator, grad_output, inputs, NARROW, mask, offset=1)
 
 
 @pytest.mark.parametrize("shape, name, layout", layouts.LAYOUTS, ids=[f"{len(s)}d {n}" for s, n, _ in layouts.LAYOUTS])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_any_layout_any_dtypes(emulated, rng, loss, shape, name, layout):
+@each_operator
+def test_any_layout_any_dtypes(emulated, rng, operator, shape, name, layout):
     for clamp in (NARROW, WIDE):
         for offset in (0, 1):
-            count = 2 if loss == "normal_kl_div" and clamp == WIDE else inputs_of(loss)
+            count = operator.counts[0] if clamp == WIDE and not operator.bounds else operator.count
             dtypes = [DTYPES[i] for i in rng.integers(0, len(DTYPES) - (rng.random() < 0.5), count + 1)]
-            full = [x.to(dtype) for x, dtype in zip(values(rng, loss, shape, torch.float32)[:count], dtypes[1:], strict=True)]
+            full = [
+                x.to(dtype) for x, dtype in zip(values(rng, operator, shape, torch.float32)[:count], dtypes[1:], strict=True)
+            ]
             inputs = [layout(x) if rng.random() < 0.7 else x for x in full]
-            check_forward(emulated, loss, inputs, dtypes[0], clamp, offset)
+            check_forward(emulated, operator, inputs, dtypes[0], clamp, offset)
             mask = [True, *(rng.random(count - 1) < 0.7)]
             grad_output = torch.randn(shape).to(dtypes[0])
             grad_output = layout(grad_output) if rng.random() < 0.5 else grad_output
-            check_backward(emulated, loss, grad_output, inputs, clamp, rng.permutation(mask).tolist(), offset)
+            check_backward(emulated, operator, grad_output, inputs, clamp, rng.permutation(mask).tolist(), offset)
 
 
 def test_division_by_multiplication(emulated, rng):
@@ -204,7 +206,7 @@ def test_more_elements_than_32_bits_count(emulated, rng, tmp_path, misaligned):
     numel, last = 2**31 + 2**20 + 5, 300
     files = [torch.from_file(str(tmp_path / name), shared=True, size=numel + 1, dtype=torch.bfloat16) for name in "abc"]
     out, mu, log_var = (x[misaligned : misaligned + numel] for x in files)
-    for x, value in zip((mu, log_var), values(rng, "kl_div_single_loss", [last], torch.bfloat16), strict=True):
+    for x, value in zip((mu, log_var), values(rng, SINGLE, [last], torch.bfloat16), strict=True):
         x[-last:] = value
     grids = launch(emulated, "forward StandardDivergence", [out, mu, log_var], SETTINGS, last_blocks=2)
     assert grids == (vector_grid(numel, 8) if not misaligned else [2**21, 2**21, 2**11 + 1])

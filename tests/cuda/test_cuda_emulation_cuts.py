@@ -9,35 +9,34 @@ import torch
 
 import layouts
 from emulated_checks import check_backward, check_forward, check_gradients, check_sum
-from emulated_kernels import DTYPES, NARROW, ROOT, inputs_of, values
+from emulated_kernels import DTYPES, NARROW, ROOT, values
+from operators import each_operator, each_reducing_operator
 
-LOSSES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div", "normal_kl_div")
-DIVERGENCES = ("gaussian_kl_div", "normal_kl_div")
 INDICES = (1024, 4096)  # in place of 2^31: what a thread counts with 32 bits
 
 
 @pytest.mark.parametrize("indices", INDICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_elements_of_many_launches(emulated, rng, loss, dtype, indices):
+@each_operator
+def test_elements_of_many_launches(emulated, rng, operator, dtype, indices):
     """Vectors and strides, cut along any dimension."""
     vectors, strided = [], []
     shape = [4, 24, 32, 5]
-    full = values(rng, loss, shape, dtype)
+    full = values(rng, operator, shape, dtype)
     transposed = [layouts.transposed(x, 1, 2) if i == 0 else x for i, x in enumerate(full)]
-    priors = [x if i < inputs_of(loss) / 2 else x[0, :, :, :1] for i, x in enumerate(full)]
+    priors = [x if i < operator.count / 2 else x[0, :, :, :1] for i, x in enumerate(full)]
     for inputs in (full, priors, [layouts.shifted(x) for x in full], transposed):
         grids = vectors if inputs is full else strided
         with emulated.indices(indices):
-            grids.append(check_forward(emulated, loss, inputs, dtype, NARROW))
-            grids.append(check_backward(emulated, loss, torch.randn(shape).to(dtype), inputs, NARROW))
+            grids.append(check_forward(emulated, operator, inputs, dtype, NARROW))
+            grids.append(check_backward(emulated, operator, torch.randn(shape).to(dtype), inputs, NARROW))
     assert all(len(grid) > 1 for grid in strided), strided
     assert indices > 1024 or all(len(grid) > 1 for grid in vectors), vectors
 
 
 @pytest.mark.parametrize("indices", INDICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("operator", DIVERGENCES)
+@each_reducing_operator
 def test_sums_of_many_launches(emulated, rng, operator, dtype, indices):
     """Rows that several launches share; terms counted with 64 bits."""
     for shape, dims in (([600, 40], [1]), ([40, 1500], [1]), ([40, 70], [0]), ([1500, 3], [0]), ([20, 30, 40], [0, 2])):

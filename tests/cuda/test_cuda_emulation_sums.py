@@ -13,10 +13,9 @@ import kl_ext  # noqa: F401
 import layouts
 from emulated_checks import arithmetic_of, check_gradients, check_sum, finish_sums, launch_sum
 from emulated_kernels import DTYPES, NARROW, WIDE, Result, assert_same_bits, values, without_q_too
+from operators import GAUSSIAN, OPERATORS, SINGLE, Operator, each_operator, each_reducing_operator
 from ordered_sum import reduced_sum
 
-LOSSES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div", "normal_kl_div")
-DIVERGENCES = ("gaussian_kl_div", "normal_kl_div")
 LENGTHS = (1, 2, 3, 16, 63, 64, 65, 512, 1023, 1024, 1025, 4096 + 7)
 
 
@@ -24,9 +23,9 @@ def normal(shape: Sequence[int], dtype: torch.dtype, count: int) -> list[Tensor]
     return [torch.randn(tuple(shape)).to(dtype) for _ in range(count)]
 
 
-def usual(loss: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors as inputs of the loss: every second one has deviations, where it takes those."""
-    return [x.abs() + 0.25 if loss == "normal_kl_div" and i % 2 else x for i, x in enumerate(tensors)]
+def usual(operator: Operator, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors as inputs of the operator."""
+    return [operator.suited(i, x) for i, x in enumerate(tensors)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,7 +76,7 @@ def test_more_chunks_of_columns_than_lanes(emulated, dtype):
     for rows, width in ((64 * 1024 + 1, 8), (130 * 1024, 3)):
         inputs = [*normal([rows, width], dtype, 2), *normal([width], dtype, 2)]
         check_sum(emulated, inputs[:2], [0])
-        check_gradients(emulated, "gaussian_kl_div", torch.ones([], dtype=dtype).expand(rows, width), inputs)
+        check_gradients(emulated, GAUSSIAN, torch.ones([], dtype=dtype).expand(rows, width), inputs)
 
 
 def test_a_sum_of_more_than_a_million_terms(emulated):
@@ -122,7 +121,7 @@ DIMS = ([0], [1], [2], [3], [0, 1], [0, 2], [1, 3], [2, 3], [0, 1, 2], [0, 2, 3]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("operator", DIVERGENCES)
+@each_reducing_operator
 def test_any_dims_of_any_layout(emulated, rng, operator, layout):
     for dims in DIMS:
         for dtype in DTYPES:
@@ -136,11 +135,11 @@ def test_any_dims_of_any_layout(emulated, rng, operator, layout):
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS)[-6:])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_gradients_of_what_is_broadcast(emulated, rng, loss, layout):
+@each_operator
+def test_gradients_of_what_is_broadcast(emulated, rng, operator, layout):
     for dtype in DTYPES:
-        count = 2 if loss == "kl_div_single_loss" else 4
-        inputs = [LAYOUTS[layout](x, i + 4 - count) for i, x in enumerate(values(rng, loss, SHAPE, dtype))]
+        count = operator.count
+        inputs = [LAYOUTS[layout](x, i + 4 - count) for i, x in enumerate(values(rng, operator, SHAPE, dtype))]
         grads = {
             "full": torch.randn(SHAPE).to(dtype),
             "of a sum": torch.randn([]).to(dtype).expand(SHAPE),
@@ -153,45 +152,45 @@ def test_gradients_of_what_is_broadcast(emulated, rng, loss, layout):
             other = rng.integers(count)
             inputs[other] = inputs[other].to(DTYPES[rng.integers(4)])
         for grad_output in grads.values():
-            for given in without_q_too(loss, inputs):
-                check_gradients(emulated, loss, grad_output, given, WIDE if rng.random() < 0.3 else NARROW)
+            for given in without_q_too(operator, inputs):
+                check_gradients(emulated, operator, grad_output, given, WIDE if rng.random() < 0.3 else NARROW)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_gradients_of_a_prior_of_every_width(emulated, loss, dtype):
+@each_operator
+def test_gradients_of_a_prior_of_every_width(emulated, operator, dtype):
     """[B, D] -> [D], in one pass with the gradients [B, D]."""
     for rows, width in ((1, 8), (7, 1), (33, 2), (1030, 16), (65, 31), (1025, 33), (2049, 64), (100, 200)):
-        count = 2 if loss == "kl_div_single_loss" else 4
+        count = operator.count
         full = layouts_of_halves(normal([rows, 2 * width], dtype, 1), 1)[: count // 2]
         grad_output = torch.randn(rows, width).to(dtype)
-        for inputs in without_q_too(loss, usual(loss, [*full, *normal([width], dtype, count // 2)])):
-            check_gradients(emulated, loss, grad_output, inputs)
+        for inputs in without_q_too(operator, usual(operator, [*full, *normal([width], dtype, count // 2)])):
+            check_gradients(emulated, operator, grad_output, inputs)
 
 
-@pytest.mark.parametrize("loss", LOSSES[1:])
-def test_gradients_of_a_q_that_columns_share(emulated, loss):
+@pytest.mark.parametrize("operator", [operator for operator in OPERATORS if operator.count == 4], ids=str)
+def test_gradients_of_a_q_that_columns_share(emulated, operator):
     """Each sum rounded to its own dtype; and where p is broadcast too, or q an expanded tensor, every gradient is there."""
-    p, q = (usual(loss, normal(shape, torch.float32, 2)) for shape in ([1030, 16], [16]))
+    p, q = (usual(operator, normal(shape, torch.float32, 2)) for shape in ([1030, 16], [16]))
     grad = torch.randn(1030, 16)
-    check_gradients(emulated, loss, grad, [*p, *q])
-    check_gradients(emulated, loss, grad, [*p, q[0].half(), q[1]])
-    check_gradients(emulated, loss, grad, [*p, q[0], q[1].bfloat16()])
-    check_gradients(emulated, loss, grad, [p[0], p[1][0], *q])
-    check_gradients(emulated, loss, grad, [p[0][0], p[1], *q])
-    check_gradients(emulated, loss, grad, [p[0], p[1][0], *(x.expand(1030, 16) for x in q)])
+    check_gradients(emulated, operator, grad, [*p, *q])
+    check_gradients(emulated, operator, grad, [*p, q[0].half(), q[1]])
+    check_gradients(emulated, operator, grad, [*p, q[0], q[1].bfloat16()])
+    check_gradients(emulated, operator, grad, [p[0], p[1][0], *q])
+    check_gradients(emulated, operator, grad, [p[0][0], p[1], *q])
+    check_gradients(emulated, operator, grad, [p[0], p[1][0], *(x.expand(1030, 16) for x in q)])
     for bits in range(1, 16):
-        check_gradients(emulated, loss, grad, [*p, *q], NARROW, [bool(bits >> i & 1) for i in range(4)])
+        check_gradients(emulated, operator, grad, [*p, *q], NARROW, [bool(bits >> i & 1) for i in range(4)])
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_gradients_not_wanted_are_not_written(emulated, rng, loss):
+@each_operator
+def test_gradients_not_wanted_are_not_written(emulated, rng, operator):
     for dtype in (torch.float32, torch.bfloat16):
-        count = 2 if loss == "kl_div_single_loss" else 4
-        inputs = [x if i < count // 2 else x[0] for i, x in enumerate(values(rng, loss, [65, 16], dtype))]
+        count = operator.count
+        inputs = [x if i < count // 2 else x[0] for i, x in enumerate(values(rng, operator, [65, 16], dtype))]
         for bits in range(1, 2**count):
             mask = [bool(bits >> i & 1) for i in range(count)]
-            check_gradients(emulated, loss, torch.randn(65, 16).to(dtype), inputs, NARROW, mask)
+            check_gradients(emulated, operator, torch.randn(65, 16).to(dtype), inputs, NARROW, mask)
 
 
 def test_more_rows_than_32_bits_count(emulated, rng, tmp_path):
@@ -212,7 +211,7 @@ def test_more_rows_than_32_bits_count(emulated, rng, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_gradient_of_a_mean_is_divided_as_ieee_has_it(emulated, rng, dtype):
-    numbers = torch.cat(values(rng, "kl_div_single_loss", [300], dtype))
+    numbers = torch.cat(values(rng, SINGLE, [300], dtype))
     for wide in [torch.float64] if dtype == torch.float64 else [torch.float32, torch.float64]:
         for divisor in (1, 3, 49, 10**6 + 3, 2**31 + 1):
             quotients = Result(numbers.to(wide))

@@ -14,10 +14,10 @@ import normal_cases
 from emulated_checks import arithmetic_of, check_backward, check_forward, check_gradients, check_sum, launch_sum
 from emulated_kernels import DTYPES, NARROW, STORAGES, THREADS, WIDE, Result
 from emulated_kernels import values as gaussian_values
+from operators import Operator, each_reducing_operator
 from ordered_sum import reduced_sum
 from weight_cases import garbage, mask, some_weight
 
-DIVERGENCES = ("gaussian_kl_div", "normal_kl_div")
 SHAPE = [4, 6, 5, 8]
 
 # Of terms of that shape.
@@ -36,19 +36,19 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def values(rng: numpy.random.Generator, operator: str, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+def values(rng: numpy.random.Generator, operator: Operator, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     """From all over the format; garbage in some places, for the weight to leave out or not."""
-    if operator == "gaussian_kl_div":
-        inputs = gaussian_values(rng, operator, shape, dtype)
-    else:
+    if operator.has_deviations:
         numel = int(numpy.prod(shape))
         columns = normal_cases.pair(rng, max(numel, 16), numpy.float64 if dtype == torch.float64 else numpy.float32)
         inputs = [torch.from_numpy(x[:numel].copy()).view(tuple(shape)).to(dtype) for x in columns]
+    else:
+        inputs = gaussian_values(rng, operator, shape, dtype)
     return [torch.where(torch.rand(tuple(shape)) < 0.05, garbage(shape, dtype), x) for x in inputs]
 
 
 @pytest.mark.parametrize("of_weight", STORAGES, ids=str)
-@pytest.mark.parametrize("operator", DIVERGENCES)
+@each_reducing_operator
 def test_terms_and_gradients_for_weights_of_every_shape_and_dtype(emulated, rng, operator, of_weight):
     for dtype in DTYPES:
         for count in (2, 4):
@@ -62,7 +62,7 @@ def test_terms_and_gradients_for_weights_of_every_shape_and_dtype(emulated, rng,
                 check_backward(emulated, operator, grad_output, inputs, clamp, weight=weight)
 
 
-@pytest.mark.parametrize("operator", DIVERGENCES)
+@each_reducing_operator
 def test_sizes_around_every_boundary(emulated, rng, operator):
     """Two terms to a thread."""
     tile = 2 * THREADS
@@ -75,7 +75,7 @@ def test_sizes_around_every_boundary(emulated, rng, operator):
 
 
 @pytest.mark.parametrize("of_weight", STORAGES, ids=str)
-@pytest.mark.parametrize("operator", DIVERGENCES)
+@each_reducing_operator
 def test_sums_over_any_dims(emulated, rng, operator, of_weight):
     for dims in ([0], [3], [0, 2], [1, 2, 3], [0, 1, 2, 3]):
         for dtype in DTYPES:
@@ -86,7 +86,7 @@ def test_sums_over_any_dims(emulated, rng, operator, of_weight):
                 check_sum(emulated, inputs, dims, "sum", clamp, operator, make(some_weight(SHAPE, of_weight)))
 
 
-@pytest.mark.parametrize("operator", DIVERGENCES)
+@each_reducing_operator
 def test_long_rows_and_columns(emulated, rng, operator):
     for length in (1, 63, 65, 1024, 1025, 4096 + 7):
         for shape, dim, size in (([3, length], 1, [3, length]), ([3, length], 1, [3, 1]), ([length, 5], 0, [length, 1])):
@@ -113,7 +113,7 @@ def test_the_sum_of_weights_is_that_of_the_order(emulated, rng, dtype):
 
 
 @pytest.mark.parametrize("of_weight", STORAGES, ids=str)
-@pytest.mark.parametrize("operator", DIVERGENCES)
+@each_reducing_operator
 def test_gradients_of_what_is_broadcast(emulated, rng, operator, of_weight):
     """Of a prior of [W], of channels, of one number; from gradients of terms and of sums over the last dims."""
     for dtype in DTYPES:
@@ -127,7 +127,7 @@ def test_gradients_of_what_is_broadcast(emulated, rng, operator, of_weight):
                 check_gradients(emulated, operator, grad_output.to(dtype), inputs, clamp, wanted, weight)
 
 
-@pytest.mark.parametrize("operator", DIVERGENCES)
+@each_reducing_operator
 def test_gradients_of_a_prior_of_every_width(emulated, rng, operator):
     for rows, width in ((1, 8), (7, 1), (33, 2), (1030, 16), (65, 31), (100, 200)):
         inputs = [x if i < 2 else x[0] for i, x in enumerate(values(rng, operator, [rows, width], torch.float32))]
@@ -136,7 +136,7 @@ def test_gradients_of_a_prior_of_every_width(emulated, rng, operator):
 
 
 @pytest.mark.parametrize("indices", [1024, 4096])
-@pytest.mark.parametrize("operator", DIVERGENCES)
+@each_reducing_operator
 def test_launches_cut_anywhere_give_the_same_bits(emulated, rng, operator, indices):
     """So many terms, in place of 2^31, are all that a launch counts."""
     shape = [4, 12, 32, 5]
@@ -152,7 +152,7 @@ def test_launches_cut_anywhere_give_the_same_bits(emulated, rng, operator, indic
                 check_gradients(emulated, operator, torch.randn(shape), shared, weight=weight)
 
 
-@pytest.mark.parametrize("operator", DIVERGENCES)
+@each_reducing_operator
 def test_what_is_left_out_is_plus_0_whatever_the_kernel_reads(emulated, operator):
     for count in (2, 4):
         inputs = [garbage([5, 70], torch.float32) for _ in range(count)]
@@ -160,4 +160,4 @@ def test_what_is_left_out_is_plus_0_whatever_the_kernel_reads(emulated, operator
         check_forward(emulated, operator, inputs, torch.float32, NARROW, weight=nothing)
         check_backward(emulated, operator, garbage([5, 70], torch.float32), inputs, NARROW, weight=nothing)
         check_sum(emulated, inputs, [1], "sum", NARROW, operator, nothing)
-        assert not torch.signbit(getattr(torch.ops.kl_ext, operator)(*inputs, weight=nothing)).any()
+        assert not torch.signbit(operator(*inputs, weight=nothing)).any()

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.masked import masked_tensor
 
 import kl_ext
-from gaussian_cases import DIVERGENCES, GAUSSIAN, NORMAL, Divergence, each_divergence
 from kl_ext import gaussian_kl_div
+from operators import GAUSSIAN, NORMAL, REDUCING, Operator, each_reducing_operator
 from oracle import same_bits
 
 
-def inputs(divergence: Divergence, device: torch.device) -> tuple[Tensor, Tensor]:
-    x, y = divergence.inputs([2, 3, 4], [2, 3, 4], device=device, dtype=torch.float32)
+def inputs(operator: Operator, device: torch.device) -> tuple[Tensor, Tensor]:
+    x, y = operator.inputs([2, 3, 4], [2, 3, 4], device=device, dtype=torch.float32)
     return x, y
 
 
@@ -40,22 +40,22 @@ DIMS: dict[str, tuple[Any, int | tuple[int, ...]]] = {
 }
 
 
-@each_divergence
+@each_reducing_operator
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("keepdim", [False, True])
 @pytest.mark.parametrize(("given", "meant"), DIMS.values(), ids=DIMS)
 def test_every_integer_names_a_dim(
-    divergence: Divergence, given: Any, meant: Any, keepdim: bool, reduction: str, device: torch.device
+    operator: Operator, given: Any, meant: Any, keepdim: bool, reduction: str, device: torch.device
 ) -> None:
-    x, y = inputs(divergence, device)
+    x, y = inputs(operator, device)
     x.sum(given)  # torch takes it
-    result = divergence(x, y, reduction=reduction, dim=given, keepdim=keepdim)
-    expected = getattr(divergence.formula(x.double(), y.double()), reduction)(meant, keepdim=keepdim)
+    result = operator(x, y, reduction=reduction, dim=given, keepdim=keepdim)
+    expected = getattr(operator.formula(x.double(), y.double()), reduction)(meant, keepdim=keepdim)
     assert result.shape == expected.shape
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=0)
 
 
-@each_divergence
+@each_reducing_operator
 @pytest.mark.parametrize("q", [False, True])
 @pytest.mark.parametrize(
     ("reduction", "dim"),
@@ -63,13 +63,13 @@ def test_every_integer_names_a_dim(
     ids=str,
 )
 def test_keepdim_leaves_dimensions_of_size_one(
-    divergence: Divergence, reduction: str, dim: Any, q: bool, device: torch.device
+    operator: Operator, reduction: str, dim: Any, q: bool, device: torch.device
 ) -> None:
     """In the value, the strides, the gradients and the derivatives of any kind."""
-    leaves = divergence.inputs(*[[2, 3, 4]] * 2, *[[4]] * (2 * q), device=device, requires_grad=True)
+    leaves = operator.inputs(*[[2, 3, 4]] * 2, *[[4]] * (2 * q), device=device, requires_grad=True)
 
     def call(keepdim: bool) -> Callable[..., Tensor]:
-        return lambda *x: divergence(*x, reduction=reduction, dim=dim, keepdim=keepdim)
+        return lambda *x: operator(*x, reduction=reduction, dim=dim, keepdim=keepdim)
 
     kept, plain = call(True)(*leaves), call(False)(*leaves)
     reduced = range(3) if dim is None else {d % 3 for d in ((dim,) if isinstance(dim, int) else dim)}
@@ -92,20 +92,20 @@ def test_keepdim_leaves_dimensions_of_size_one(
     torch.testing.assert_close(examples, torch.stack(loop))
 
 
-@each_divergence
-def test_keepdim_of_terms_without_dimensions(divergence: Divergence, device: torch.device) -> None:
+@each_reducing_operator
+def test_keepdim_of_terms_without_dimensions(operator: Operator, device: torch.device) -> None:
     x = torch.tensor(0.5, device=device)
-    assert divergence(x, x, reduction="sum", keepdim=True).shape == ()
-    assert divergence(x, x, reduction="mean", dim=0, keepdim=True).shape == x.sum(0, keepdim=True).shape
+    assert operator(x, x, reduction="sum", keepdim=True).shape == ()
+    assert operator(x, x, reduction="mean", dim=0, keepdim=True).shape == x.sum(0, keepdim=True).shape
 
 
-@each_divergence
+@each_reducing_operator
 @pytest.mark.parametrize("kind", [torch.float64, float, torch.double])
-def test_the_dtype_may_be_pythons_float(divergence: Divergence, kind: Any, device: torch.device) -> None:
-    x, y = inputs(divergence, device)
-    result = divergence(x, y, reduction="sum", dtype=kind)
+def test_the_dtype_may_be_pythons_float(operator: Operator, kind: Any, device: torch.device) -> None:
+    x, y = inputs(operator, device)
+    result = operator(x, y, reduction="sum", dtype=kind)
     assert result.dtype == x.sum(dtype=kind).dtype == torch.float64
-    assert same_bits(result, divergence(x, y, reduction="sum", dtype=torch.float64))
+    assert same_bits(result, operator(x, y, reduction="sum", dtype=torch.float64))
 
 
 # What torch.clamp takes.
@@ -201,20 +201,18 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
-def wrong_of(divergence: Divergence) -> Iterator[Any]:
+def wrong_of(operator: Operator) -> Iterator[Any]:
     """The table by the names of the divergence's own arguments."""
-    own = dict(zip(GAUSSIAN.names, divergence.names, strict=True))
+    own = dict(zip(GAUSSIAN.arguments, operator.arguments, strict=True))
     for case, (how, kind, message) in WRONG.items():
-        if divergence.taken(how) == how:
+        if operator.taken(how) == how:
             for name in own:
                 message = message.replace(f"expected {name} to be", f"expected {own[name]} to be")
-            yield pytest.param(
-                divergence, {own.get(k, k): x for k, x in how.items()}, kind, message, id=f"{divergence}, {case}"
-            )
+            yield pytest.param(operator, {own.get(k, k): x for k, x in how.items()}, kind, message, id=f"{operator}, {case}")
 
 
 each_wrong = pytest.mark.parametrize(
-    ("divergence", "how", "kind", "message"), [case for divergence in DIVERGENCES for case in wrong_of(divergence)]
+    ("operator", "how", "kind", "message"), [case for operator in REDUCING for case in wrong_of(operator)]
 )
 
 
@@ -227,17 +225,17 @@ def nothing_compiled() -> Iterator[None]:
 
 @each_wrong
 def test_other_types_are_refused_by_name(
-    divergence: Divergence, how: dict[str, Any], kind: type[Exception], message: str, device: torch.device
+    operator: Operator, how: dict[str, Any], kind: type[Exception], message: str, device: torch.device
 ) -> None:
-    x, y = inputs(divergence, device)
-    with pytest.raises(kind, match=f"^{re.escape(f'{divergence.name}: {message}')}$") as raised:
-        divergence(x, y, **how)
+    x, y = inputs(operator, device)
+    with pytest.raises(kind, match=f"^{re.escape(f'{operator.name}: {message}')}$") as raised:
+        operator(x, y, **how)
     assert raised.type is kind
 
 
 @each_wrong
 def test_other_types_are_refused_by_name_in_compiled_code(
-    divergence: Divergence,
+    operator: Operator,
     how: dict[str, Any],
     kind: type[Exception],
     message: str,
@@ -245,12 +243,12 @@ def test_other_types_are_refused_by_name_in_compiled_code(
     nothing_compiled: None,
 ) -> None:
     """With fullgraph=True torch raises an error of its own, which quotes ours."""
-    x, y = inputs(divergence, device)
-    with pytest.raises(kind, match=f"^{re.escape(f'{divergence.name}: {message}')}$") as raised:
-        torch.compile(lambda a, b: divergence(a, b, **how), backend="eager")(x, y)
+    x, y = inputs(operator, device)
+    with pytest.raises(kind, match=f"^{re.escape(f'{operator.name}: {message}')}$") as raised:
+        torch.compile(lambda a, b: operator(a, b, **how), backend="eager")(x, y)
     assert raised.type is kind
     with pytest.raises(Exception, match=re.escape(message.replace("\\", "\\\\")) + "|" + re.escape(message)):
-        torch.compile(lambda a, b: divergence(a, b, **how), backend="eager", fullgraph=True)(x, y)
+        torch.compile(lambda a, b: operator(a, b, **how), backend="eager", fullgraph=True)(x, y)
 
 
 @pytest.mark.parametrize("function", [kl_ext.kl_div_single_loss, kl_ext.kl_div_pair_loss], ids=lambda f: f.__name__)
@@ -300,24 +298,24 @@ PROMOTED = [
 ]
 
 
-@pytest.mark.parametrize(("divergence", "rank", "asked"), PROMOTED, ids=str)
+@pytest.mark.parametrize(("operator", "rank", "asked"), PROMOTED, ids=str)
 @pytest.mark.parametrize("kinds", NUMBERS)
 @pytest.mark.parametrize(
     "dtypes", [("float32",) * 2, ("float16", "float64"), ("bfloat16", "float32"), ("float16",) * 2], ids=str
 )
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_number_for_q_has_no_weight_in_the_promotion(
-    divergence: Divergence, kinds: str, dtypes: tuple[str, str], rank: int, autocast: bool, asked: Any, device: torch.device
+    operator: Operator, kinds: str, dtypes: tuple[str, str], rank: int, autocast: bool, asked: Any, device: torch.device
 ) -> None:
     """As plain torch promotes a tensor and a number; the same straight to the dispatcher and through compiled code."""
     shape = [2, 3][:rank]
-    x, y = (v.to(getattr(torch, d)) for v, d in zip(divergence.inputs(shape, shape, device=device), dtypes, strict=True))
+    x, y = (v.to(getattr(torch, d)) for v, d in zip(operator.inputs(shape, shape, device=device), dtypes, strict=True))
     mu_q, log_var_q = NUMBERS[kinds]
     log_var_q = y if log_var_q is None else log_var_q
     numbers = [0.0 if isinstance(v, Tensor) else float(v) for v in (mu_q, log_var_q)]
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        result = divergence(x, y, mu_q, log_var_q, dtype=asked)
-        compiled = torch.compile(divergence, backend="eager")(x, y, mu_q, log_var_q, dtype=asked) if rank else result
+        result = operator(x, y, mu_q, log_var_q, dtype=asked)
+        compiled = torch.compile(operator, backend="eager")(x, y, mu_q, log_var_q, dtype=asked) if rank else result
     plain = ((x - numbers[0]) * (y - numbers[1])).dtype
     wide = torch.promote_types(plain, torch.float32) if autocast else plain
     assert result.dtype == (asked or wide)
@@ -326,7 +324,7 @@ def test_a_number_for_q_has_no_weight_in_the_promotion(
         v.double() if isinstance(v, Tensor) else torch.tensor(float(v), dtype=torch.float64, device=device)
         for v in (mu_q, log_var_q)
     ]
-    expected = divergence.formula(x.double(), y.double(), *q)
+    expected = operator.formula(x.double(), y.double(), *q)
     torch.testing.assert_close(
         result.double(), expected.to(result.dtype).double(), rtol=1e-2 if result.dtype.itemsize == 2 else 1e-5, atol=1e-5
     )

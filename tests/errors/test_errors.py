@@ -8,17 +8,11 @@ import pytest
 import torch
 
 import kl_ext
-
-SINGLE = ["mu", "log_var"]
-PAIR = ["mu_p", "log_var_p", "mu_q", "log_var_q"]
-ops = torch.ops.kl_ext
+from operators import ELEMENTWISE
 
 # Name of the function or operator, its tensor arguments, and a call with them.
-FORWARD = {
-    "kl_div_single_loss": (SINGLE, kl_ext.kl_div_single_loss),
-    "kl_div_pair_loss": (PAIR, kl_ext.kl_div_pair_loss),
-}
-OPERATORS = {"kl_div_single_loss": (SINGLE, ops.kl_div_single_loss), "kl_div_pair_loss": (PAIR, ops.kl_div_pair_loss)}
+FORWARD = {operator.name: (operator.arguments, operator.function) for operator in ELEMENTWISE}
+OPERATORS = {operator.name: (operator.arguments, operator.operator) for operator in ELEMENTWISE}
 
 
 def call_backward(operator, count):
@@ -29,8 +23,8 @@ def call_backward(operator, count):
 
 
 BACKWARD = {
-    "kl_div_single_loss_backward": (["grad_output", *SINGLE], call_backward(ops.kl_div_single_loss_backward, 2)),
-    "kl_div_pair_loss_backward": (["grad_output", *PAIR], call_backward(ops.kl_div_pair_loss_backward, 4)),
+    f"{operator}_backward": (["grad_output", *operator.arguments], call_backward(operator.backward_operator, operator.count))
+    for operator in ELEMENTWISE
 }
 CALLS = [(name, *rest, kind) for kind, group in enumerate((FORWARD, OPERATORS, BACKWARD)) for name, rest in group.items()]
 EVERY = pytest.mark.parametrize(
@@ -201,7 +195,7 @@ def test_grad_output_smaller_than_the_inputs(name, arguments, call, device):
 @pytest.mark.parametrize("length", [0, 1, 3, 5])
 def test_masks_of_the_wrong_length(name, arguments, call, length, device):
     with pytest.raises((RuntimeError, TypeError)):
-        getattr(ops, name)(*tensors(arguments, device), -30.0, 20.0, [True] * length)
+        getattr(torch.ops.kl_ext, name)(*tensors(arguments, device), -30.0, 20.0, [True] * length)
 
 
 @EVERY

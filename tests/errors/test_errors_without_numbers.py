@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import kl_ext
+from operators import OPERATORS, Operator
 
 ops = torch.ops.kl_ext
 MODES = {"default": nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
@@ -23,38 +23,30 @@ INF, NAN = float("inf"), float("nan")
 Make = Callable[..., Tensor]  # a shape, and a dtype: a tensor of whatever kind
 Call = Callable[..., Any]
 
+
 # A name, how many tensors it takes, and a call with them.
-PUBLIC: dict[str, tuple[int, Call]] = {
-    "kl_div_single_loss": (2, kl_ext.kl_div_single_loss),
-    "kl_div_pair_loss": (4, kl_ext.kl_div_pair_loss),
-    "gaussian_kl_div": (4, kl_ext.gaussian_kl_div),
-    "gaussian_kl_div, standard": (2, kl_ext.gaussian_kl_div),
-    "normal_kl_div": (4, kl_ext.normal_kl_div),
-    "normal_kl_div, standard": (2, kl_ext.normal_kl_div),
-}
-OPERATORS: dict[str, tuple[int, Call]] = {
-    f"torch.ops.{name}": (count, getattr(ops, name.split(",")[0])) for name, (count, _) in PUBLIC.items()
-}
+def named_calls(prefix: str, suffix: str, call_of: Callable[[Operator, int], tuple[int, Call]]) -> dict[str, tuple[int, Call]]:
+    """Of every operator with as many inputs as it may have."""
+    return {
+        f"{prefix}{operator}{suffix}{'' if count == operator.count else ', standard'}": call_of(operator, count)
+        for operator in OPERATORS
+        for count in reversed(operator.counts)
+    }
 
 
-def backward(name: str, count: int, reduction: tuple[Any, ...] = (), q: tuple[None, ...] = ()) -> Call:
-    def call(*tensors: Tensor, clamp_min: float = -30.0, clamp_max: float = 20.0, **how: Any) -> Any:
-        given = (how.get("reduction", "none"), how.get("dim")) if reduction else ()
-        bounds = () if name == "normal_kl_div" else (clamp_min, clamp_max)
-        return getattr(ops, f"{name}_backward")(*tensors, *q, *bounds, *given, [True] * count)
+def backward(operator: Operator, count: int) -> tuple[int, Call]:
+    def call(*tensors: Tensor, **how: Any) -> Any:
+        return operator.backward_operator(
+            *operator.backward_arguments(tensors[0], tensors[1:], None, how, [True] * operator.count)
+        )
 
-    return call
+    return count + 1, call
 
 
-BACKWARD: dict[str, tuple[int, Call]] = {
-    "kl_div_single_loss_backward": (3, backward("kl_div_single_loss", 2)),
-    "kl_div_pair_loss_backward": (5, backward("kl_div_pair_loss", 4)),
-    "gaussian_kl_div_backward": (5, backward("gaussian_kl_div", 4, ("none", None))),
-    "gaussian_kl_div_backward, standard": (3, backward("gaussian_kl_div", 4, ("none", None), (None, None))),
-    "normal_kl_div_backward": (5, backward("normal_kl_div", 4, ("none", None))),
-    "normal_kl_div_backward, standard": (3, backward("normal_kl_div", 4, ("none", None), (None, None))),
-}
-EVERY = {**PUBLIC, **OPERATORS, **BACKWARD}
+PUBLIC = named_calls("", "", lambda operator, count: (count, operator.function))
+DISPATCHED = named_calls("torch.ops.", "", lambda operator, count: (count, getattr(ops, operator.name)))
+BACKWARD = named_calls("", "_backward", backward)
+EVERY = {**PUBLIC, **DISPATCHED, **BACKWARD}
 
 
 def bad_tensors(count: int, make: Make) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
@@ -143,7 +135,7 @@ def test_clamps(name: str) -> None:
     assert_alike(call, count, bad_clamps)
 
 
-@pytest.mark.parametrize("name", [*PUBLIC, *OPERATORS])
+@pytest.mark.parametrize("name", [*PUBLIC, *DISPATCHED])
 def test_result_dtypes(name: str) -> None:
     if name in ("kl_div_single_loss", "kl_div_pair_loss"):
         name = f"torch.ops.{name}"  # the documented functions take none

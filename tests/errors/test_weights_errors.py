@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
+from operators import REDUCING, Operator, each_reducing_operator
 from test_errors_without_numbers import Make, assert_alike, mode  # noqa: F401 (an autouse fixture)
 from test_gaussian_kl_div_errors import raises
-from weight_cases import DIVERGENCES, Divergence, each_divergence
 
 REQUIRES_GRAD = (
     "expected weight not to require grad, for weights are not differentiated. Pass weight.detach(), or multiply the terms of "
@@ -23,22 +23,22 @@ Cases = Iterator[tuple[list[Tensor], dict[str, Any]]]
 
 
 # Calls with a weight and inputs, in this order, of everything that takes one.
-def calls(divergence: Divergence, count: int) -> dict[str, Callable[..., Any]]:
+def calls(operator: Operator, count: int) -> dict[str, Callable[..., Any]]:
     def backward(weight: Tensor, *inputs: Tensor, **how: Any) -> Any:
-        return divergence.backward(inputs[0], *inputs, weight=weight, **how)
+        return operator.backward(inputs[0], *inputs, weight=weight, **how)
 
     return {
-        divergence.name: lambda weight, *inputs, **how: divergence.function(*inputs, weight=weight, **how),
-        f"torch.ops.{divergence}": lambda w, *x, **how: divergence.operator(*x, *[None] * (4 - count), w, **how),
-        f"{divergence}_backward": backward,
+        operator.name: lambda weight, *inputs, **how: operator.function(*inputs, weight=weight, **how),
+        f"torch.ops.{operator}": lambda w, *x, **how: operator.operator(*x, *[None] * (4 - count), w, **how),
+        f"{operator}_backward": backward,
     }
 
 
 CALLS = {
     f"{name} of {count}": (count, call, name.removeprefix("torch.ops."))
-    for divergence in DIVERGENCES
+    for operator in REDUCING
     for count in (2, 4)
-    for name, call in calls(divergence, count).items()
+    for name, call in calls(operator, count).items()
 }
 each_call = pytest.mark.parametrize("count, call, name", CALLS.values(), ids=CALLS.keys())
 WRONG_DTYPES = (torch.int64, torch.uint8, torch.complex64, torch.float8_e4m3fn)
@@ -137,32 +137,32 @@ def test_a_weight_that_requires_grad(count: int, call: Callable[..., Any], name:
             call(weight, *inputs)
 
 
-@each_divergence
-def test_a_weight_that_requires_grad_beside_given_gradients(divergence: Divergence) -> None:
+@each_reducing_operator
+def test_a_weight_that_requires_grad_beside_given_gradients(operator: Operator) -> None:
     with torch.inference_mode(False), torch.enable_grad():
         x, weight = torch.ones(2, 3), torch.ones(2, 1, requires_grad=True)
-        clamp = [-30.0, 20.0] if divergence.clamps else []
-        places = dict.fromkeys((f"grad_{name}" for name in divergence.arguments), None)
-        places[f"grad_{divergence.arguments[0]}"] = torch.empty_like(x)
+        clamp = [-30.0, 20.0] if operator.bounds else []
+        places = dict.fromkeys((f"grad_{name}" for name in operator.arguments), None)
+        places[f"grad_{operator.arguments[0]}"] = torch.empty_like(x)
         arguments = (x, x, x, None, None, *clamp, "none", None, False)
-        with raises(RuntimeError, f"{divergence}_backward: {REQUIRES_GRAD}"):
-            divergence.backward_out(*arguments, weight, **places)
-        divergence.backward_out(*arguments, weight.detach(), **places)
+        with raises(RuntimeError, f"{operator}_backward: {REQUIRES_GRAD}"):
+            operator.backward_out(*arguments, weight, **places)
+        operator.backward_out(*arguments, weight.detach(), **places)
 
 
-@each_divergence
-def test_a_weight_is_not_differentiated_by_any_other_means(divergence: Divergence) -> None:
+@each_reducing_operator
+def test_a_weight_is_not_differentiated_by_any_other_means(operator: Operator) -> None:
     """Forward mode, torch.func and torch.compile."""
     x = torch.ones(2, 3)
     with torch.inference_mode(False), torch.enable_grad():
 
         def total(weight: Tensor) -> Tensor:
-            return divergence.function(x.clone(), x.clone(), weight=weight, reduction="sum")
+            return operator.function(x.clone(), x.clone(), weight=weight, reduction="sum")
 
         for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
-            with raises(RuntimeError, f"{divergence}: {REQUIRES_GRAD}"):
+            with raises(RuntimeError, f"{operator}: {REQUIRES_GRAD}"):
                 transform(total)(torch.ones(2, 3))
-        with forward_ad.dual_level(), raises(RuntimeError, f"{divergence}: {REQUIRES_GRAD}"):
+        with forward_ad.dual_level(), raises(RuntimeError, f"{operator}: {REQUIRES_GRAD}"):
             total(forward_ad.make_dual(torch.ones(2, 3), torch.ones(2, 3)))
         compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
         with pytest.raises(Exception, match="expected weight not to require grad"):
@@ -170,9 +170,9 @@ def test_a_weight_is_not_differentiated_by_any_other_means(divergence: Divergenc
         torch.compiler.reset()
 
 
-@each_divergence
-def test_what_is_no_tensor(divergence: Divergence) -> None:
+@each_reducing_operator
+def test_what_is_no_tensor(operator: Operator) -> None:
     x = torch.ones(2, 3)
     for wrong in (1.0, True, [1.0], "1", object()):
-        with raises(TypeError, f"{divergence}: expected weight to be a Tensor, got {type(wrong).__name__}"):
-            divergence.function(x, x, weight=wrong)
+        with raises(TypeError, f"{operator}: expected weight to be a Tensor, got {type(wrong).__name__}"):
+            operator.function(x, x, weight=wrong)

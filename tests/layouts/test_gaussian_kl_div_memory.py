@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaussian_cases import backward_operator
 from kl_ext import gaussian_kl_div
+from operators import GAUSSIAN
 from test_memory import allocated, nbytes
 
 MIB = 2**20
@@ -104,9 +104,9 @@ def test_the_backward_of_256_MiB_allocates_the_gradients_alone(how: dict[str, An
     prior = [torch.full((2048,), 0.125) for _ in range(2)]
     grad_output = torch.ones_like(gaussian_kl_div(mu[:1], log_var, **how))
     q = prior if how in ROWS[:3] else []
-    assert_allocates_its_results_only(lambda: backward_operator(grad_output, mu, log_var, *q, **how))
+    assert_allocates_its_results_only(lambda: GAUSSIAN.backward(grad_output, mu, log_var, *q, **how))
     of_prior = [False, False, True, True]
-    assert_allocates_its_results_only(lambda: backward_operator(grad_output, mu, log_var, *prior, mask=of_prior, **how))
+    assert_allocates_its_results_only(lambda: GAUSSIAN.backward(grad_output, mu, log_var, *prior, mask=of_prior, **how))
 
 
 def test_the_backward_of_256_MiB_of_images_allocates_the_gradients_alone(image: Tensor) -> None:
@@ -116,8 +116,8 @@ def test_the_backward_of_256_MiB_of_images_allocates_the_gradients_alone(image: 
     how = {"reduction": "sum", "dim": 1}
     grad_output = torch.ones(16, 256, 256)
     # The two gradients of priors are float32 sums first: 4 MiB each, and they are the results.
-    assert_allocates_its_results_only(lambda: backward_operator(grad_output, mu, log_var, *prior, **how), spare=9 * MIB)
-    assert_allocates_its_results_only(lambda: backward_operator(torch.ones(16), mu, log_var, reduction="mean", dim=(1, 2, 3)))
+    assert_allocates_its_results_only(lambda: GAUSSIAN.backward(grad_output, mu, log_var, *prior, **how), spare=9 * MIB)
+    assert_allocates_its_results_only(lambda: GAUSSIAN.backward(torch.ones(16), mu, log_var, reduction="mean", dim=(1, 2, 3)))
 
 
 def test_a_training_step_of_256_MiB_allocates_the_gradients_alone(encoded: Tensor) -> None:
@@ -140,4 +140,4 @@ def test_short_rows_allocate_nothing_of_the_inputs_size_either(reduction: str, d
     less_than_an_input = mu.numel() * mu.element_size() - MIB
     assert_allocates_its_results_only(lambda: gaussian_kl_div(mu, log_var, **how), spare=less_than_an_input)
     grad_output = torch.ones(8 * MIB, dtype=dtype)
-    assert_allocates_its_results_only(lambda: backward_operator(grad_output, mu, log_var, **how), spare=less_than_an_input)
+    assert_allocates_its_results_only(lambda: GAUSSIAN.backward(grad_output, mu, log_var, **how), spare=less_than_an_input)

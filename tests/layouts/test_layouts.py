@@ -6,14 +6,11 @@ import mmap
 import pytest
 import torch
 
-import kl_ext
 import oracle
 from layouts import LAYOUTS, chunk, describe, expanded, inside, iterator_strides, overlapping, shifted, transposed
+from operators import ELEMENTWISE, PAIR, SINGLE, each_elementwise_operator
 from oracle import same_bits
 
-FUNCTION = {"single": kl_ext.kl_div_single_loss, "pair": kl_ext.kl_div_pair_loss}
-COUNT = {"single": 2, "pair": 4}
-LOSSES = pytest.mark.parametrize("loss", ["single", "pair"])
 EVERY = pytest.mark.parametrize(
     "shape, name, make",
     LAYOUTS,
@@ -21,119 +18,120 @@ EVERY = pytest.mark.parametrize(
 )
 
 
-def backward(loss, grad_output, inputs, mask=None):
-    operator = getattr(torch.ops.kl_ext, f"kl_div_{loss}_loss_backward")
-    return operator(grad_output, *inputs, -30.0, 20.0, mask or [True] * COUNT[loss])
+def backward(operator, grad_output, inputs, mask=None):
+    return operator.backward_operator(grad_output, *inputs, -30.0, 20.0, mask or [True] * operator.count)
 
 
-def assert_like_contiguous(loss, inputs, grad_output):
+def assert_like_contiguous(operator, inputs, grad_output):
     """The bits that contiguous copies give; the strides of torch for the result, and for gradients those of their inputs."""
     copies = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
-    value, want = FUNCTION[loss](*inputs), FUNCTION[loss](*copies)
+    value, want = operator(*inputs), operator(*copies)
     assert same_bits(value, want), describe(*inputs)
     assert value.stride() == iterator_strides(*inputs), describe(*inputs)
     assert value.isfinite().all()
-    expected = backward(loss, grad_output.contiguous(), copies)
-    for x, got, gradient in zip(inputs, backward(loss, grad_output, inputs), expected, strict=True):
+    expected = backward(operator, grad_output.contiguous(), copies)
+    for x, got, gradient in zip(inputs, backward(operator, grad_output, inputs), expected, strict=True):
         assert got.shape == x.shape and got.stride() == torch.empty_like(x).stride(), describe(x, got)
         assert same_bits(got, gradient), describe(*inputs)
 
 
-@LOSSES
+@each_elementwise_operator
 @EVERY
-def test_each_layout_for_all_arguments(loss, shape, name, make, device):
-    inputs = [make(torch.randn(shape, device=device)) for _ in range(COUNT[loss])]
-    assert_like_contiguous(loss, inputs, make(torch.randn(shape, device=device)))
+def test_each_layout_for_all_arguments(operator, shape, name, make, device):
+    inputs = [make(torch.randn(shape, device=device)) for _ in range(operator.count)]
+    assert_like_contiguous(operator, inputs, make(torch.randn(shape, device=device)))
 
 
-@LOSSES
+@each_elementwise_operator
 @EVERY
-def test_each_layout_for_one_argument(loss, shape, name, make, device):
-    for position in range(COUNT[loss]):
-        inputs = [torch.randn(shape, device=device) for _ in range(COUNT[loss])]
+def test_each_layout_for_one_argument(operator, shape, name, make, device):
+    for position in range(operator.count):
+        inputs = [torch.randn(shape, device=device) for _ in range(operator.count)]
         inputs[position] = make(inputs[position])
-        assert_like_contiguous(loss, inputs, torch.randn(shape, device=device))
+        assert_like_contiguous(operator, inputs, torch.randn(shape, device=device))
 
 
-@LOSSES
+@each_elementwise_operator
 @EVERY
-def test_each_layout_for_grad_output_alone(loss, shape, name, make, device):
+def test_each_layout_for_grad_output_alone(operator, shape, name, make, device):
     assert_like_contiguous(
-        loss, [torch.randn(shape, device=device) for _ in range(COUNT[loss])], make(torch.randn(shape, device=device))
+        operator, [torch.randn(shape, device=device) for _ in range(operator.count)], make(torch.randn(shape, device=device))
     )
 
 
-@LOSSES
+@each_elementwise_operator
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_random_mixes_of_layouts(loss, dtype, device, rng):
+def test_random_mixes_of_layouts(operator, dtype, device, rng):
     by_shape = {shape: [make for other, _, make in LAYOUTS if other == shape] for shape, _, _ in LAYOUTS}
     for shape, makes in by_shape.items():
         for _ in range(20):
-            picked = [makes[i] for i in rng.integers(len(makes), size=COUNT[loss] + 1)]
+            picked = [makes[i] for i in rng.integers(len(makes), size=operator.count + 1)]
             *inputs, grad_output = [make(torch.randn(shape, device=device).to(dtype)) for make in picked]
-            assert_like_contiguous(loss, inputs, grad_output)
+            assert_like_contiguous(operator, inputs, grad_output)
 
 
-@LOSSES
+@each_elementwise_operator
 @pytest.mark.parametrize("rank", range(13))
-def test_every_rank_up_to_twelve(loss, rank, device, rng):
+def test_every_rank_up_to_twelve(operator, rank, device, rng):
     for _ in range(5):
         shape = [int(n) for n in rng.permutation([3, 2, 1, 4, 2, 1, 2, 3, 1, 2, 1, 2][:rank])]
-        dense = [torch.randn(shape, device=device) for _ in range(COUNT[loss] + 1)]
+        dense = [torch.randn(shape, device=device) for _ in range(operator.count + 1)]
         orders = [rng.permutation(rank).tolist() for _ in dense]
         permuted = [
             x.permute(order).contiguous().permute(sorted(range(rank), key=order.__getitem__))
             for x, order in zip(dense, orders, strict=True)
         ]
         *inputs, grad_output = [inside(x, int(rng.integers(rank))) if rank and rng.integers(2) else x for x in permuted]
-        assert_like_contiguous(loss, inputs, grad_output)
+        assert_like_contiguous(operator, inputs, grad_output)
 
 
-@LOSSES
+@each_elementwise_operator
 @pytest.mark.parametrize("columns", [1, 2, 7, 8, 15, 16, 17, 31, 33, 64, 100, 1000, 4097])
-def test_chunks_of_any_width(loss, columns, device):
+def test_chunks_of_any_width(operator, columns, device):
     """The encoder's output, cut in half along its last dimension: rows with a stride of twice their length."""
     for rows in (1, 3, 70):
-        h = torch.randn(rows, COUNT[loss] * columns, device=device)
-        inputs = list(h.chunk(COUNT[loss], -1))
-        assert_like_contiguous(loss, inputs, torch.randn(rows, columns, device=device))
-        assert_like_contiguous(loss, inputs, torch.ones((), device=device).expand(rows, columns))
+        h = torch.randn(rows, operator.count * columns, device=device)
+        inputs = list(h.chunk(operator.count, -1))
+        assert_like_contiguous(operator, inputs, torch.randn(rows, columns, device=device))
+        assert_like_contiguous(operator, inputs, torch.ones((), device=device).expand(rows, columns))
 
 
-@LOSSES
+@each_elementwise_operator
 @pytest.mark.parametrize("numel", [*range(20), 31, 32, 33, 63, 64, 65, 127, 128, 129, 1023, 1025, 40_001])
-def test_every_length_of_tail(loss, numel, device):
+def test_every_length_of_tail(operator, numel, device):
     """No element depends on where it stands."""
-    inputs = [torch.randn(numel, device=device) for _ in range(COUNT[loss])]
+    inputs = [torch.randn(numel, device=device) for _ in range(operator.count)]
     grad_output = torch.randn(numel, device=device)
-    value, gradients = FUNCTION[loss](*inputs), backward(loss, grad_output, inputs)
+    value, gradients = operator(*inputs), backward(operator, grad_output, inputs)
     flipped = [x.flip(0) for x in inputs]
-    assert same_bits(FUNCTION[loss](*flipped).flip(0), value)
-    for got, want in zip(backward(loss, grad_output.flip(0), flipped), gradients, strict=True):
+    assert same_bits(operator(*flipped).flip(0), value)
+    for got, want in zip(backward(operator, grad_output.flip(0), flipped), gradients, strict=True):
         assert same_bits(got.flip(0), want)
-    assert_like_contiguous(loss, [shifted(x) for x in inputs], shifted(grad_output))
+    assert_like_contiguous(operator, [shifted(x) for x in inputs], shifted(grad_output))
 
 
-@LOSSES
+@each_elementwise_operator
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 4), (0, 0)], ids=str)
-def test_zero_size(loss, shape, device):
-    inputs = [torch.randn(shape, device=device, requires_grad=True) for _ in range(COUNT[loss])]
-    value = FUNCTION[loss](*inputs)
+def test_zero_size(operator, shape, device):
+    inputs = [torch.randn(shape, device=device, requires_grad=True) for _ in range(operator.count)]
+    value = operator(*inputs)
     assert value.shape == shape and value.stride() == torch.add(*inputs[:2]).stride()
     for gradient in torch.autograd.grad(value.sum(), inputs):
         assert gradient.shape == shape
-    prior = [torch.randn(shape[-1:] if shape[-1] else (1,), device=device, requires_grad=True) for _ in range(COUNT[loss] - 1)]
+    prior = [
+        torch.randn(shape[-1:] if shape[-1] else (1,), device=device, requires_grad=True) for _ in range(operator.count - 1)
+    ]
     mixed = [inputs[0], *prior]
-    for x, gradient in zip(mixed, torch.autograd.grad(FUNCTION[loss](*mixed).sum(), mixed), strict=True):
+    for x, gradient in zip(mixed, torch.autograd.grad(operator(*mixed).sum(), mixed), strict=True):
         assert gradient.shape == x.shape and (gradient == 0).all()
 
 
-@LOSSES
-def test_zero_dim(loss, device):
-    inputs = [torch.randn((), device=device, requires_grad=True) for _ in range(COUNT[loss])]
-    value = FUNCTION[loss](*inputs)
+@each_elementwise_operator
+def test_zero_dim(operator, device):
+    inputs = [torch.randn((), device=device, requires_grad=True) for _ in range(operator.count)]
+    value = operator(*inputs)
     assert value.shape == ()
-    assert same_bits(value, FUNCTION[loss](*(x.detach()[None] for x in inputs))[0])
+    assert same_bits(value, operator(*(x.detach()[None] for x in inputs))[0])
     assert all(gradient.shape == () for gradient in torch.autograd.grad(value, inputs))
 
 
@@ -154,7 +152,7 @@ def test_result_strides_are_those_of_torch_add(device, rng):
         for _ in range(100):
             a, b = (makes[i](torch.randn(shape, device=device)) for i in rng.integers(len(makes), size=2))
             for x, y in ((a, b), (a[0], b), (a, b.narrow(1, 0, 1)), (a, b.sum())):
-                assert FUNCTION["single"](x, y).stride() == torch.add(x, y).stride(), describe(x, y)
+                assert SINGLE(x, y).stride() == torch.add(x, y).stride(), describe(x, y)
 
 
 BROADCASTS = [
@@ -180,17 +178,17 @@ def summed_to(x, shape):
     return x.double().sum_to_size(shape)
 
 
-def assert_broadcast(loss, shapes, device):
+def assert_broadcast(operator, shapes, device):
     """Values as for expanded inputs, and gradients as theirs, summed, to the rounding of a sum in float32."""
     inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
     full = torch.broadcast_shapes(*shapes)
     copies = [x.detach().expand(full).contiguous() for x in inputs]
-    value = FUNCTION[loss](*inputs)
-    assert value.shape == full and same_bits(value, FUNCTION[loss](*copies))
+    value = operator(*inputs)
+    assert value.shape == full and same_bits(value, operator(*copies))
     assert value.stride() == iterator_strides(*inputs)
     grad_output = torch.randn(full, device=device)
     for got, x, whole in zip(
-        torch.autograd.grad(value, inputs, grad_output), inputs, backward(loss, grad_output, copies), strict=True
+        torch.autograd.grad(value, inputs, grad_output), inputs, backward(operator, grad_output, copies), strict=True
     ):
         assert got.shape == x.shape and got.dtype == x.dtype
         if x.shape == full:
@@ -203,45 +201,46 @@ def assert_broadcast(loss, shapes, device):
 
 @pytest.mark.parametrize("first, second", BROADCASTS, ids=str)
 def test_broadcasting(first, second, device):
-    for loss, shapes in (
-        ("single", (first, second)),
-        ("pair", (first, first, second, second)),
-        ("pair", (second, first, (1,), second)),
+    for operator, shapes in (
+        (SINGLE, (first, second)),
+        (PAIR, (first, first, second, second)),
+        (PAIR, (second, first, (1,), second)),
     ):
-        assert_broadcast(loss, shapes, device)
+        assert_broadcast(operator, shapes, device)
 
 
 def test_broadcasting_of_random_shapes(device, rng):
     for _ in range(60):
         full = rng.integers(1, 6, size=rng.integers(1, 6))
-        for loss, count in COUNT.items():
+        for operator in ELEMENTWISE:
             shapes = [
-                tuple(int(n) if rng.integers(3) else 1 for n in full[rng.integers(full.size + 1) :]) for _ in range(count)
+                tuple(int(n) if rng.integers(3) else 1 for n in full[rng.integers(full.size + 1) :])
+                for _ in range(operator.count)
             ]
-            assert_broadcast(loss, shapes, device)
+            assert_broadcast(operator, shapes, device)
 
 
-@LOSSES
-def test_gradients_of_broadcast_inputs_keep_their_inputs_strides(loss, device):
+@each_elementwise_operator
+def test_gradients_of_broadcast_inputs_keep_their_inputs_strides(operator, device):
     """As torch.empty_like gives them."""
     full = torch.randn(3, 4, 6, 5, device=device)
     narrow = torch.randn(6, 4, 5, device=device).transpose(0, 1)[:, :, ::2].narrow(2, 0, 1)
-    for position in range(COUNT[loss]):
-        inputs = [full] * COUNT[loss]
+    for position in range(operator.count):
+        inputs = [full] * operator.count
         inputs[position] = narrow
-        gradient = backward(loss, torch.randn_like(full), inputs)[position]
+        gradient = backward(operator, torch.randn_like(full), inputs)[position]
         assert gradient.shape == narrow.shape and gradient.stride() == torch.empty_like(narrow).stride()
 
 
-@LOSSES
-def test_each_gradient_alone_has_the_same_bits(loss, device):
+@each_elementwise_operator
+def test_each_gradient_alone_has_the_same_bits(operator, device):
     """Whatever output_mask leaves out, and however the inputs lie."""
     for make in (lambda x: x, lambda x: chunk(x, 1, 1), lambda x: transposed(x, 0, 1), lambda x: expanded(x, 0), overlapping):
-        inputs = [make(torch.randn(19, 37, device=device)) for _ in range(COUNT[loss])]
+        inputs = [make(torch.randn(19, 37, device=device)) for _ in range(operator.count)]
         grad_output = torch.randn(19, 37, device=device)
-        every = backward(loss, grad_output, inputs)
-        for mask in itertools.product([False, True], repeat=COUNT[loss]):
-            for got, want, wanted in zip(backward(loss, grad_output, inputs, list(mask)), every, mask, strict=True):
+        every = backward(operator, grad_output, inputs)
+        for mask in itertools.product([False, True], repeat=operator.count):
+            for got, want, wanted in zip(backward(operator, grad_output, inputs, list(mask)), every, mask, strict=True):
                 assert same_bits(got, want) if wanted else got is None
 
 
@@ -253,21 +252,21 @@ def reserved(numel, dtype, device):
     return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize, flags=flags), dtype=dtype)
 
 
-@LOSSES
+@each_elementwise_operator
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_offsets_beyond_31_bits(loss, dtype, device):
+def test_offsets_beyond_31_bits(operator, dtype, device):
     """A few elements, more than 2^31 elements apart: in a dimension of their own, and in one with others inside."""
     for shape, strides, last in (
         ((3,), (2**30 + 1,), 2**31 + 3),
         ((2, 5), (2**31 + 7, 1), 2**31 + 12),
         ((5, 2), (1, 2**31 + 7), 2**31 + 12),
     ):
-        inputs = [reserved(last, dtype, device).as_strided(shape, strides) for _ in range(COUNT[loss])]
+        inputs = [reserved(last, dtype, device).as_strided(shape, strides) for _ in range(operator.count)]
         for x in inputs:
             x.copy_(torch.randn(shape))
         grad_output = reserved(last, dtype, device).as_strided(shape, strides)
         grad_output.copy_(torch.randn(shape))
-        assert_like_contiguous(loss, inputs, grad_output)
+        assert_like_contiguous(operator, inputs, grad_output)
 
 
 def available_gigabytes(device):
@@ -278,23 +277,23 @@ def available_gigabytes(device):
 
 
 @pytest.mark.slow
-@LOSSES
-def test_more_elements_than_31_bits_count(loss, device):
+@each_elementwise_operator
+def test_more_elements_than_31_bits_count(operator, device):
     """Inputs that are one row each, and a bfloat16 result of more than 2^31 elements; likewise one gradient."""
     if available_gigabytes(device) < 7:
         pytest.skip("needs 7 GB of memory")
     rows, columns = 2**16 + 3, 2**15 + 1
-    row = [torch.randn(columns, device=device).bfloat16() for _ in range(COUNT[loss])]
+    row = [torch.randn(columns, device=device).bfloat16() for _ in range(operator.count)]
     wide = [x.expand(rows, columns) for x in row]
-    value = FUNCTION[loss](*wide)
+    value = operator(*wide)
     assert value.numel() > 2**31 and value.stride() == (columns, 1)
-    want = FUNCTION[loss](*row)
+    want = operator(*row)
     for index in (0, 1, 2**14, 2**16, rows - 2, rows - 1):
         assert same_bits(value[index], want)
     del value
-    mask = [True] + [False] * (COUNT[loss] - 1)
-    (gradient, *_) = backward(loss, torch.ones((), device=device).expand(rows, columns), wide, mask)
-    want = backward(loss, torch.ones(columns, device=device), row, mask)[0]
+    mask = [True] + [False] * (operator.count - 1)
+    (gradient, *_) = backward(operator, torch.ones((), device=device).expand(rows, columns), wide, mask)
+    want = backward(operator, torch.ones(columns, device=device), row, mask)[0]
     for index in (0, 2**16, rows - 1):
         assert same_bits(gradient[index], want)
 

@@ -7,10 +7,8 @@ import torch
 
 import kl_ext
 from layouts import LAYOUTS, chunk
+from operators import each_elementwise_operator
 
-FUNCTION = {"single": kl_ext.kl_div_single_loss, "pair": kl_ext.kl_div_pair_loss}
-COUNT = {"single": 2, "pair": 4}
-LOSSES = pytest.mark.parametrize("loss", ["single", "pair"])
 SHAPES = {2: (512, 384), 4: (8, 16, 32, 48), 5: (4, 8, 12, 16, 32)}
 NUMEL = 512 * 384
 # Every layout, at a size where a copy cannot hide.
@@ -67,77 +65,76 @@ def test_every_layout_is_large_enough_to_be_seen(device):
         assert x.numel() * x.element_size() >= 10 * SMALL
 
 
-@LOSSES
+@each_elementwise_operator
 @EVERY
-def test_forward_never_copies(loss, shape, make, device):
-    inputs = [make(torch.randn(shape, device=device)) for _ in range(COUNT[loss])]
-    assert_allocates_its_results_only(lambda: FUNCTION[loss](*inputs), device)
+def test_forward_never_copies(operator, shape, make, device):
+    inputs = [make(torch.randn(shape, device=device)) for _ in range(operator.count)]
+    assert_allocates_its_results_only(lambda: operator(*inputs), device)
     mixed = [torch.randn(shape, device=device), *inputs[1:]]
-    assert_allocates_its_results_only(lambda: FUNCTION[loss](*mixed), device)
+    assert_allocates_its_results_only(lambda: operator(*mixed), device)
 
 
-def backward(loss, grad_output, inputs, mask=None):
-    operator = getattr(torch.ops.kl_ext, f"kl_div_{loss}_loss_backward")
-    return operator(grad_output, *inputs, -30.0, 20.0, mask or [True] * COUNT[loss])
+def backward(operator, grad_output, inputs, mask=None):
+    return operator.backward_operator(grad_output, *inputs, -30.0, 20.0, mask or [True] * operator.count)
 
 
-@LOSSES
+@each_elementwise_operator
 @EVERY
-def test_backward_never_copies(loss, shape, make, device):
-    inputs = [make(torch.randn(shape, device=device)) for _ in range(COUNT[loss])]
+def test_backward_never_copies(operator, shape, make, device):
+    inputs = [make(torch.randn(shape, device=device)) for _ in range(operator.count)]
     dense, one = torch.randn(shape, device=device), torch.ones((), device=device)
     for grad_output in (dense, make(dense), one.expand(shape)):
-        assert_allocates_its_results_only(lambda g=grad_output: backward(loss, g, inputs), device)
+        assert_allocates_its_results_only(lambda g=grad_output: backward(operator, g, inputs), device)
 
 
-@LOSSES
-def test_backward_allocates_only_what_is_wanted(loss, device):
-    inputs = [chunk(torch.randn(512, 384, device=device), 1, 1) for _ in range(COUNT[loss])]
+@each_elementwise_operator
+def test_backward_allocates_only_what_is_wanted(operator, device):
+    inputs = [chunk(torch.randn(512, 384, device=device), 1, 1) for _ in range(operator.count)]
     grad_output = torch.ones((), device=device).expand(512, 384)
-    for mask in itertools.product([False, True], repeat=COUNT[loss]):
-        assert_allocates_its_results_only(lambda m=mask: backward(loss, grad_output, inputs, list(m)), device)
+    for mask in itertools.product([False, True], repeat=operator.count):
+        assert_allocates_its_results_only(lambda m=mask: backward(operator, grad_output, inputs, list(m)), device)
 
 
-@LOSSES
+@each_elementwise_operator
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_chunks_of_other_dtypes_and_mixes_of_them_are_not_copied(loss, dtype, device):
-    for kinds in ([dtype] * COUNT[loss], [dtype, torch.float32] * (COUNT[loss] // 2)):
+def test_chunks_of_other_dtypes_and_mixes_of_them_are_not_copied(operator, dtype, device):
+    for kinds in ([dtype] * operator.count, [dtype, torch.float32] * (operator.count // 2)):
         inputs = [chunk(torch.randn(512, 384, device=device), 1, 1).to(kind) for kind in kinds]
         inputs = [chunk(x, 1, 0) for x in inputs]
-        value = FUNCTION[loss](*inputs)
-        assert_allocates_its_results_only(lambda i=inputs: FUNCTION[loss](*i), device)
-        assert_allocates_its_results_only(lambda i=inputs, v=value: backward(loss, v, i), device)
+        value = operator(*inputs)
+        assert_allocates_its_results_only(lambda i=inputs: operator(*i), device)
+        assert_allocates_its_results_only(lambda i=inputs, v=value: backward(operator, v, i), device)
 
 
-@LOSSES
-def test_broadcast_priors_are_not_expanded_in_the_forward(loss, device):
+@each_elementwise_operator
+def test_broadcast_priors_are_not_expanded_in_the_forward(operator, device):
     h = torch.randn(512, 2 * 384, device=device)
     mu, log_var = h.chunk(2, 1)
     prior = torch.randn(384, device=device)
     for inputs in ([mu, prior], [prior, log_var], [mu, prior[:1]]):
-        full = [*inputs, prior, prior][: COUNT[loss]]
-        assert_allocates_its_results_only(lambda i=full: FUNCTION[loss](*i), device)
+        full = [*inputs, prior, prior][: operator.count]
+        assert_allocates_its_results_only(lambda i=full: operator(*i), device)
 
 
-@LOSSES
-def test_broadcast_gradients_take_at_most_one_full_tensor_each(loss, device):
+@each_elementwise_operator
+def test_broadcast_gradients_take_at_most_one_full_tensor_each(operator, device):
     """Until they are reduced within the kernel; and the inputs are not copied here either."""
     mu, log_var = torch.randn(512, 2 * 384, device=device).chunk(2, 1)
     prior = torch.randn(384, device=device)
-    inputs = [mu, prior] if loss == "single" else [mu, log_var, prior, prior]
+    inputs = [mu, prior] if operator.count == 2 else [mu, log_var, prior, prior]
     full = sum(4 * NUMEL for x in inputs if x is prior)
     grad_output = torch.ones((), device=device).expand(512, 384)
-    assert_allocates_its_results_only(lambda: backward(loss, grad_output, inputs), device, spare=full)
+    assert_allocates_its_results_only(lambda: backward(operator, grad_output, inputs), device, spare=full)
 
 
-@LOSSES
-def test_a_step_of_training_copies_nothing(loss, device):
+@each_elementwise_operator
+def test_a_step_of_training_copies_nothing(operator, device):
     """Through autograd: the result, the sum, and the gradients of the two (or four) parts of the encoder's output."""
-    parts = [x.requires_grad_() for x in torch.randn(512, COUNT[loss] * 384, device=device).chunk(COUNT[loss], 1)]
+    parts = [x.requires_grad_() for x in torch.randn(512, operator.count * 384, device=device).chunk(operator.count, 1)]
     parts = [x.detach().requires_grad_() for x in parts]
 
     def step():
-        value = FUNCTION[loss](*parts)
+        value = operator(*parts)
         return (value, *torch.autograd.grad(value.sum(), parts))
 
     assert_allocates_its_results_only(step, device)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from operators import GAUSSIAN, Operator, each_reducing_operator
 from test_gaussian_kl_div_memory import MIB, assert_allocates_its_results_only
 from test_memory import allocated, nbytes
-from weight_cases import GAUSSIAN, Divergence, each_divergence
 
 ROWS, COLUMNS = 4096, 512  # 8 MiB
 SPARE = MIB // 4
@@ -51,24 +51,24 @@ def test_the_measure_finds_one_planted_product(encoded: list[Tensor]) -> None:
         assert_small(lambda: (GAUSSIAN.function(*encoded) * keep).sum())
 
 
-@each_divergence
+@each_reducing_operator
 @each_weight
-def test_the_forward_allocates_the_result_alone(divergence: Divergence, weight: Any, encoded: list[Tensor]) -> None:
+def test_the_forward_allocates_the_result_alone(operator: Operator, weight: Any, encoded: list[Tensor]) -> None:
     w, prior = weight(), torch.full((COLUMNS,), 0.125)
     for how in HOW:
         for q in ([], [prior, prior]):
-            assert_small(lambda q=q, how=how: divergence.function(*encoded, *q, weight=w, **how))
+            assert_small(lambda q=q, how=how: operator.function(*encoded, *q, weight=w, **how))
 
 
-@each_divergence
+@each_reducing_operator
 @each_weight
-def test_the_backward_allocates_the_gradients_alone(divergence: Divergence, weight: Any, encoded: list[Tensor]) -> None:
+def test_the_backward_allocates_the_gradients_alone(operator: Operator, weight: Any, encoded: list[Tensor]) -> None:
     """Those of p and of a prior, and those of the prior alone."""
     w, prior = weight(), torch.full((COLUMNS,), 0.125)
     for how in HOW:
-        grad = torch.ones_like(divergence.function(*encoded, weight=w, **how))
+        grad = torch.ones_like(operator.function(*encoded, weight=w, **how))
         for mask in ([True] * 4, [False, False, True, True]):
-            assert_small(lambda m=mask, h=how, g=grad: divergence.backward(g, *encoded, prior, prior, weight=w, mask=m, **h))
+            assert_small(lambda m=mask, h=how, g=grad: operator.backward(g, *encoded, prior, prior, weight=w, mask=m, **h))
 
 
 def test_the_memory_of_the_process_does_not_rise_by_the_size_of_the_terms() -> None:

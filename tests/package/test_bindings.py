@@ -7,6 +7,7 @@ from torch.overrides import TorchFunctionMode
 
 import kl_ext
 from kl_ext import _bindings, functional
+from operators import OPERATORS
 from oracle import same_bits
 
 CALLS = {
@@ -24,7 +25,7 @@ CALLS = {
     "normal_kl_div, numbers": lambda x, y: kl_ext.normal_kl_div(x, y, 0, 0.5, reduction="sum", dim=[1], keepdim=True),
     "gaussian_kl_div, dims": lambda x, y: kl_ext.gaussian_kl_div(x, y, reduction="mean", dim=(-1, 0), dtype=torch.float64),
 }
-NAMES = ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div", "normal_kl_div")
+NAMES = tuple(map(str, OPERATORS))
 each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kl_ext
-from loss_cases import CLOSE
+from operators import CLOSE
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text()
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)

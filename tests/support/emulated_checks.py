@@ -12,39 +12,29 @@ import numpy
 import torch
 from torch import Tensor
 
-import kl_ext  # noqa: F401
 import layouts
-from emulated_kernels import NARROW, STORAGES, Emulated, Result, assert_same_bits
+from emulated_kernels import NARROW, STORAGES, Emulated, Result, assert_same_bits, formula_of
+from operators import GAUSSIAN, Operator
 from ordered_sum import reduced_sum
 
-# Of an operator and the number of its inputs.
-FORMULAS = {
-    ("kl_div_single_loss", 2): "StandardDivergence",
-    ("kl_div_pair_loss", 4): "Divergence",
-    ("gaussian_kl_div", 2): "StandardDivergence",
-    ("gaussian_kl_div", 4): "Divergence",
-    ("normal_kl_div", 2): "StandardNormalDivergence",
-    ("normal_kl_div", 4): "NormalDivergence",
-}
 
-
-def kernel_of(function: str, operator: str, inputs: Sequence[Tensor], weight: Tensor | None = None) -> str:
+def kernel_of(function: str, operator: Operator, inputs: Sequence[Tensor], weight: Tensor | None = None) -> str:
     """As the emulation's driver lists it."""
-    formula = FORMULAS[operator, len(inputs)]
+    formula = formula_of(operator, len(inputs))
     return f"{function} {formula if weight is None else f'Weighted<math::{formula}>'}"
 
 
-def settings_of(operator: str, clamp: tuple[float, float]) -> ctypes.Array[ctypes.c_double]:
-    return (ctypes.c_double * 4)(*clamp, *((2.0, 0.5) if operator == "kl_div_pair_loss" else (1.0, 0.0)))
+def settings_of(operator: Operator, clamp: tuple[float, float]) -> ctypes.Array[ctypes.c_double]:
+    return (ctypes.c_double * 4)(*clamp, *operator.of_divergence)
 
 
-def keywords_of(operator: str, clamp: tuple[float, float], weight: Tensor | None) -> dict[str, Any]:
-    bounds = {} if operator == "normal_kl_div" else {"clamp_min": clamp[0], "clamp_max": clamp[1]}
+def keywords_of(operator: Operator, clamp: tuple[float, float], weight: Tensor | None) -> dict[str, Any]:
+    bounds = operator.taken({"clamp_min": clamp[0], "clamp_max": clamp[1]})
     return {**bounds, **({} if weight is None else {"weight": weight})}
 
 
 def backward_of(
-    operator: str,
+    operator: Operator,
     grad_output: Tensor,
     inputs: Sequence[Tensor],
     clamp: tuple[float, float],
@@ -52,13 +42,8 @@ def backward_of(
     weight: Tensor | None = None,
 ) -> Sequence[Tensor]:
     """The operator's gradients of terms that are not reduced."""
-    reduces = "reduction" in str(getattr(torch.ops.kl_ext, operator).default._schema)
-    most = 4 if reduces else len(inputs)
-    absent = [None] * (most - len(inputs))
-    bounds = [] if operator == "normal_kl_div" else list(clamp)
-    masked = [*mask, *[False] * len(absent)]
-    rest = ["none", None, masked, False, weight] if reduces else [masked]
-    return getattr(torch.ops.kl_ext, f"{operator}_backward")(grad_output, *inputs, *absent, *bounds, *rest)[: len(inputs)]
+    bounds = {"clamp_min": clamp[0], "clamp_max": clamp[1]}
+    return operator.backward(grad_output, *inputs, weight=weight, mask=mask, **bounds)
 
 
 def dimensions(operands: Sequence[Tensor | None]) -> tuple[list[int], list[list[int]]]:
@@ -113,24 +98,24 @@ def launch(
 
 def check_forward(
     emulated: Emulated,
-    loss: str,
+    operator: Operator,
     inputs: Sequence[Tensor],
     dtype: torch.dtype,
     clamp: tuple[float, float],
     offset: int = 0,
     weight: Tensor | None = None,
 ) -> list[int]:
-    expected = getattr(torch.ops.kl_ext, loss)(*inputs, **keywords_of(loss, clamp, weight), dtype=dtype)
+    expected = operator.operator(*inputs, **keywords_of(operator, clamp, weight), dtype=dtype)
     result = Result(expected, offset)
     operands = [result.tensor, *inputs, *([] if weight is None else [weight])]
-    grids = launch(emulated, kernel_of("forward", loss, inputs, weight), operands, settings_of(loss, clamp))
-    result.check(expected, f"{loss} of {layouts.describe(*inputs)}")
+    grids = launch(emulated, kernel_of("forward", operator, inputs, weight), operands, settings_of(operator, clamp))
+    result.check(expected, f"{operator} of {layouts.describe(*inputs)}")
     return grids
 
 
 def check_backward(
     emulated: Emulated,
-    loss: str,
+    operator: Operator,
     grad_output: Tensor,
     inputs: Sequence[Tensor],
     clamp: tuple[float, float],
@@ -140,13 +125,13 @@ def check_backward(
 ) -> list[int]:
     """Inputs that grad_output's shape broadcasts are given expanded: it is their full gradient that a kernel writes."""
     inputs = [x.expand(grad_output.shape) for x in inputs]
-    expected = backward_of(loss, grad_output, inputs, clamp, mask or [True] * len(inputs), weight)
+    expected = backward_of(operator, grad_output, inputs, clamp, mask or [True] * len(inputs), weight)
     results = [None if x is None else Result(x, offset) for x in expected]
     operands = [*(r and r.tensor for r in results), grad_output, *inputs, *([] if weight is None else [weight])]
-    grids = launch(emulated, kernel_of("backward", loss, inputs, weight), operands, settings_of(loss, clamp))
+    grids = launch(emulated, kernel_of("backward", operator, inputs, weight), operands, settings_of(operator, clamp))
     for i, result in enumerate(results):
         if result is not None:
-            result.check(expected[i], f"gradient {i} of {loss} of {layouts.describe(grad_output, *inputs)}")
+            result.check(expected[i], f"gradient {i} of {operator} of {layouts.describe(grad_output, *inputs)}")
     return grids
 
 
@@ -183,7 +168,7 @@ def launch_sum(
         (ctypes.c_int64 * (ndim * count))(*strides),
         (ctypes.c_bool * 4)(*(isinstance(x, str) for x in operands[:4])),
         ctypes.c_int64(divisor),
-        settings or settings_of("gaussian_kl_div", NARROW),
+        settings or settings_of(GAUSSIAN, NARROW),
         (ctypes.c_void_p * len(sums))(*(x.data_ptr() for x in sums)),
         (ctypes.c_int * len(sums))(*(STORAGES.index(x.dtype) for x in sums)),
         ctypes.c_uint32(last_blocks),
@@ -203,14 +188,14 @@ def check_sum(
     dims: Sequence[int],
     reduction: str = "sum",
     clamp: tuple[float, float] = NARROW,
-    operator: str = "gaussian_kl_div",
+    operator: Operator = GAUSSIAN,
     weight: Tensor | None = None,
 ) -> list[int]:
     """A divergence, reduced over some dims; with a weight, by "sum"."""
     what = f"{reduction} over {dims} of {layouts.describe(*inputs)}"
     shape = torch.broadcast_shapes(*(x.shape for x in inputs))
     weights = [] if weight is None else [weight]
-    call = getattr(torch.ops.kl_ext, operator)
+    call = operator.operator
     how: dict[str, Any] = {**keywords_of(operator, clamp, weight), "dtype": arithmetic_of(*inputs, *weights)}
     expected = call(*inputs, reduction=reduction, dim=list(dims), **how)
     divisor = math.prod(shape[dim] for dim in dims) if reduction == "mean" else 1
@@ -234,7 +219,7 @@ def check_sum(
 
 def check_gradients(
     emulated: Emulated,
-    loss: str,
+    operator: Operator,
     grad_output: Tensor,
     inputs: Sequence[Tensor],
     clamp: tuple[float, float] = NARROW,
@@ -242,10 +227,10 @@ def check_gradients(
     weight: Tensor | None = None,
 ) -> list[int]:
     """Gradients of which some are sums, in as many passes as csrc/backend.h makes."""
-    what = f"gradients of {loss} of {layouts.describe(grad_output, *inputs)}"
+    what = f"gradients of {operator} of {layouts.describe(grad_output, *inputs)}"
     shape = grad_output.shape
     wanted = list(mask or [True] * len(inputs))
-    expected = backward_of(loss, grad_output, inputs, clamp, wanted, weight)
+    expected = backward_of(operator, grad_output, inputs, clamp, wanted, weight)
     aligned = [x.view([1] * (len(shape) - x.dim()) + list(x.shape)) for x in inputs]
     broadcast = [[dim for dim, size in enumerate(x.shape) if size != shape[dim]] for x in aligned]
     grids = []
@@ -263,13 +248,13 @@ def check_gradients(
         sums = {i: Result(expected[i].contiguous()) for i in summed}
         grids += launch_sum(
             emulated,
-            kernel_of("backward_sum", loss, inputs, weight),
+            kernel_of("backward_sum", operator, inputs, weight),
             shape,
             dims,
             [*operands, grad_output, *inputs, *([] if weight is None else [weight])],
             [result.tensor for result in sums.values()],
             1,
-            settings_of(loss, clamp),
+            settings_of(operator, clamp),
         )
         for i, result in [*results.items(), *sums.items()]:
             result.check(expected[i], f"{what}: {i}")

@@ -24,10 +24,10 @@ from torch import Tensor
 
 import normal_cases
 import points
+from operators import DTYPES, OPERATORS, Operator
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests/cuda/cuda_emulation"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STORAGES = (*DTYPES, torch.bool)  # in the order of csrc/cuda/kernels.h
 NARROW, WIDE = (-30.0, 20.0), (-math.inf, math.inf)
 THREADS = 256
@@ -178,23 +178,31 @@ def assert_same_bits(got: Tensor, expected: Tensor, what: str) -> None:
     )
 
 
-def inputs_of(loss: str) -> int:
-    return 2 if loss == "kl_div_single_loss" else 4
+def formula_of(operator: Operator, count: int) -> str:
+    """The formula of csrc/math that the kernels of so many inputs have, as csrc/operators.h describes the operator."""
+    description = (ROOT / "csrc/operators.h").read_text().partition(f'.name = "{operator.name}"')[2]
+    which = "most" if count == operator.count else "least"
+    return re.search(rf"\.of_{which} = math::kFormula<math::(\w+)>", description)[1]
 
 
-def without_q_too(loss: str, inputs: list[Tensor]) -> list[list[Tensor]]:
-    """The inputs, and those of p alone where an operator has a formula for them that no other operator has."""
-    return [inputs, inputs[:2]] if loss == "normal_kl_div" else [inputs]
+def without_q_too(operator: Operator, inputs: list[Tensor]) -> list[list[Tensor]]:
+    """The inputs, and those of p alone where no operator takes the formula for them with all its inputs."""
+    of_all = {formula_of(other, other.count) for other in OPERATORS}
+    return [
+        inputs[:count]
+        for count in reversed(operator.counts)
+        if count == operator.count or formula_of(operator, count) not in of_all
+    ]
 
 
-def values(rng: numpy.random.Generator, loss: str, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+def values(rng: numpy.random.Generator, operator: Operator, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     """Inputs from all over the format: subnormal, huge and non-finite results come with them."""
     numel, kind = math.prod(shape), numpy.float64 if dtype == torch.float64 else numpy.float32
-    sources = {"kl_div_single_loss": points.wide_single, "normal_kl_div": normal_cases.pair}
-    columns = sources.get(loss, points.wide_pair)(rng, max(numel, len(normal_cases.WORST_KNOWN)), kind)
+    source = normal_cases.pair if operator.has_deviations else points.wide_pair if operator.count == 4 else points.wide_single
+    columns = source(rng, max(numel, len(normal_cases.WORST_KNOWN)), kind)
     for column in columns:
         column[rng.random(len(column)) < 0.02] = rng.choice([numpy.nan, numpy.inf, -numpy.inf])
-    if loss == "normal_kl_div":
+    if operator.has_deviations:
         for deviations in columns[1::2]:
             deviations[rng.random(len(deviations)) < 0.02] *= rng.choice([-1, 0]).astype(kind)
     return [torch.from_numpy(column[:numel].copy()).view(tuple(shape)).to(dtype) for column in columns]

@@ -1,9 +1,8 @@
-"""The divergences that take a weight as the tests see them: functions, plain torch beside them, weights of every kind."""
+"""Weights of every kind for the operators that take one, and the definition of weighted terms and sums in plain torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -11,112 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import kl_ext
-from gaussian_cases import formula as gaussian_terms
-from gaussian_cases import reduced_dims, widened
-from normal_cases import normal
-from oracle import Array, pair, single, to_longdouble
+from operators import DTYPES, Operator
+from oracle import Array, to_longdouble
 from ordered_sum import reduced_sum, sum_to_shape
+from reduction_cases import reduced_dims, widened
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WEIGHT_DTYPES = (torch.bool, *DTYPES)
 
-
-def normal_terms(*inputs: Tensor) -> Tensor:
-    """An oracle in float64, for inputs that do not make it cancel."""
-    loc_p, scale_p = inputs[:2]
-    loc_q, scale_q = inputs[2:] or (torch.zeros_like(loc_p[..., :1]) if loc_p.dim() else torch.zeros_like(loc_p), 1.0)
-    log_ratio = torch.log(torch.as_tensor(scale_q)) - scale_p.log()
-    return log_ratio + 0.5 * ((scale_p.square() + (loc_p - loc_q).square()) / scale_q**2 - 1.0)
-
-
-def exact_gaussian(*inputs: Array) -> Array:
-    return single(*inputs).value if len(inputs) == 2 else pair(*inputs).t / 2
-
-
-def exact_normal(*inputs: Array) -> Array:
-    return normal(*inputs).value
-
-
-@dataclass(frozen=True)
-class Divergence:
-    name: str
-    arguments: tuple[str, ...]
-    function: Callable[..., Tensor]
-    terms: Callable[..., Tensor]  # in plain torch
-    exact: Callable[..., Array]  # in longdouble
-    harmless: tuple[float, ...]  # inputs at which everything is finite
-    clamps: bool
-
-    @property
-    def operator(self) -> torch._ops.OpOverload:
-        return getattr(torch.ops.kl_ext, self.name).default
-
-    @property
-    def backward_operator(self) -> torch._ops.OpOverload:
-        return getattr(torch.ops.kl_ext, f"{self.name}_backward").default
-
-    @property
-    def backward_out(self) -> torch._ops.OpOverload:
-        return getattr(torch.ops.kl_ext, f"{self.name}_backward").out
-
-    def inputs(
-        self, *shapes: Sequence[int], dtype: torch.dtype = torch.float64, device: Any = "cpu", requires_grad: bool = False
-    ) -> list[Tensor]:
-        """Means and log-variances in (-2, 2), deviations in (1/2, 2)."""
-        drawn = [torch.rand(tuple(shape), dtype=torch.float64) * 4 - 2 for shape in shapes]
-        if not self.clamps:
-            drawn = [x.exp2().clamp(0.5, 2) if i % 2 else x for i, x in enumerate(drawn)]
-        return [x.to(dtype).to(device).requires_grad_(requires_grad) for x in drawn]
-
-    def backward_arguments(
-        self, grad_output: Tensor, inputs: Sequence[Tensor], weight: Tensor | None, how: dict[str, Any], mask: Sequence[bool]
-    ) -> list[Any]:
-        """Of the backward operator, all by position."""
-        absent = [None] * (4 - len(inputs))
-        bounds = [how.get("clamp_min", -30.0), how.get("clamp_max", 20.0)] if self.clamps else []
-        dim = how.get("dim")
-        dim = [dim] if isinstance(dim, int) else dim
-        mask = [*mask, *[False] * len(absent)]
-        reduction, keepdim = how.get("reduction", "none"), how.get("keepdim", False)
-        return [grad_output, *inputs, *absent, *bounds, reduction, dim, mask, keepdim, weight]
-
-    def backward(
-        self,
-        grad_output: Tensor,
-        *inputs: Tensor,
-        weight: Tensor | None = None,
-        mask: Sequence[bool] | None = None,
-        **how: Any,
-    ) -> list[Tensor]:
-        """The gradients of the two or four inputs, straight from the operator."""
-        arguments = self.backward_arguments(grad_output, inputs, weight, how, mask or [True] * len(inputs))
-        return list(self.backward_operator(*arguments))[: len(inputs)]
-
-    def __str__(self) -> str:
-        return self.name
-
-
-GAUSSIAN = Divergence(
-    "gaussian_kl_div",
-    ("mu_p", "log_var_p", "mu_q", "log_var_q"),
-    kl_ext.gaussian_kl_div,
-    gaussian_terms,
-    exact_gaussian,
-    (0.0, 0.0, 0.0, 0.0),
-    clamps=True,
-)
-NORMAL = Divergence(
-    "normal_kl_div",
-    ("loc_p", "scale_p", "loc_q", "scale_q"),
-    kl_ext.normal_kl_div,
-    normal_terms,
-    exact_normal,
-    (0.0, 1.0, 0.0, 1.0),
-    clamps=False,
-)
-DIVERGENCES = (GAUSSIAN, NORMAL)
-each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 
 # The shapes of the inputs for terms of shape [2, 3, 4].
 SHAPES: dict[str, list[tuple[int, ...]]] = {
@@ -192,10 +92,10 @@ def spoiled(inputs: Sequence[Tensor], weight: Tensor) -> list[Tensor]:
     return [torch.where(left_out(weight, shape, x), garbage(x.shape, x.dtype, x.device), x.detach()) for x in inputs]
 
 
-def tamed(divergence: Divergence, inputs: Sequence[Tensor], weight: Tensor) -> list[Tensor]:
+def tamed(operator: Operator, inputs: Sequence[Tensor], weight: Tensor) -> list[Tensor]:
     """The inputs with harmless numbers there."""
     shape = torch.broadcast_shapes(*(x.shape for x in inputs))
-    pairs = zip(inputs, divergence.harmless, strict=False)
+    pairs = zip(inputs, operator.harmless, strict=False)
     return [torch.where(left_out(weight, shape, x), torch.full_like(x, h), x.detach()) for x, h in pairs]
 
 
@@ -213,27 +113,27 @@ def reduced(terms: Tensor, weight: Tensor, reduction: str = "none", dim: Any = N
     return terms.sum(dim, keepdim) / weight.to(terms.dtype).expand(terms.shape).sum(dim, keepdim)
 
 
-def formula(divergence: Divergence, weight: Tensor, how: dict[str, Any]) -> Callable[..., Tensor]:
+def formula(operator: Operator, weight: Tensor, how: dict[str, Any]) -> Callable[..., Tensor]:
     """Weighted terms, and torch's sums of them: an oracle in float64 for inputs that may not be finite where left out."""
 
     def function(*inputs: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(*(x.shape for x in inputs))
         kept = (weight != 0).expand(shape)
-        safe = [torch.where(kept, x, h) for x, h in zip(inputs, divergence.harmless, strict=False)]
-        return reduced(torch.where(kept, weight * divergence.terms(*safe), 0.0), weight, **how)
+        safe = [torch.where(kept, x, h) for x, h in zip(inputs, operator.harmless, strict=False)]
+        return reduced(torch.where(kept, weight * operator.terms(*safe), 0.0), weight, **how)
 
     return function
 
 
-def weighted(divergence: Divergence, weight: Tensor, how: dict[str, Any]) -> Callable[..., Tensor]:
+def weighted(operator: Operator, weight: Tensor, how: dict[str, Any]) -> Callable[..., Tensor]:
     def function(*inputs: Tensor) -> Tensor:
-        return divergence.function(*inputs, weight=weight, **how)
+        return operator.function(*inputs, weight=weight, **how)
 
     return function
 
 
-def exact_terms(divergence: Divergence, inputs: Sequence[Tensor], weight: Tensor) -> Array:
-    terms = divergence.exact(*(to_longdouble(x) for x in inputs))
+def exact_terms(operator: Operator, inputs: Sequence[Tensor], weight: Tensor) -> Array:
+    terms = operator.exact(*(to_longdouble(x) for x in inputs))
     return terms * numpy.broadcast_to(to_longdouble(weight), terms.shape)
 
 
@@ -264,10 +164,10 @@ def sums_of(x: Tensor, how: dict[str, Any], keepdim: bool = False) -> Tensor:
     return total
 
 
-def ordered_value(divergence: Divergence, inputs: Sequence[Tensor], weight: Tensor, how: dict[str, Any]) -> Tensor:
+def ordered_value(operator: Operator, inputs: Sequence[Tensor], weight: Tensor, how: dict[str, Any]) -> Tensor:
     """Unweighted elementwise terms in the arithmetic type, times the weight, S, at most one division, one rounding."""
-    dtype = (weight * divergence.function(*inputs)).dtype
-    terms = divergence.function(*widened(inputs, weight))
+    dtype = (weight * operator.function(*inputs)).dtype
+    terms = operator.function(*widened(inputs, weight))
     products = in_arithmetic(terms, weight)
     if how.get("reduction", "none") == "none":
         return rounded(products, dtype)
@@ -280,7 +180,7 @@ def ordered_value(divergence: Divergence, inputs: Sequence[Tensor], weight: Tens
 
 
 def ordered_gradients(
-    divergence: Divergence, grad_output: Tensor, inputs: Sequence[Tensor], weight: Tensor, how: dict[str, Any]
+    operator: Operator, grad_output: Tensor, inputs: Sequence[Tensor], weight: Tensor, how: dict[str, Any]
 ) -> list[Tensor]:
     """Those of unweighted terms, from weight * grad_output in the arithmetic type; S over what was broadcast; one rounding."""
     shape = torch.broadcast_shapes(*(x.shape for x in inputs))
@@ -293,6 +193,6 @@ def ordered_gradients(
     for d in [] if how.get("keepdim") else reduced_dims(len(shape), how.get("reduction", "none"), how.get("dim")):
         grad = grad.unsqueeze(d)
     grad = weight.to(grad.dtype).expand(shape) * grad.expand(shape)
-    terms = divergence.backward(grad, *(x.expand(shape) for x in widened(inputs, grad)))
+    terms = operator.backward(grad, *(x.expand(shape) for x in widened(inputs, grad)))
     kept = [torch.where((weight == 0).expand(shape), torch.zeros_like(t), t) for t in terms]
     return [rounded(sum_to_shape(t, x.shape), x.dtype) for t, x in zip(kept, inputs, strict=True)]

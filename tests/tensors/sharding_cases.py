@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import kl_ext
-from gaussian_cases import REDUCTIONS
+from operators import REDUCING, named
+from reduction_cases import REDUCTIONS
 
 COUNT = 4  # of ranks: enough for shards that are empty and for a mesh of two dimensions that both matter
 
@@ -73,26 +74,10 @@ WEIGHTS: dict[str, tuple[tuple[int, ...], str]] = {
 KINDS = ("none", "sum of 0", "mean", "mean of 0 and 1, kept", "batchmean")
 each_kind = pytest.mark.parametrize("how", [REDUCTIONS[kind] for kind in KINDS], ids=KINDS)
 
-ARGUMENTS = {
-    "kl_div_single_loss": {"p": "mu", "log p": "log_var"},
-    "kl_div_pair_loss": {"p": "mu_p", "log p": "log_var_p", "q": "mu_q", "log q": "log_var_q"},
-    "gaussian_kl_div": {"p": "mu_p", "log p": "log_var_p", "q": "mu_q", "log q": "log_var_q"},
-    "normal_kl_div": {"p": "loc_p", "log p": "scale_p", "q": "loc_q", "log q": "scale_q"},
-}
-REDUCING = ("gaussian_kl_div", "normal_kl_div")
-each_weighted = pytest.mark.parametrize("name", REDUCING)
+each_reducing_name = pytest.mark.parametrize("name", [operator.name for operator in REDUCING])
 
 
 # What plain torch has.
-
-
-def terms_of(name: str, p: Tensor, log_p: Tensor, q: Tensor | float = 0.0, log_q: Tensor | None = None) -> Tensor:
-    if name == "normal_kl_div":
-        log_p, log_q = 2 * log_p.log(), None if log_q is None else 2 * log_q.log()
-    log_q = torch.zeros_like(log_p) if log_q is None else log_q
-    r = log_p - log_q
-    kl = 0.5 * (torch.expm1(r) - r + (p - q).square() / log_q.exp())
-    return 2 * kl + 0.5 if name == "kl_div_pair_loss" else kl
 
 
 def reduced(terms: Tensor, weight: Tensor | None, reduction: str = "none", dim: Any = None, keepdim: bool = False) -> Tensor:
@@ -133,15 +118,14 @@ def placed(whole: Tensor, mesh: Any, placements: str) -> Any:
 
 def random_inputs(name: str, layout: Layout, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     whole = {key: torch.rand(shape) * 4 - 2 for key, (shape, _) in layout[1].items()}
-    if name == "normal_kl_div":
-        whole = {key: x.exp2().clamp(0.5, 2) if key.startswith("log") else x for key, x in whole.items()}
-    return {key: x.to(dtype) for key, x in whole.items()}
+    return {key: named(name).suited(i, x).to(dtype) for i, (key, x) in enumerate(whole.items())}
 
 
 def sharded(name: str, layout: Layout, whole: dict[str, Tensor]) -> dict[str, Any]:
     """The arguments by their names."""
     mesh = mesh_of(layout[0])
-    return {ARGUMENTS[name][key]: placed(x, mesh, layout[1][key][1]).requires_grad_() for key, x in whole.items()}
+    arguments = zip(named(name).arguments, whole.items(), strict=False)
+    return {argument: placed(x, mesh, layout[1][key][1]).requires_grad_() for argument, (key, x) in arguments}
 
 
 def random_weight(shape: tuple[int, ...], is_mask: bool) -> Tensor:
@@ -177,7 +161,7 @@ def check(
 
     shape = torch.broadcast_shapes(*(x.shape for x in whole.values()))
     leaves = [x.double().expand(shape).clone().requires_grad_() for x in whole.values()]
-    terms = terms_of(name, *leaves)
+    terms = named(name).terms(*leaves)
     expected = reduced(terms, mask, **how)
     assert_close(result.full_tensor().detach(), expected.detach(), VALUE * expected.detach())
     of_terms, *of_leaves = torch.autograd.grad(expected, [terms, *leaves], grad_output.double())

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kl_ext.distributions import DiagonalGaussianDistribution, register, unregister
-from loss_cases import CLOSE
+from operators import CLOSE
 
 # Of sums of up to a thousand terms, none of them negative: 2.5 ulp for each against N(0, 1), then 21 roundings.
 SUM_OF_FLOATS = {"rtol": (2 * 2.5 + 21) * 2.0**-24, "atol": 0.0}

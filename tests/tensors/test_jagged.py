@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import kl_ext
-from loss_cases import CLOSE, HALF_TYPES
+from operators import CLOSE, ELEMENTWISE, GAUSSIAN, HALF_TYPES, OPERATORS, REDUCING, named
 from oracle import same_bits
 
 LENGTHS = (3, 0, 5, 1)
@@ -23,24 +23,8 @@ def jagged(values: Tensor, like: Tensor | None = None, ragged_dim: int = 1) -> T
     return torch.nested.nested_tensor_from_jagged(values, OFFSETS if like is None else like.offsets(), jagged_dim=ragged_dim)
 
 
-def of_log_variances(p: Sequence[Tensor], q: Sequence[Tensor]) -> Tensor:
-    mu_q, log_var_q = q or (torch.zeros(()), torch.zeros(()))
-    return (log_var_q - p[1] + (p[1].exp() + (p[0] - mu_q) ** 2) / log_var_q.exp() - 1) / 2
-
-
-def of_deviations(p: Sequence[Tensor], q: Sequence[Tensor]) -> Tensor:
-    loc_q, scale_q = q or (torch.zeros(()), torch.ones(()))
-    return (scale_q / p[1]).log() + (p[1] ** 2 + (p[0] - loc_q) ** 2) / (2 * scale_q**2) - 0.5
-
-
-FORMULAS: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
-    "kl_div_single_loss": of_log_variances,
-    "kl_div_pair_loss": lambda p, q: 2 * of_log_variances(p, q) + 0.5,
-    "gaussian_kl_div": of_log_variances,
-    "normal_kl_div": of_deviations,
-}
-ELEMENTWISE = [("kl_div_single_loss", 2), ("kl_div_pair_loss", 4)]
-REDUCED = [(name, count) for name in ("gaussian_kl_div", "normal_kl_div") for count in (2, 4)]
+ELEMENTWISE_COUNTS = [(operator.name, count) for operator in ELEMENTWISE for count in operator.counts]
+REDUCED_COUNTS = [(operator.name, count) for operator in REDUCING for count in operator.counts]
 
 Shape = tuple[int, ...] | str
 
@@ -48,11 +32,11 @@ Shape = tuple[int, ...] | str
 def input_of(shape: Shape, is_positive: bool = False, dtype: torch.dtype = torch.float64) -> Tensor:
     """A leaf, of the values where it is jagged."""
     x = torch.rand((ROWS, *({"jagged": (WIDTH,), "narrow": (1,)}[shape])) if isinstance(shape, str) else shape) * 4 - 2
-    return (x.exp() if is_positive else x).to(dtype).requires_grad_()
+    return (x.abs() + 0.5 if is_positive else x).to(dtype).requires_grad_()
 
 
 def inputs_of(name: str, shapes: Sequence[Shape], dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    return [input_of(shape, name == "normal_kl_div" and i % 2 == 1, dtype) for i, shape in enumerate(shapes)]
+    return [input_of(shape, named(name).has_deviations and i % 2 == 1, dtype) for i, shape in enumerate(shapes)]
 
 
 def as_given(leaves: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
@@ -82,7 +66,7 @@ def expected(
     terms, weights = [], []
     for index in range(BATCH):
         rows = [sequence(leaf, shape, index) for leaf, shape in zip(leaves, shapes, strict=True)]
-        t = FORMULAS[name](rows[:2], rows[2:]).expand(LENGTHS[index], WIDTH)
+        t = named(name).terms(*rows).expand(LENGTHS[index], WIDTH)
         w = torch.ones(()) if weight is None else sequence(weight, weight_shape, index)
         w = w.double().expand_as(t)
         weights.append(w)
@@ -166,7 +150,7 @@ BY_SEQUENCE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "count"), REDUCED)
+@pytest.mark.parametrize(("name", "count"), REDUCED_COUNTS)
 @pytest.mark.parametrize("keepdim", [False, True])
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 def test_divergences_and_their_reductions(name: str, count: int, how: dict[str, Any], keepdim: bool) -> None:
@@ -174,7 +158,7 @@ def test_divergences_and_their_reductions(name: str, count: int, how: dict[str, 
         check(name, ("jagged", "jagged", *prior), **how, keepdim=keepdim)
 
 
-@pytest.mark.parametrize(("name", "count"), REDUCED)
+@pytest.mark.parametrize(("name", "count"), REDUCED_COUNTS)
 @pytest.mark.parametrize("keepdim", [False, True])
 @pytest.mark.parametrize("how", BY_SEQUENCE.values(), ids=BY_SEQUENCE)
 def test_sums_and_means_of_each_sequence(name: str, count: int, how: dict[str, Any], keepdim: bool) -> None:
@@ -182,7 +166,7 @@ def test_sums_and_means_of_each_sequence(name: str, count: int, how: dict[str, A
         check(name, ("jagged", "jagged", *prior), **how, keepdim=keepdim)
 
 
-@pytest.mark.parametrize(("name", "count"), REDUCED)
+@pytest.mark.parametrize(("name", "count"), REDUCED_COUNTS)
 @pytest.mark.parametrize("weight", ["jagged", "narrow", (WIDTH,), (BATCH, 1, 1), (BATCH, 1, WIDTH), ()], ids=str)
 @pytest.mark.parametrize("how", [*HOW.values(), *BY_SEQUENCE.values()], ids=[*HOW, *BY_SEQUENCE])
 def test_weights(name: str, count: int, how: dict[str, Any], weight: Shape) -> None:
@@ -236,7 +220,7 @@ def test_sums_over_everything_are_those_of_the_values() -> None:
             assert same_bits(values_of(result), kl_ext.gaussian_kl_div(mu, log_var, **how))
 
 
-@pytest.mark.parametrize(("name", "count"), [*ELEMENTWISE, *REDUCED])
+@pytest.mark.parametrize(("name", "count"), [*ELEMENTWISE_COUNTS, *REDUCED_COUNTS])
 def test_gradients_are_jagged_with_the_same_structure(name: str, count: int) -> None:
     inputs = as_given([x.detach() for x in inputs_of(name, ["jagged"] * count)], ["jagged"] * count)
     inputs = [x.detach().requires_grad_() for x in inputs]
@@ -253,7 +237,7 @@ def test_gradients_are_jagged_with_the_same_structure(name: str, count: int) -> 
 def test_any_gradients_may_be_wanted(wanted: Sequence[bool]) -> None:
     shapes = ("jagged", "jagged", (BATCH, 1, WIDTH), (WIDTH,))
     all_leaves = inputs_of("gaussian_kl_div", shapes)
-    for name, count in (*ELEMENTWISE, ("gaussian_kl_div", 2), ("gaussian_kl_div", 4)):
+    for name, count in (*ELEMENTWISE_COUNTS, ("gaussian_kl_div", 2), ("gaussian_kl_div", 4)):
         if not any(wanted[:count]):
             continue
         leaves = [x.detach().requires_grad_(is_wanted) for x, is_wanted in zip(all_leaves, wanted[:count])]
@@ -286,7 +270,7 @@ def test_sequences_of_one_dimension() -> None:
     per_sequence = torch.randn(BATCH, 1).double()
     terms = kl_ext.gaussian_kl_div(jagged(mu), jagged(log_var), per_sequence, 0.0)
     by_row = per_sequence.repeat_interleave(torch.tensor(LENGTHS), 0).squeeze(1)
-    torch.testing.assert_close(terms.values(), of_log_variances((mu, log_var), (by_row, torch.zeros(()))), **CLOSE)
+    torch.testing.assert_close(terms.values(), GAUSSIAN.terms(mu, log_var, by_row, torch.zeros(())), **CLOSE)
     total = kl_ext.gaussian_kl_div(jagged(mu), jagged(log_var), per_sequence, 0.0, reduction="batchmean")
     torch.testing.assert_close(total, terms.values().sum() / BATCH, **CLOSE)
 
@@ -296,7 +280,7 @@ def test_halves_of_an_encoders_result() -> None:
     mu, log_var = jagged(encoded).chunk(2, -1)
     kl_ext.gaussian_kl_div(mu, log_var, reduction="batchmean").backward()
     values = encoded.detach().requires_grad_()
-    (of_log_variances(values.chunk(2, -1), ()).sum() / BATCH).backward()
+    (GAUSSIAN.terms(*values.chunk(2, -1)).sum() / BATCH).backward()
     torch.testing.assert_close(encoded.grad, values.grad, **CLOSE)
 
 
@@ -382,7 +366,7 @@ def test_compiled_whole(how: dict[str, Any]) -> None:
 
 def test_every_operator_is_tested_here() -> None:
     names = {name.removeprefix("kl_ext::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("kl_ext::")}
-    assert {name for name in names if not name.endswith(("_backward", ".out"))} <= set(FORMULAS)
+    assert {name for name in names if not name.endswith(("_backward", ".out"))} <= {operator.name for operator in OPERATORS}
 
 
 # What is refused.

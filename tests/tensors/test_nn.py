@@ -14,16 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import kl_ext
 from kl_ext import nn, reference
-from loss_cases import CLOSE
+from operators import CLOSE, OPERATORS, Operator
 
-FUNCTIONS = {
-    nn.KLDivSingleLoss: kl_ext.kl_div_single_loss,
-    nn.KLDivPairLoss: kl_ext.kl_div_pair_loss,
-    nn.GaussianKLDivLoss: kl_ext.gaussian_kl_div,
-    nn.NormalKLDivLoss: kl_ext.normal_kl_div,
-}
+
+def module_of(operator: Operator) -> Any:
+    """The class that is named as the function is: GaussianKLDivLoss for gaussian_kl_div."""
+    words = [word.upper() if word == "kl" else word.capitalize() for word in operator.name.removesuffix("_loss").split("_")]
+    return getattr(nn, "".join([*words, "Loss"]))
+
+
+FUNCTIONS = {module_of(operator): operator.function for operator in OPERATORS}
 CLAMPS: list[dict[str, Any]] = [{}, {"clamp_min": -0.5}, {"clamp_min": None, "clamp_max": 0.5}]
 REDUCTIONS: list[dict[str, Any]] = [
     {},
@@ -33,10 +34,10 @@ REDUCTIONS: list[dict[str, Any]] = [
 ]
 # Each module with options, and the tensors of a call, by their number.
 CASES = [
-    *((nn.KLDivSingleLoss, how, 2) for how in CLAMPS),
-    *((nn.KLDivPairLoss, how, 4) for how in CLAMPS),
-    *((nn.GaussianKLDivLoss, how | {"clamp_max": 1.0}, count) for how in REDUCTIONS for count in (2, 4, 5)),
-    *((nn.NormalKLDivLoss, how, count) for how in REDUCTIONS for count in (2, 4, 5)),
+    (module_of(operator), operator.taken(how), count)
+    for operator in OPERATORS
+    for how in ([how | {"clamp_max": 1.0} for how in REDUCTIONS] if operator.reduces else CLAMPS)
+    for count in [*operator.counts, *([operator.count + 1] if operator.reduces else [])]
 ]
 each_case = pytest.mark.parametrize(
     ("kind", "how", "count"), CASES, ids=[f"{kind.__name__}({how}) of {count}" for kind, how, count in CASES]
@@ -82,7 +83,7 @@ def test_names_and_defaults_are_those_of_the_function(kind: type) -> None:
     assert list(call) == [name for name in function if name not in options]
 
 
-@pytest.mark.parametrize("kind", [nn.GaussianKLDivLoss, nn.NormalKLDivLoss])
+@pytest.mark.parametrize("kind", [module_of(operator) for operator in OPERATORS if operator.numbers])
 def test_q_may_be_numbers(kind: type) -> None:
     inputs = inputs_of(2)
     torch.testing.assert_close(kind()(*inputs, 0.5, 0.25), expected_of(kind, {}, [*inputs, 0.5, 0.25]), **CLOSE)

@@ -15,26 +15,25 @@ import torch
 from torch import Tensor
 
 import kl_ext
-from gaussian_cases import REDUCTIONS
+from operators import GAUSSIAN
 from ranks import Ranks
+from reduction_cases import REDUCTIONS
 from sharding_cases import (
     COUNT,
     PAIR,
-    REDUCING,
     SINGLE,
     TERMS,
     WEIGHTS,
     Layout,
     check,
     each_kind,
-    each_weighted,
+    each_reducing_name,
     mesh_of,
     placed,
     random_inputs,
     random_weight,
     reduced,
     sharded,
-    terms_of,
 )
 
 
@@ -62,7 +61,7 @@ def test_pair_loss(layout: Layout, ranks: Ranks, seed: int) -> None:
 
 @each_kind
 @pytest.mark.parametrize("layout", [*SINGLE.values(), *PAIR.values()], ids=[*SINGLE, *PAIR])
-@pytest.mark.parametrize("name", REDUCING)
+@each_reducing_name
 def test_reductions(name: str, layout: Layout, how: dict[str, Any], ranks: Ranks, seed: int) -> None:
     ranks.run(check, name, layout, how, seed)
 
@@ -70,7 +69,7 @@ def test_reductions(name: str, layout: Layout, how: dict[str, Any], ranks: Ranks
 @each_kind
 @pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS.keys())
 @pytest.mark.parametrize("layout", [SINGLE["sharded along 2"], PAIR["prior [D] replicated"]], ids=["2", "prior"])
-@each_weighted
+@each_reducing_name
 def test_weights(
     name: str, layout: Layout, weight: tuple[tuple[int, ...], str], how: dict[str, Any], ranks: Ranks, seed: int
 ) -> None:
@@ -78,7 +77,7 @@ def test_weights(
 
 
 @each_kind
-@each_weighted
+@each_reducing_name
 def test_weights_on_a_mesh_of_two_dimensions(name: str, how: dict[str, Any], ranks: Ranks, seed: int) -> None:
     ranks.run(check, name, PAIR["prior on a mesh of two"], how, seed, ((5, 1, 8), "R S0"))
 
@@ -96,7 +95,7 @@ def check_left_out(name: str, how: dict[str, Any], seed: int) -> None:
 
 
 @pytest.mark.parametrize("how", [{}, {"reduction": "mean"}, {"reduction": "sum", "dim": -1}], ids=["none", "mean", "rows"])
-@each_weighted
+@each_reducing_name
 def test_padding_that_a_weight_leaves_out_is_seen_on_no_rank(name: str, how: Any, ranks: Ranks, seed: int) -> None:
     ranks.run(check_left_out, name, how, seed)
 
@@ -109,7 +108,7 @@ def check_nothing_left(name: str) -> None:
     assert not bool(gradient.full_tensor().any())
 
 
-@each_weighted
+@each_reducing_name
 def test_a_mean_of_nothing_is_nan_and_has_no_gradient(name: str, ranks: Ranks) -> None:
     ranks.run(check_nothing_left, name)
 
@@ -119,7 +118,7 @@ def check_in_turn(name: str, layout: Layout, seed: int) -> list[tuple[str, list[
     return [check(name, layout, how, seed) for how in (*REDUCTIONS.values(), *reversed(REDUCTIONS.values()))]
 
 
-@pytest.mark.parametrize("name", REDUCING)
+@each_reducing_name
 def test_each_reduction_has_its_own_placements_whatever_came_before(name: str, ranks: Ranks, seed: int) -> None:
     split, rows = "(Partial(sum),)", "(Shard(dim=0),)"
     expected = {
@@ -191,7 +190,7 @@ def test_only_the_smaller_tensors_are_moved(ranks: Ranks) -> None:
     assert counts == [{"all_gather_into_tensor": 4}] * COUNT  # two of q, forward and backward
 
 
-@each_weighted
+@each_reducing_name
 def test_a_weighted_mean_communicates_one_sum(name: str, ranks: Ranks) -> None:
     layout, weight = SINGLE["sharded along 0"], WEIGHTS["of each row"]
     counts = ranks.run(communicated, name, layout, {"reduction": "mean"}, weight)
@@ -281,7 +280,7 @@ def check_enlarging(name: str) -> None:
         getattr(kl_ext, name)(mu, mu, weight=placed(torch.ones(COUNT, 3), mesh_of((COUNT,)), "S0"))
 
 
-@each_weighted
+@each_reducing_name
 def test_a_weight_that_would_enlarge_is_refused(name: str, ranks: Ranks) -> None:
     ranks.run(check_enlarging, name)
 
@@ -293,7 +292,7 @@ def check_second(how: dict[str, Any], seed: int) -> None:
     tensors = list(sharded("gaussian_kl_div", layout, whole).values())
     leaves = [x.clone().requires_grad_() for x in whole.values()]
     value = kl_ext.gaussian_kl_div(*tensors, **how).square().sum()
-    exact = reduced(terms_of("gaussian_kl_div", *leaves), None, **how).square().sum()
+    exact = reduced(GAUSSIAN.terms(*leaves), None, **how).square().sum()
     first = torch.autograd.grad(value, tensors, create_graph=True)
     expected = torch.autograd.grad(exact, leaves, create_graph=True)
     second = torch.autograd.grad(sum(x.square().sum() for x in first), tensors)

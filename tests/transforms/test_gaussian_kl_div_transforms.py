@@ -17,9 +17,10 @@ from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from gaussian_cases import SHAPES, Divergence, each_divergence, each_reduction
-from loss_cases import batching_fallbacks, no_fallback  # noqa: F401 (a fixture)
+from batching import batching_fallbacks, no_fallback  # noqa: F401 (a fixture)
+from operators import Operator, each_reducing_operator
 from oracle import same_bits
+from reduction_cases import SHAPES, each_reduction
 
 pytestmark = pytest.mark.usefixtures("no_fallback")
 Function = Callable[..., Tensor]
@@ -50,17 +51,17 @@ TRANSFORMS: dict[str, Callable[[Function], Callable[..., Any]]] = {
 }
 
 
-@each_divergence
+@each_reducing_operator
 @pytest.mark.parametrize("shapes", [SHAPES["standard"], SHAPES["prior [D]"], SHAPES["all broadcast"]], ids=str)
 @each_reduction
 def test_a_transform_gives_what_it_gives_of_the_formula(
-    divergence: Divergence, shapes: Sequence[Sequence[int]], how: dict[str, Any], device: torch.device
+    operator: Operator, shapes: Sequence[Sequence[int]], how: dict[str, Any], device: torch.device
 ) -> None:
-    inputs = divergence.inputs(*([min(n, 2) for n in shape] for shape in shapes), device=device)
+    inputs = operator.inputs(*([min(n, 2) for n in shape] for shape in shapes), device=device)
     for name, transform in TRANSFORMS.items():
-        actual = transform(divergence.with_(how))(*inputs)
+        actual = transform(operator.with_(how))(*inputs)
         with batching_fallbacks(shown=False):
-            expected = transform(divergence.formula_with(how))(*inputs)
+            expected = transform(operator.formula_with(how))(*inputs)
         for a, e in zip(tree_flatten(actual)[0], tree_flatten(expected)[0], strict=True):
             torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -76,61 +77,61 @@ def assert_same_bits(actual: Any, expected: Any, about: object = "") -> None:
         assert same_bits(a, e), about
 
 
-@each_divergence
+@each_reducing_operator
 @each_reduction
 def test_vmap_over_any_in_dims_gives_the_bits_of_the_examples_alone(
-    divergence: Divergence, how: dict[str, Any], device: torch.device
+    operator: Operator, how: dict[str, Any], device: torch.device
 ) -> None:
     for count in (2, 4):
-        inputs = divergence.inputs(*[(3, 3, 3, 3)] * count, device=device, dtype=torch.float32)
+        inputs = operator.inputs(*[(3, 3, 3, 3)] * count, device=device, dtype=torch.float32)
         combinations = list(itertools.product([None, 0, 2, -1], repeat=count))
         for in_dims in combinations[1 :: 1 if count == 2 else 11]:
             given = [x if d is not None else x[0] for x, d in zip(inputs, in_dims, strict=True)]
-            actual = vmap(divergence.with_(how), in_dims=in_dims)(*given)
-            assert_same_bits(actual, one_by_one(divergence.with_(how), in_dims, *given), in_dims)
+            actual = vmap(operator.with_(how), in_dims=in_dims)(*given)
+            assert_same_bits(actual, one_by_one(operator.with_(how), in_dims, *given), in_dims)
 
 
-@each_divergence
+@each_reducing_operator
 @each_reduction
 def test_vmap_of_examples_of_different_ranks_gives_the_bits_of_the_examples_alone(
-    divergence: Divergence, how: dict[str, Any], device: torch.device
+    operator: Operator, how: dict[str, Any], device: torch.device
 ) -> None:
     for shapes in (SHAPES["prior [D]"], SHAPES["all broadcast"], SHAPES["q is the largest"], SHAPES["standard, outer"]):
         for batched in itertools.product([True, False], repeat=len(shapes)):
             if any(batched):
                 sizes = [(5, *shape) if b else shape for shape, b in zip(shapes, batched, strict=True)]
-                inputs = divergence.inputs(*sizes, device=device, dtype=torch.float32)
+                inputs = operator.inputs(*sizes, device=device, dtype=torch.float32)
                 in_dims = tuple(0 if b else None for b in batched)
-                actual = vmap(divergence.with_(how), in_dims=in_dims)(*inputs)
-                assert_same_bits(actual, one_by_one(divergence.with_(how), in_dims, *inputs), (sizes, in_dims))
+                actual = vmap(operator.with_(how), in_dims=in_dims)(*inputs)
+                assert_same_bits(actual, one_by_one(operator.with_(how), in_dims, *inputs), (sizes, in_dims))
 
 
-@each_divergence
+@each_reducing_operator
 @each_reduction
 def test_vmap_of_gradients_gives_the_bits_of_the_examples_alone(
-    divergence: Divergence, how: dict[str, Any], device: torch.device
+    operator: Operator, how: dict[str, Any], device: torch.device
 ) -> None:
     """Per-sample gradients, of shared inputs too."""
     for shapes in (SHAPES["standard"], SHAPES["prior [D]"], SHAPES["prior of scalars"], SHAPES["q is the largest"]):
         for batched in itertools.product([True, False], repeat=len(shapes)):
             if any(batched):
                 sizes = [(3, *shape) if b else shape for shape, b in zip(shapes, batched, strict=True)]
-                inputs = divergence.inputs(*sizes, device=device, dtype=torch.float32)
+                inputs = operator.inputs(*sizes, device=device, dtype=torch.float32)
                 in_dims = tuple(0 if b else None for b in batched)
-                gradients = TRANSFORMS["grad"](divergence.with_(how))
+                gradients = TRANSFORMS["grad"](operator.with_(how))
                 assert_same_bits(vmap(gradients, in_dims=in_dims)(*inputs), one_by_one(gradients, in_dims, *inputs), in_dims)
 
 
-@each_divergence
+@each_reducing_operator
 @each_reduction
 def test_vmap_of_the_backward_operator_gives_the_bits_of_the_examples_alone(
-    divergence: Divergence, how: dict[str, Any], device: torch.device
+    operator: Operator, how: dict[str, Any], device: torch.device
 ) -> None:
     def backward(*tensors: Tensor) -> list[Tensor]:
-        return divergence.backward(*tensors, **how)
+        return operator.backward(*tensors, **how)
 
-    inputs = divergence.inputs(*SHAPES["prior [D]"], device=device, dtype=torch.float32)
-    grad_output = torch.randn_like(divergence(*inputs, **how))
+    inputs = operator.inputs(*SHAPES["prior [D]"], device=device, dtype=torch.float32)
+    grad_output = torch.randn_like(operator(*inputs, **how))
     for in_dims in itertools.product([None, 0, -1], repeat=5):
         if sum(d is not None for d in in_dims) in (1, 3, 5):
             given = [
@@ -140,11 +141,11 @@ def test_vmap_of_the_backward_operator_gives_the_bits_of_the_examples_alone(
             assert_same_bits(vmap(backward, in_dims=in_dims)(*given), one_by_one(backward, in_dims, *given), in_dims)
 
 
-@each_divergence
+@each_reducing_operator
 @each_reduction
-def test_nested_vmap_reduces_neither_batch(divergence: Divergence, how: dict[str, Any], device: torch.device) -> None:
-    inputs = divergence.inputs((3, 2, 3, 4, 2), (3, 2, 3, 4, 2), device=device, dtype=torch.float32)
-    f = divergence.with_(how)
+def test_nested_vmap_reduces_neither_batch(operator: Operator, how: dict[str, Any], device: torch.device) -> None:
+    inputs = operator.inputs((3, 2, 3, 4, 2), (3, 2, 3, 4, 2), device=device, dtype=torch.float32)
+    f = operator.with_(how)
     for inner, outer in ((0, 0), (1, -1), (-1, 0)):
         actual = vmap(vmap(f, in_dims=inner), in_dims=outer)(*inputs)
         expected = one_by_one(lambda *a, d=inner: one_by_one(f, (d, d), *a), (outer, outer), *inputs)
@@ -154,41 +155,41 @@ def test_nested_vmap_reduces_neither_batch(divergence: Divergence, how: dict[str
     assert_same_bits(actual, torch.stack([torch.stack(row) for row in expected]))
 
 
-@each_divergence
+@each_reducing_operator
 @pytest.mark.parametrize("how", [{"reduction": r, "dim": d} for r in ("sum", "mean") for d in (None, 0, -1, ())], ids=str)
 def test_vmap_over_zero_dimensional_examples_reduces_nothing(
-    divergence: Divergence, how: dict[str, Any], device: torch.device
+    operator: Operator, how: dict[str, Any], device: torch.device
 ) -> None:
     for count in (2, 4):
-        inputs = divergence.inputs(*[(5,)] * count, device=device, dtype=torch.float32)
-        assert same_bits(vmap(divergence.with_(how))(*inputs), divergence(*inputs))
-        gradients = vmap(TRANSFORMS["grad"](divergence.with_(how)))(*inputs)
-        assert_same_bits(gradients, one_by_one(TRANSFORMS["grad"](divergence.with_(how)), (0,) * count, *inputs))
+        inputs = operator.inputs(*[(5,)] * count, device=device, dtype=torch.float32)
+        assert same_bits(vmap(operator.with_(how))(*inputs), operator(*inputs))
+        gradients = vmap(TRANSFORMS["grad"](operator.with_(how)))(*inputs)
+        assert_same_bits(gradients, one_by_one(TRANSFORMS["grad"](operator.with_(how)), (0,) * count, *inputs))
 
 
-@each_divergence
-def test_vmap_takes_the_dtype_of_the_examples(divergence: Divergence, device: torch.device) -> None:
+@each_reducing_operator
+def test_vmap_takes_the_dtype_of_the_examples(operator: Operator, device: torch.device) -> None:
     """A 0-dim float64 example does not promote, however many there are; arithmetic and rounding are the example's."""
-    half, double = divergence.inputs((5, 4), (5,), device=device)
+    half, double = operator.inputs((5, 4), (5,), device=device)
     half = half.half()
     for how in ({}, {"reduction": "mean"}, {"reduction": "batchmean"}, {"reduction": "sum", "dtype": torch.float64}):
-        actual = vmap(divergence.with_(how))(half, double)
-        assert_same_bits(actual, one_by_one(divergence.with_(how), (0, 0), half, double))
+        actual = vmap(operator.with_(how))(half, double)
+        assert_same_bits(actual, one_by_one(operator.with_(how), (0, 0), half, double))
 
 
-@each_divergence
-def test_numbers_for_q_work_under_vmap(divergence: Divergence, device: torch.device) -> None:
-    inputs = divergence.inputs((5, 3), (5, 3), device=device, dtype=torch.float32)
-    actual = vmap(lambda *a: divergence(*a, *divergence.numbers, reduction="sum"))(*inputs)
-    assert same_bits(actual, divergence(*inputs, *divergence.numbers, reduction="sum", dim=1))
+@each_reducing_operator
+def test_numbers_for_q_work_under_vmap(operator: Operator, device: torch.device) -> None:
+    inputs = operator.inputs((5, 3), (5, 3), device=device, dtype=torch.float32)
+    actual = vmap(lambda *a: operator(*a, *operator.numbers, reduction="sum"))(*inputs)
+    assert same_bits(actual, operator(*inputs, *operator.numbers, reduction="sum", dim=1))
 
 
-@each_divergence
-def test_vmap_over_empty_examples_gives_what_torch_gives(divergence: Divergence, device: torch.device) -> None:
+@each_reducing_operator
+def test_vmap_over_empty_examples_gives_what_torch_gives(operator: Operator, device: torch.device) -> None:
     x = torch.empty(4, 0, 3, device=device)
     for reduction in ("sum", "mean"):
         for dim in (None, 0, 1, (0, 1)):
-            actual = vmap(lambda a, r=reduction, d=dim: divergence(a, a, reduction=r, dim=d))(x)
+            actual = vmap(lambda a, r=reduction, d=dim: operator(a, a, reduction=r, dim=d))(x)
             expected = vmap(lambda a, r=reduction, d=dim: getattr(torch, r)(a, d) if d is not None else getattr(torch, r)(a))(x)
             assert same_bits(actual, expected)
 
@@ -206,28 +207,28 @@ class Divisors(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-@each_divergence
+@each_reducing_operator
 @each_reduction
 @pytest.mark.parametrize("mapped", [vmap, legacy_vmap], ids=["torch.func", "is_grads_batched"])
 def test_batches_are_divided_by_tensors_of_their_device(
-    divergence: Divergence, how: dict[str, Any], mapped: Callable[..., Any]
+    operator: Operator, how: dict[str, Any], mapped: Callable[..., Any]
 ) -> None:
     """By a number, or a tensor of the CPU, torch on a GPU multiplies with the reciprocal: other bits than a quotient's."""
     with FakeTensorMode(), Divisors() as divisors:
         inputs = [torch.randn((5, *shape), device="cuda") for shape in SHAPES["prior [D]"]]
-        grad_output = torch.randn_like(vmap(divergence.with_(how))(*inputs))
-        mapped(lambda *a: tuple(divergence.backward(*a, **how)))(grad_output, *inputs)
+        grad_output = torch.randn_like(vmap(operator.with_(how))(*inputs))
+        mapped(lambda *a: tuple(operator.backward(*a, **how)))(grad_output, *inputs)
     # What is left to the rules: the size of an example's first dimension, which the operators do not see.
     assert len(divisors.seen) == (2 if how.get("reduction") == "batchmean" else 0)
     for divisor in divisors.seen:
         assert isinstance(divisor, Tensor) and (divisor.device.type, divisor.shape) == ("cuda", ())
 
 
-@each_divergence
+@each_reducing_operator
 @pytest.mark.parametrize("reduction", ["mean", "batchmean"])
-def test_derivatives_are_divided_by_tensors_too(divergence: Divergence, reduction: str, device: torch.device) -> None:
-    leaves = divergence.inputs((3, 2), (3, 2), device=device, requires_grad=True)
-    f = divergence.with_({"reduction": reduction})
+def test_derivatives_are_divided_by_tensors_too(operator: Operator, reduction: str, device: torch.device) -> None:
+    leaves = operator.inputs((3, 2), (3, 2), device=device, requires_grad=True)
+    f = operator.with_({"reduction": reduction})
     with Divisors() as divisors:
         gradients = grad(f(*leaves), leaves, create_graph=True)
         assert not divisors.seen
@@ -241,15 +242,15 @@ def test_derivatives_are_divided_by_tensors_too(divergence: Divergence, reductio
 # The batched modes of torch.autograd, which are older than torch.func
 
 
-@each_divergence
+@each_reducing_operator
 @pytest.mark.parametrize("shapes", [SHAPES["standard"], SHAPES["prior [D]"], SHAPES["prior of the middle"]], ids=str)
 @each_reduction
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_is_grads_batched_gives_the_gradients_one_by_one(
-    divergence: Divergence, shapes: Sequence[Sequence[int]], how: dict[str, Any], create_graph: bool, device: torch.device
+    operator: Operator, shapes: Sequence[Sequence[int]], how: dict[str, Any], create_graph: bool, device: torch.device
 ) -> None:
-    leaves = divergence.inputs(*shapes, device=device, requires_grad=True)
-    value = divergence(*leaves, **how)
+    leaves = operator.inputs(*shapes, device=device, requires_grad=True)
+    value = operator(*leaves, **how)
     weights = torch.randn(3, *value.shape, dtype=torch.float64, device=device)
     batched = grad(value, leaves, weights, is_grads_batched=True, retain_graph=True, create_graph=create_graph)
     for i, weight in enumerate(weights):
@@ -257,12 +258,12 @@ def test_is_grads_batched_gives_the_gradients_one_by_one(
             assert same_bits(a[i].detach(), e)
 
 
-@each_divergence
+@each_reducing_operator
 @each_reduction
 def test_torch_autograd_functional_gives_what_it_gives_of_the_formula(
-    divergence: Divergence, how: dict[str, Any], device: torch.device
+    operator: Operator, how: dict[str, Any], device: torch.device
 ) -> None:
-    inputs = tuple(divergence.inputs((2, 2, 2), (2,), device=device))
+    inputs = tuple(operator.inputs((2, 2, 2), (2,), device=device))
     calls: dict[str, Callable[[Function], Any]] = {
         "jacobian": lambda f: functional.jacobian(f, inputs),
         "vectorized jacobian": lambda f: functional.jacobian(f, inputs, vectorize=True),
@@ -270,8 +271,8 @@ def test_torch_autograd_functional_gives_what_it_gives_of_the_formula(
         "vectorized hessian": lambda f: functional.hessian(summed(f), inputs, vectorize=True),
     }
     for name, call in calls.items():
-        actual = call(divergence.with_(how))
+        actual = call(operator.with_(how))
         with batching_fallbacks(shown=False):
-            expected = call(divergence.formula_with(how))
+            expected = call(operator.formula_with(how))
         for a, e in zip(tree_flatten(actual)[0], tree_flatten(expected)[0], strict=True):
             torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")

@@ -14,15 +14,9 @@ from torch.func import functionalize, hessian, jacfwd, jacrev, jvp, linearize, v
 from torch.func import grad as func_grad
 from torch.utils._pytree import tree_flatten, tree_map
 
-from loss_cases import (
-    DTYPES,
-    HALF_TYPES,
-    Loss,
-    batching_fallbacks,
-    each_loss,
-    each_loss_and_wanted,
-    no_fallback,  # noqa: F401 (a fixture)
-)
+from batching import batching_fallbacks, no_fallback  # noqa: F401 (a fixture)
+from operator_cases import each_elementwise_operator_and_wanted
+from operators import DTYPES, HALF_TYPES, Operator, each_elementwise_operator
 from oracle import same_bits
 
 Function = Callable[..., Tensor]
@@ -41,31 +35,28 @@ def test_a_batching_fallback_would_be_seen(kind: str, capfd: pytest.CaptureFixtu
         assert "batching rule for kl_ext_test::twice" in capfd.readouterr().err
 
 
-def sides(loss: Loss, transform: Callable[[Function], Callable[..., Any]], *inputs: Tensor) -> tuple[Any, Any]:
+def sides(operator: Operator, transform: Callable[[Function], Callable[..., Any]], *inputs: Tensor) -> tuple[Any, Any]:
     """What the transform gives of the loss and of the formula, which may do as it likes about batching."""
-    actual = transform(loss.function)(*inputs)
+    actual = transform(operator.function)(*inputs)
     with batching_fallbacks(shown=False):
-        return actual, transform(loss.formula)(*inputs)
+        return actual, transform(operator.formula)(*inputs)
 
 
-def assert_same(loss: Loss, transform: Callable[[Function], Callable[..., Any]], *inputs: Tensor) -> None:
-    actual, expected = sides(loss, transform, *inputs)
+def assert_same(operator: Operator, transform: Callable[[Function], Callable[..., Any]], *inputs: Tensor) -> None:
+    actual, expected = sides(operator, transform, *inputs)
     (actual_leaves, actual_tree), (expected_leaves, expected_tree) = tree_flatten(actual), tree_flatten(expected)
     assert actual_tree == expected_tree
     for a, e in zip(actual_leaves, expected_leaves, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
 
 
-def every(f: Function) -> tuple[int, ...]:
-    return tuple(range(2 if f.__name__ == "kl_div_single_loss" else 4))
+def of_all(transform: Callable[..., Function], f: Function, **options: Any) -> Function:
+    """The transform with respect to every input."""
+    return lambda *inputs: transform(f, argnums=tuple(range(len(inputs))), **options)(*inputs)
 
 
 def summed(f: Function) -> Function:
-    def total(*inputs: Tensor) -> Tensor:
-        return f(*inputs).sum()
-
-    total.__name__ = f.__name__
-    return total
+    return lambda *inputs: f(*inputs).sum()
 
 
 def with_tangents(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -73,78 +64,66 @@ def with_tangents(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 TRANSFORMS: dict[str, Callable[[Function], Callable[..., Any]]] = {
-    "grad": lambda f: func_grad(summed(f), argnums=every(f)),
+    "grad": lambda f: of_all(func_grad, summed(f)),
     "vjp": lambda f: lambda *a: vjp(f, *a)[1](torch.ones_like(f(*a)).cumsum(0)),
     "jvp": lambda f: lambda *a: jvp(f, a, with_tangents(a)),
     "linearize": lambda f: lambda *a: linearize(f, *a)[1](*with_tangents(a)),
-    "jacrev": lambda f: jacrev(f, argnums=every(f)),
-    "jacrev in chunks": lambda f: jacrev(f, argnums=every(f), chunk_size=2),
-    "jacfwd": lambda f: jacfwd(f, argnums=every(f)),
-    "hessian": lambda f: hessian(f, argnums=every(f)),
-    "jacrev of jacrev": lambda f: jacrev(jacrev(f, argnums=every(f)), argnums=every(f)),
-    "jacfwd of jacfwd": lambda f: jacfwd(jacfwd(f, argnums=every(f)), argnums=every(f)),
-    "jacrev of jacfwd": lambda f: jacrev(jacfwd(f, argnums=every(f)), argnums=every(f)),
+    "jacrev": lambda f: of_all(jacrev, f),
+    "jacrev in chunks": lambda f: of_all(jacrev, f, chunk_size=2),
+    "jacfwd": lambda f: of_all(jacfwd, f),
+    "hessian": lambda f: of_all(hessian, f),
+    "jacrev of jacrev": lambda f: of_all(jacrev, of_all(jacrev, f)),
+    "jacfwd of jacfwd": lambda f: of_all(jacfwd, of_all(jacfwd, f)),
+    "jacrev of jacfwd": lambda f: of_all(jacrev, of_all(jacfwd, f)),
     "third derivative": lambda f: jacfwd(jacrev(jacrev(summed(f)))),
-    "grad of grad": lambda f: func_grad(
-        lambda *a: sum(g.sum() for g in func_grad(summed(f), argnums=every(f))(*a)), argnums=every(f)
-    ),
-    "jvp of grad": lambda f: lambda *a: jvp(func_grad(summed(f), argnums=every(f)), a, with_tangents(a)),
-    "grad of jvp": lambda f: func_grad(lambda *a: jvp(f, a, with_tangents(a))[1].sum(), argnums=every(f)),
+    "grad of grad": lambda f: of_all(func_grad, lambda *a: sum(g.sum() for g in of_all(func_grad, summed(f))(*a))),
+    "jvp of grad": lambda f: lambda *a: jvp(of_all(func_grad, summed(f)), a, with_tangents(a)),
+    "grad of jvp": lambda f: of_all(func_grad, lambda *a: jvp(f, a, with_tangents(a))[1].sum()),
     "jvp of jvp": lambda f: lambda *a: jvp(lambda *b: jvp(f, b, with_tangents(b))[1], a, with_tangents(a)),
     "vmap": lambda f: vmap(f),
     "vmap of vmap": lambda f: vmap(vmap(f)),
     "vmap of vmap of other dims": lambda f: vmap(vmap(f, in_dims=-1), in_dims=1, out_dims=-1),
     "vmap in chunks": lambda f: vmap(f, chunk_size=1),
-    "vmap of grad": lambda f: vmap(func_grad(summed(f), argnums=every(f))),
+    "vmap of grad": lambda f: vmap(of_all(func_grad, summed(f))),
     "vmap of vjp": lambda f: vmap(lambda *a: vjp(f, *a)[1](a[0])),
     "vmap of jvp": lambda f: vmap(lambda *a: jvp(f, a, with_tangents(a))),
-    "vmap of jacrev": lambda f: vmap(jacrev(f, argnums=every(f))),
-    "vmap of hessian": lambda f: vmap(hessian(f, argnums=every(f))),
-    "vmap of vmap of grad": lambda f: vmap(vmap(func_grad(summed(f), argnums=every(f)))),
-    "grad of vmap": lambda f: func_grad(summed(vmap_named(f)), argnums=every(f)),
+    "vmap of jacrev": lambda f: vmap(of_all(jacrev, f)),
+    "vmap of hessian": lambda f: vmap(of_all(hessian, f)),
+    "vmap of vmap of grad": lambda f: vmap(vmap(of_all(func_grad, summed(f)))),
+    "grad of vmap": lambda f: of_all(func_grad, summed(vmap(f))),
     "jvp of vmap": lambda f: lambda *a: jvp(vmap(f), a, with_tangents(a)),
-    "hessian of vmap": lambda f: hessian(vmap(f), argnums=every(f)),
-    "functionalize of grad": lambda f: functionalize(func_grad(summed(f), argnums=every(f))),
+    "hessian of vmap": lambda f: of_all(hessian, vmap(f)),
+    "functionalize of grad": lambda f: functionalize(of_all(func_grad, summed(f))),
 }
 
 
-def vmap_named(f: Function) -> Function:
-    batched = vmap(f)
-    batched.__name__ = f.__name__
-    return batched
-
-
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 @pytest.mark.usefixtures("no_fallback")
 def test_a_transform_gives_what_it_gives_of_the_formula(
-    loss: Loss, transform: Callable[..., Any], device: torch.device
+    operator: Operator, transform: Callable[..., Any], device: torch.device
 ) -> None:
-    assert_same(loss, transform, *loss.inputs([2, 3], device=device))
+    assert_same(operator, transform, *operator.inputs([2, 3], device=device))
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.usefixtures("no_fallback")
-def test_transforms_broadcast(loss: Loss, device: torch.device) -> None:
-    inputs = loss.inputs([2, 1], [3], [], [1, 1, 3], device=device)
+def test_transforms_broadcast(operator: Operator, device: torch.device) -> None:
+    inputs = operator.inputs([2, 1], [3], [], [1, 1, 3], device=device)
     for name in ("grad", "jvp", "jacrev", "jacfwd", "hessian", "jvp of grad", "grad of jvp"):
-        assert_same(loss, TRANSFORMS[name], *inputs)
+        assert_same(operator, TRANSFORMS[name], *inputs)
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.usefixtures("no_fallback")
-def test_transforms_keep_the_gradient_zero_outside_the_clamp(loss: Loss, device: torch.device) -> None:
+def test_transforms_keep_the_gradient_zero_outside_the_clamp(operator: Operator, device: torch.device) -> None:
     def clamped(f: Function) -> Function:
-        def bounded(*inputs: Tensor) -> Tensor:
-            return f(*inputs, clamp_min=-0.5, clamp_max=0.5)
-
-        bounded.__name__ = f.__name__
-        return bounded
+        return lambda *inputs: f(*inputs, clamp_min=-0.5, clamp_max=0.5)
 
     outside_and_inside = torch.tensor([-1.0, 0.1, 0.9], dtype=torch.float64, device=device)
-    inputs = [outside_and_inside.roll(i) for i in range(loss.count)]
+    inputs = [outside_and_inside.roll(i) for i in range(operator.count)]
     for name in ("grad", "jvp", "jacfwd", "hessian", "vmap of grad", "vmap of jvp", "grad of jvp", "jvp of jvp"):
-        assert_same(loss, lambda f, name=name: TRANSFORMS[name](clamped(f)), *inputs)
+        assert_same(operator, lambda f, name=name: TRANSFORMS[name](clamped(f)), *inputs)
 
 
 def one_by_one(f: Callable[..., Any], in_dims: Sequence[int | None], *inputs: Tensor) -> Any:
@@ -154,113 +133,120 @@ def one_by_one(f: Callable[..., Any], in_dims: Sequence[int | None], *inputs: Te
     return tree_map(lambda *parts: torch.stack(parts), *examples)
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.usefixtures("no_fallback")
-def test_vmap_over_every_combination_of_in_dims_gives_the_bits_of_the_examples_alone(loss: Loss, device: torch.device) -> None:
-    inputs = loss.inputs([2, 2, 2], device=device, dtype=torch.float32)
-    for in_dims in itertools.product([None, 0, 1, -1], repeat=loss.count):
+def test_vmap_over_every_combination_of_in_dims_gives_the_bits_of_the_examples_alone(
+    operator: Operator, device: torch.device
+) -> None:
+    inputs = operator.inputs([2, 2, 2], device=device, dtype=torch.float32)
+    for in_dims in itertools.product([None, 0, 1, -1], repeat=operator.count):
         if any(d is not None for d in in_dims):
-            expected = one_by_one(loss.function, in_dims, *inputs)
-            assert same_bits(vmap(loss.function, in_dims=in_dims)(*inputs), expected), in_dims
+            expected = one_by_one(operator.function, in_dims, *inputs)
+            assert same_bits(vmap(operator.function, in_dims=in_dims)(*inputs), expected), in_dims
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.usefixtures("no_fallback")
-def test_vmap_aligns_examples_of_different_ranks_from_the_right(loss: Loss, device: torch.device) -> None:
+def test_vmap_aligns_examples_of_different_ranks_from_the_right(operator: Operator, device: torch.device) -> None:
     shapes = [[3], [2, 3], [], [2, 1]]
-    for permutation in itertools.permutations(shapes, loss.count):
-        for batched in itertools.product([False, True], repeat=loss.count):
+    for permutation in itertools.permutations(shapes, operator.count):
+        for batched in itertools.product([False, True], repeat=operator.count):
             if any(batched):
                 of_these = [[5, *shape] if b else shape for shape, b in zip(permutation, batched, strict=True)]
-                inputs = loss.inputs(*of_these, device=device, dtype=torch.float32)
+                inputs = operator.inputs(*of_these, device=device, dtype=torch.float32)
                 in_dims = tuple(0 if b else None for b in batched)
-                expected = one_by_one(loss.function, in_dims, *inputs)
-                assert same_bits(vmap(loss.function, in_dims=in_dims)(*inputs), expected), of_these
+                expected = one_by_one(operator.function, in_dims, *inputs)
+                assert same_bits(vmap(operator.function, in_dims=in_dims)(*inputs), expected), of_these
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize(
     "dtypes", [DTYPES, DTYPES[::-1], DTYPES[2:] + DTYPES[:2], HALF_TYPES * 2], ids=lambda d: "-".join(map(str, d))
 )
 @pytest.mark.usefixtures("no_fallback")
 def test_vmap_promotes_dtypes_by_the_ranks_of_the_examples(
-    loss: Loss, dtypes: Sequence[torch.dtype], device: torch.device
+    operator: Operator, dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
     """An example of rank 0 does not promote one of rank 1, though both have a batch dimension more."""
-    for ranks in itertools.product([0, 1], repeat=loss.count):
-        inputs = [x.to(d) for x, d in zip(loss.inputs(*([4, 3][: r + 1] for r in ranks), device=device), dtypes, strict=False)]
-        for in_dims in ((0,) * loss.count, (*(0,) * (loss.count - 1), None)):
+    for ranks in itertools.product([0, 1], repeat=operator.count):
+        inputs = [
+            x.to(d) for x, d in zip(operator.inputs(*([4, 3][: r + 1] for r in ranks), device=device), dtypes, strict=False)
+        ]
+        for in_dims in ((0,) * operator.count, (*(0,) * (operator.count - 1), None)):
             given = [x if d == 0 else x[0] for x, d in zip(inputs, in_dims, strict=True)]
-            expected = one_by_one(loss.function, in_dims, *given)
-            assert same_bits(vmap(loss.function, in_dims=in_dims)(*given), expected), ranks
-            gradients = func_grad(summed(loss.function), argnums=tuple(range(loss.count)))
+            expected = one_by_one(operator.function, in_dims, *given)
+            assert same_bits(vmap(operator.function, in_dims=in_dims)(*given), expected), ranks
+            gradients = func_grad(summed(operator.function), argnums=tuple(range(operator.count)))
             expected = one_by_one(gradients, in_dims, *given)
             for a, e in zip(vmap(gradients, in_dims=in_dims)(*given), expected, strict=True):
                 assert same_bits(a, e), ranks
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize("randomness", ["error", "same", "different"])
-def test_vmap_accepts_any_randomness_and_out_dims(loss: Loss, randomness: str, device: torch.device) -> None:
-    inputs = loss.inputs([4, 2, 3], device=device)
-    expected = loss.function(*inputs)
+def test_vmap_accepts_any_randomness_and_out_dims(operator: Operator, randomness: str, device: torch.device) -> None:
+    inputs = operator.inputs([4, 2, 3], device=device)
+    expected = operator.function(*inputs)
     for out_dims in (0, 1, -1):
-        actual = vmap(loss.function, out_dims=out_dims, randomness=randomness)(*inputs)
+        actual = vmap(operator.function, out_dims=out_dims, randomness=randomness)(*inputs)
         assert same_bits(actual, expected.movedim(0, out_dims))
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.usefixtures("no_fallback")
-def test_vmap_over_no_examples_and_over_empty_examples(loss: Loss, device: torch.device) -> None:
+def test_vmap_over_no_examples_and_over_empty_examples(operator: Operator, device: torch.device) -> None:
     for shape in ([4, 0], [1, 0, 3]):
-        actual = vmap(loss.function)(*loss.inputs(shape, device=device, dtype=torch.float16))
+        actual = vmap(operator.function)(*operator.inputs(shape, device=device, dtype=torch.float16))
         assert (actual.shape, actual.dtype) == (torch.Size(shape), torch.float16)
 
 
-@each_loss_and_wanted
+@each_elementwise_operator_and_wanted
 @pytest.mark.usefixtures("no_fallback")
 def test_vmap_over_the_backward_operator_gives_the_bits_of_the_examples_alone(
-    loss: Loss, wanted: Sequence[str], device: torch.device
+    operator: Operator, wanted: Sequence[str], device: torch.device
 ) -> None:
-    mask = [a in wanted for a in loss.arguments]
+    mask = [a in wanted for a in operator.arguments]
 
     def backward(*inputs: Tensor) -> list[Tensor]:
-        gradients = loss.backward_operator(*inputs, -30.0, 20.0, mask)
+        gradients = operator.backward_operator(*inputs, -30.0, 20.0, mask)
         assert [g is not None for g in gradients] == mask
         return [g for g in gradients if g is not None]
 
-    inputs = (torch.randn(2, 2, 2, device=device), *loss.inputs([2, 2, 2], device=device, dtype=torch.float32))
-    every_in_dims = list(itertools.product([None, 0, -1], repeat=loss.count + 1))
-    for in_dims in every_in_dims[1 :: 1 if loss.count == 2 else 7]:
+    inputs = (torch.randn(2, 2, 2, device=device), *operator.inputs([2, 2, 2], device=device, dtype=torch.float32))
+    every_in_dims = list(itertools.product([None, 0, -1], repeat=operator.count + 1))
+    for in_dims in every_in_dims[1 :: 1 if operator.count == 2 else 7]:
         given = [x[0] if d is None else x for x, d in zip(inputs, in_dims, strict=True)]
         expected = one_by_one(backward, in_dims, *given)
         for a, e in zip(vmap(backward, in_dims=in_dims)(*given), expected, strict=True):
             assert same_bits(a, e), in_dims
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.usefixtures("no_fallback")
-def test_vmap_over_the_backward_operator_reduces_each_examples_broadcast(loss: Loss, device: torch.device) -> None:
+def test_vmap_over_the_backward_operator_reduces_each_examples_broadcast(operator: Operator, device: torch.device) -> None:
     def backward(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return loss.backward_operator(*inputs, -30.0, 20.0, [True] * loss.count)
+        return operator.backward_operator(*inputs, -30.0, 20.0, [True] * operator.count)
 
     for shapes in ([[3], [2, 3], [], [2, 1]], [[], [2, 1], [3], [2, 3]]):
-        for batched in itertools.product([False, True], repeat=loss.count + 1):
+        for batched in itertools.product([False, True], repeat=operator.count + 1):
             if any(batched):
                 given = [[5, *shape] if b else shape for shape, b in zip(([2, 3], *shapes), batched, strict=False)]
-                inputs = (torch.randn(given[0], dtype=torch.float64, device=device), *loss.inputs(*given[1:], device=device))
-                in_dims = tuple(0 if b else None for b in batched[: loss.count + 1])
+                inputs = (
+                    torch.randn(given[0], dtype=torch.float64, device=device),
+                    *operator.inputs(*given[1:], device=device),
+                )
+                in_dims = tuple(0 if b else None for b in batched[: operator.count + 1])
                 expected = one_by_one(backward, in_dims, *inputs)
                 for a, e in zip(vmap(backward, in_dims=in_dims)(*inputs), expected, strict=True):
                     torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.usefixtures("no_fallback")
-def test_per_sample_gradients_with_a_shared_prior(loss: Loss, device: torch.device) -> None:
-    inputs = loss.inputs([4, 3], [3], device=device)
-    in_dims = (0, None) * (loss.count // 2)
-    gradients = func_grad(summed(loss.function), argnums=tuple(range(loss.count)))
+def test_per_sample_gradients_with_a_shared_prior(operator: Operator, device: torch.device) -> None:
+    inputs = operator.inputs([4, 3], [3], device=device)
+    in_dims = (0, None) * (operator.count // 2)
+    gradients = func_grad(summed(operator.function), argnums=tuple(range(operator.count)))
     for a, e in zip(vmap(gradients, in_dims=in_dims)(*inputs), one_by_one(gradients, in_dims, *inputs), strict=True):
         assert same_bits(a, e)
 
@@ -268,17 +254,18 @@ def test_per_sample_gradients_with_a_shared_prior(loss: Loss, device: torch.devi
 # The batched modes of torch.autograd, which are older than torch.func and have a dispatch key of their own
 
 
-@each_loss_and_wanted
+@each_elementwise_operator_and_wanted
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.usefixtures("no_fallback")
 def test_is_grads_batched_gives_the_gradients_one_by_one(
-    loss: Loss, wanted: Sequence[str], create_graph: bool, device: torch.device
+    operator: Operator, wanted: Sequence[str], create_graph: bool, device: torch.device
 ) -> None:
     inputs = [
-        x.requires_grad_(a in wanted) for a, x in zip(loss.arguments, loss.inputs([2, 1], [3], device=device), strict=True)
+        x.requires_grad_(a in wanted)
+        for a, x in zip(operator.arguments, operator.inputs([2, 1], [3], device=device), strict=True)
     ]
     leaves = [x for x in inputs if x.requires_grad]
-    result = loss.function(*inputs)
+    result = operator.function(*inputs)
     weights = torch.randn(4, 2, 3, dtype=torch.float64, device=device)
     batched = grad(result, leaves, weights, is_grads_batched=True, retain_graph=True, create_graph=create_graph)
     for i, weight in enumerate(weights):
@@ -286,10 +273,10 @@ def test_is_grads_batched_gives_the_gradients_one_by_one(
             torch.testing.assert_close(a[i].detach(), e, rtol=1e-12, atol=1e-12)
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.usefixtures("no_fallback")
-def test_torch_autograd_functional_gives_what_it_gives_of_the_formula(loss: Loss, device: torch.device) -> None:
-    inputs = loss.inputs([2, 3], device=device)
+def test_torch_autograd_functional_gives_what_it_gives_of_the_formula(operator: Operator, device: torch.device) -> None:
+    inputs = operator.inputs([2, 3], device=device)
     v = with_tangents(inputs)
     calls: dict[str, Callable[[Function], Any]] = {
         "jacobian": lambda f: functional.jacobian(f, inputs),
@@ -307,14 +294,14 @@ def test_torch_autograd_functional_gives_what_it_gives_of_the_formula(loss: Loss
         "vhp": lambda f: functional.vhp(summed(f), inputs, v),
     }
     for name, call in calls.items():
-        actual, expected = (tree_flatten(side)[0] for side in sides(loss, lambda f, call=call: lambda *_: call(f), *inputs))
+        actual, expected = (tree_flatten(side)[0] for side in sides(operator, lambda f, call=call: lambda *_: call(f), *inputs))
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.usefixtures("no_fallback")
-def test_a_vectorized_jacobian_of_half_inputs_comes_in_half(loss: Loss, device: torch.device) -> None:
-    inputs = loss.inputs([2, 3], device=device, dtype=torch.bfloat16)
-    plain, vectorized = (functional.jacobian(loss.function, inputs, vectorize=v) for v in (False, True))
+def test_a_vectorized_jacobian_of_half_inputs_comes_in_half(operator: Operator, device: torch.device) -> None:
+    inputs = operator.inputs([2, 3], device=device, dtype=torch.bfloat16)
+    plain, vectorized = (functional.jacobian(operator.function, inputs, vectorize=v) for v in (False, True))
     for p, v in zip(plain, vectorized, strict=True):
         assert same_bits(p, v)

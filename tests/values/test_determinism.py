@@ -20,12 +20,12 @@ import numpy
 import pytest
 import torch
 
-import kl_ext  # noqa: F401
 import points
 from conftest import SEED
 from layouts import chunk, expanded, inside, shifted, transposed
+from operators import DTYPES, ELEMENTWISE
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+KINDS = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 CLAMPS = [(-30.0, 20.0), (-43.0, 43.0), (-100.0, 120.0), (-math.inf, math.inf), (0.25, 0.25)]
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -35,14 +35,13 @@ LAYOUTS = {
     "strided": lambda x: inside(x, -1, 3),
     "expanded": lambda x: expanded(x, 0),
 }
-COUNT = {"single": 2, "pair": 4}
 SPECIAL = [0.0, -0.0, math.nan, math.inf, -math.inf, 1e-45, -5e-324, 1e-40, 3e38, -3e38, 1e300, 88.8, -104.0, 709.9]
 
 
-def inputs_of(loss, numel, dtype, rng):
+def inputs_of(operator, numel, dtype, rng):
     """Points of every kind, and special values among them."""
-    make = points.wide_single if loss == "single" else points.wide_pair
-    ordinary = points.single if loss == "single" else points.pair
+    make = points.wide_single if operator.count == 2 else points.wide_pair
+    ordinary = points.single if operator.count == 2 else points.pair
     kind = numpy.float64 if dtype == torch.float64 else numpy.float32
     columns = []
     for wide, narrow in zip(make(rng, numel, kind), ordinary(rng, numel, kind), strict=True):
@@ -53,50 +52,49 @@ def inputs_of(loss, numel, dtype, rng):
     return columns
 
 
-def compute(loss, inputs, grad_output, clamps, dtype=None):
+def compute(operator, inputs, grad_output, clamps, dtype=None):
     """The value and every gradient."""
-    operator, backward = (getattr(torch.ops.kl_ext, f"kl_div_{loss}_loss{end}") for end in ("", "_backward"))
-    value = operator(*inputs, clamp_min=clamps[0], clamp_max=clamps[1], dtype=dtype)
-    return (value, *backward(grad_output, *inputs, *clamps, [True] * COUNT[loss]))
+    value = operator.operator(*inputs, clamp_min=clamps[0], clamp_max=clamps[1], dtype=dtype)
+    return (value, *operator.backward_operator(grad_output, *inputs, *clamps, [True] * operator.count))
 
 
 @functools.cache
 def cases(seed):
-    """Name, loss, inputs, grad_output and clamps of everything that is compared."""
+    """Name, operator, inputs, grad_output and clamps of everything that is compared."""
     return list(generate_cases(seed))
 
 
 def generate_cases(seed):
     rng = numpy.random.default_rng(seed)
-    for loss, (name, dtype) in itertools.product(COUNT, DTYPES.items()):
+    for operator, (name, dtype) in itertools.product(ELEMENTWISE, KINDS.items()):
         for clamps in CLAMPS:
-            inputs = inputs_of(loss, 10_007, dtype, rng)
-            yield f"{loss} {name} {clamps}", loss, inputs, torch.from_numpy(rng.normal(size=10_007)).to(dtype), clamps
+            inputs = inputs_of(operator, 10_007, dtype, rng)
+            yield f"{operator} {name} {clamps}", operator, inputs, torch.from_numpy(rng.normal(size=10_007)).to(dtype), clamps
         for layout, make in LAYOUTS.items():
-            inputs = [make(x.view(61, 131)) for x in inputs_of(loss, 61 * 131, dtype, rng)]
+            inputs = [make(x.view(61, 131)) for x in inputs_of(operator, 61 * 131, dtype, rng)]
             grad_output = make(torch.from_numpy(rng.normal(size=(61, 131))).to(dtype))
-            yield f"{loss} {name} {layout}", loss, inputs, grad_output, CLAMPS[0]
-            yield f"{loss} {name} {layout} of a sum", loss, inputs, grad_output[:1, :1].expand(61, 131), CLAMPS[0]
+            yield f"{operator} {name} {layout}", operator, inputs, grad_output, CLAMPS[0]
+            yield f"{operator} {name} {layout} of a sum", operator, inputs, grad_output[:1, :1].expand(61, 131), CLAMPS[0]
         for numel in (*range(1, 36), 63, 64, 65, 127, 129, 1023, 1025):
-            inputs = inputs_of(loss, numel, dtype, rng)
+            inputs = inputs_of(operator, numel, dtype, rng)
             yield (
-                f"{loss} {name} {numel}",
-                loss,
+                f"{operator} {name} {numel}",
+                operator,
                 inputs,
                 torch.from_numpy(rng.normal(size=numel)).to(dtype),
                 CLAMPS[numel % len(CLAMPS)],
             )
-    for mix in itertools.product(DTYPES, repeat=2):
-        kinds = [DTYPES[name] for name in mix]
-        for loss in COUNT:
-            inputs = [x.to(kinds[i % 2]) for i, x in enumerate(inputs_of(loss, 1003, torch.float64, rng))]
-            yield f"{loss} {mix}", loss, inputs, torch.from_numpy(rng.normal(size=1003)).to(kinds[0]), CLAMPS[0]
-    for loss in COUNT:
+    for mix in itertools.product(KINDS, repeat=2):
+        kinds = [KINDS[name] for name in mix]
+        for operator in ELEMENTWISE:
+            inputs = [x.to(kinds[i % 2]) for i, x in enumerate(inputs_of(operator, 1003, torch.float64, rng))]
+            yield f"{operator} {mix}", operator, inputs, torch.from_numpy(rng.normal(size=1003)).to(kinds[0]), CLAMPS[0]
+    for operator in ELEMENTWISE:
         # Enough for seven threads.
-        inputs = [x.repeat(40)[:400_003] for x in inputs_of(loss, 10_007, torch.float32, rng)]
-        yield f"{loss} large", loss, inputs, torch.from_numpy(rng.normal(size=400_003)).float(), CLAMPS[0]
+        inputs = [x.repeat(40)[:400_003] for x in inputs_of(operator, 10_007, torch.float32, rng)]
+        yield f"{operator} large", operator, inputs, torch.from_numpy(rng.normal(size=400_003)).float(), CLAMPS[0]
         halves = [chunk(x[:400_000].view(1000, 400), 1, 1) for x in inputs]
-        yield f"{loss} large chunks", loss, halves, torch.ones(()).expand(1000, 400), CLAMPS[3]
+        yield f"{operator} large chunks", operator, halves, torch.ones(()).expand(1000, 400), CLAMPS[3]
 
 
 def digest(tensors):
@@ -110,7 +108,7 @@ def digest(tensors):
 
 
 def digests(seed):
-    return {name: digest(compute(loss, *rest)) for name, loss, *rest in cases(seed)}
+    return {name: digest(compute(operator, *rest)) for name, operator, *rest in cases(seed)}
 
 
 def differing(a, b):
@@ -183,9 +181,9 @@ def test_the_gpu_gives_the_bits_of_the_cpu(device, seed, here):
     if device.type == "cpu":
         pytest.skip("compares another device with the CPU")
     wrong = []
-    for name, loss, inputs, grad_output, clamps in cases(seed):
+    for name, operator, inputs, grad_output, clamps in cases(seed):
         moved = [x.to(device) for x in inputs], grad_output.to(device)
-        if digest(compute(loss, *moved, clamps)) != here[name]:
+        if digest(compute(operator, *moved, clamps)) != here[name]:
             wrong.append(name)
     assert not wrong
 
@@ -200,9 +198,9 @@ def test_the_digest_tells_one_bit_and_no_nan_from_another():
 def test_the_cases_hold_every_kind_of_result(seed):
     """NaN, infinities, zeros and subnormal numbers, so that their bits are compared too."""
     tiny = torch.finfo(torch.float32).tiny
-    for loss in COUNT:
-        inputs = inputs_of(loss, 30_011, torch.float32, numpy.random.default_rng(seed))
-        value, *gradients = compute(loss, inputs, torch.ones(30_011), CLAMPS[3])
+    for operator in ELEMENTWISE:
+        inputs = inputs_of(operator, 30_011, torch.float32, numpy.random.default_rng(seed))
+        value, *gradients = compute(operator, inputs, torch.ones(30_011), CLAMPS[3])
         assert value.isnan().any() and value.isinf().any() and value.isfinite().any()
         every = torch.cat(gradients).abs()
         assert ((every > 0) & (every < tiny)).any() and (every == 0).any()

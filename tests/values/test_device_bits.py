@@ -8,11 +8,11 @@ import numpy
 import pytest
 import torch
 
-from gaussian_cases import DTYPES, backward_operator, random_case, wide_range
 from kl_ext import gaussian_kl_div
 from layouts import LAYOUTS
-from loss_cases import LOSSES, Loss, each_loss
+from operators import DTYPES, ELEMENTWISE, GAUSSIAN, PAIR, Operator, each_elementwise_operator
 from oracle import same_bits
+from reduction_cases import random_case
 
 each_layout = pytest.mark.parametrize(
     "shape, make", [(shape, make) for shape, _, make in LAYOUTS], ids=[f"{len(shape)}d {name}" for shape, name, _ in LAYOUTS]
@@ -49,12 +49,12 @@ def value_and_gradients(inputs, grad_output=None, **how):
     value = gaussian_kl_div(*inputs, **how)
     if grad_output is None or value.shape != grad_output.shape:
         grad_output = torch.linspace(-1, 2, value.numel(), dtype=torch.float64).to(value).view(value.shape)
-    return [value, *backward_operator(grad_output, *inputs, **how)]
+    return [value, *GAUSSIAN.backward(grad_output, *inputs, **how)]
 
 
-def loss_and_gradients(loss: Loss, inputs, grad_output):
-    gradients = loss.backward_operator(grad_output, *inputs, -30.0, 20.0, [True] * loss.count)
-    return [loss.operator(*inputs), *gradients]
+def loss_and_gradients(operator: Operator, inputs, grad_output):
+    gradients = operator.backward_operator(grad_output, *inputs, -30.0, 20.0, [True] * operator.count)
+    return [operator.operator(*inputs), *gradients]
 
 
 def assert_bits_of_the_cpu(compute, inputs, grad_output, device, about=""):
@@ -70,10 +70,14 @@ def assert_bits_of_the_cpu(compute, inputs, grad_output, device, about=""):
 @each_dtype
 @each_layout
 def test_every_layout_dtype_and_reduction(shape, make, dtype, device, rng):
-    *inputs, grad_output = (make(x) for x in wide_range(rng, *[shape] * 5, dtype=dtype))
-    for loss in LOSSES:
+    *inputs, grad_output = (make(x) for x in GAUSSIAN.wide_range(rng, *[shape] * 5, dtype=dtype))
+    for operator in ELEMENTWISE:
         assert_bits_of_the_cpu(
-            lambda x, grad, loss=loss: loss_and_gradients(loss, x, grad), inputs[: loss.count], grad_output, device, loss
+            lambda x, grad, operator=operator: loss_and_gradients(operator, x, grad),
+            inputs[: operator.count],
+            grad_output,
+            device,
+            operator,
         )
     for how in REDUCTIONS:
         for count in (2, 4):
@@ -86,15 +90,14 @@ def test_every_layout_dtype_and_reduction(shape, make, dtype, device, rng):
 @pytest.mark.parametrize("prior", [(65,), (1, 65), (), (30, 1, 65), (30, 1, 1), (37, 65)], ids=str)
 def test_gradients_of_broadcast_priors(prior, dtype, device, rng):
     """For chunks, with every reduction; the documented pair too."""
-    encoded, *q = wide_range(rng, (30, 37, 130), prior, prior, dtype=dtype)
-    (grad_output,) = wide_range(rng, (30, 37, 65), dtype=dtype)
+    encoded, *q = GAUSSIAN.wide_range(rng, (30, 37, 130), prior, prior, dtype=dtype)
+    (grad_output,) = GAUSSIAN.wide_range(rng, (30, 37, 65), dtype=dtype)
     inputs = [*encoded.chunk(2, -1), *q]
     for how in REDUCTIONS:
         assert_bits_of_the_cpu(lambda x, grad, how=how: value_and_gradients(x, grad, **how), inputs, grad_output, device, how)
-    pair = LOSSES[1]
-    assert_bits_of_the_cpu(lambda x, grad: loss_and_gradients(pair, x, grad), inputs, grad_output, device, pair)
+    assert_bits_of_the_cpu(lambda x, grad: loss_and_gradients(PAIR, x, grad), inputs, grad_output, device, PAIR)
     one = torch.full((), 0.7, dtype=dtype).expand(30, 37, 65)  # what a sum sends back
-    assert_bits_of_the_cpu(lambda x, grad: loss_and_gradients(pair, x, grad), inputs, one, device, pair)
+    assert_bits_of_the_cpu(lambda x, grad: loss_and_gradients(PAIR, x, grad), inputs, one, device, PAIR)
 
 
 def test_random_shapes_layouts_broadcasts_and_reductions(device, rng):
@@ -103,7 +106,7 @@ def test_random_shapes_layouts_broadcasts_and_reductions(device, rng):
         reduction = str(rng.choice(["sum", "mean", "none"]))
         how = {} if reduction == "none" else {"reduction": reduction, "dim": dims}
         shape = torch.broadcast_shapes(*(x.shape for x in inputs))
-        (grad_output,) = wide_range(rng, shape, dtype=inputs[0].dtype)
+        (grad_output,) = GAUSSIAN.wide_range(rng, shape, dtype=inputs[0].dtype)
         assert_bits_of_the_cpu(lambda x, grad, how=how: value_and_gradients(x, grad, **how), inputs, grad_output, device, how)
 
 
@@ -114,16 +117,20 @@ def test_empty(shape, dtype, device):
     hows = [{}, *({"reduction": reduction} for reduction in ("sum", "mean", "batchmean")), {"reduction": "sum", "dim": 0}]
     for how in hows:
         assert_bits_of_the_cpu(lambda x, grad, how=how: value_and_gradients(x, grad, **how), inputs, inputs[0], device, how)
-    for loss in LOSSES:
+    for operator in ELEMENTWISE:
         assert_bits_of_the_cpu(
-            lambda x, grad, loss=loss: loss_and_gradients(loss, x, grad), inputs[: loss.count], inputs[0], device, loss
+            lambda x, grad, operator=operator: loss_and_gradients(operator, x, grad),
+            inputs[: operator.count],
+            inputs[0],
+            device,
+            operator,
         )
 
 
 @each_dtype
 def test_sums_of_three_levels(dtype, device, rng):
-    inputs = wide_range(rng, (LARGE,), (LARGE,), (), (), dtype=dtype)
-    rows = wide_range(rng, (LARGE // 64, 64), (LARGE // 64, 64), (64,), (64,), dtype=dtype)
+    inputs = GAUSSIAN.wide_range(rng, (LARGE,), (LARGE,), (), (), dtype=dtype)
+    rows = GAUSSIAN.wide_range(rng, (LARGE // 64, 64), (LARGE // 64, 64), (64,), (64,), dtype=dtype)
     for given in (inputs, inputs[:2], rows):
         for how in ({"reduction": "sum"}, {"reduction": "batchmean"}, {"reduction": "mean", "dim": 0}):
             assert_bits_of_the_cpu(
@@ -131,21 +138,21 @@ def test_sums_of_three_levels(dtype, device, rng):
             )
 
 
-@each_loss
+@each_elementwise_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_twenty_runs_of_a_loss_give_the_same_bits(loss, dtype, device, rng):
-    encoded, *others = wide_range(rng, (2000, 400), (200,), (200,), (2000, 200), dtype=dtype)
-    inputs = [x.to(device) for x in [*encoded.chunk(2, -1), *others[:2]][: loss.count]]
+def test_twenty_runs_of_a_loss_give_the_same_bits(operator, dtype, device, rng):
+    encoded, *others = GAUSSIAN.wide_range(rng, (2000, 400), (200,), (200,), (2000, 200), dtype=dtype)
+    inputs = [x.to(device) for x in [*encoded.chunk(2, -1), *others[:2]][: operator.count]]
     grad_output = others[2].to(device)
-    first = loss_and_gradients(loss, inputs, grad_output)
+    first = loss_and_gradients(operator, inputs, grad_output)
     for run in range(1, 20):
-        for a, b in zip(loss_and_gradients(loss, inputs, grad_output), first, strict=True):
+        for a, b in zip(loss_and_gradients(operator, inputs, grad_output), first, strict=True):
             assert equal(a, b), f"run {run}"
 
 
 @pytest.mark.parametrize("how", REDUCTIONS, ids=str)
 def test_twenty_runs_of_a_reduction_give_the_same_bits(how, device, rng):
-    encoded, *prior = wide_range(rng, (6000, 400), (200,), (200,))
+    encoded, *prior = GAUSSIAN.wide_range(rng, (6000, 400), (200,), (200,))
     inputs = [x.to(device) for x in [*encoded.chunk(2, -1), *prior]]
     first = value_and_gradients(inputs, **how)
     for run in range(1, 20):

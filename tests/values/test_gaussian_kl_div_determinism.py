@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from conftest import SEED
-from gaussian_cases import DIVERGENCES, Divergence, backward_operator, random_case, wide_range
 from kl_ext import gaussian_kl_div
+from operators import GAUSSIAN, REDUCING, Operator
 from oracle import same_bits
 from ordered_sum import additions
+from reduction_cases import random_case
 from test_determinism import differing, digest, run_under, supported
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
@@ -29,35 +30,35 @@ UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 def cases(seed):
     """Of everything that is compared: the divergence, inputs, reduction and grad_output."""
     rng = numpy.random.default_rng(seed)
-    return {f"{d}, {name}": (d, *case) for d in DIVERGENCES for name, case in cases_of(d, rng).items()}
+    return {f"{d}, {name}": (d, *case) for d in REDUCING for name, case in cases_of(d, rng).items()}
 
 
-def cases_of(divergence: Divergence, rng):
+def cases_of(operator: Operator, rng):
     """Random ones, and ones large enough for 7 threads."""
     result = {}
     for i in range(60):
-        inputs, dims = random_case(rng, divergence)
+        inputs, dims = random_case(rng, operator)
         how = [{}, {"reduction": "sum", "dim": dims}, {"reduction": "mean", "dim": dims}][i % 3]
         result[f"random {i}"] = inputs, how
-    encoded, *prior = divergence.wide_range(rng, (2000, 400), (200,), (200,))
+    encoded, *prior = operator.wide_range(rng, (2000, 400), (200,), (200,))
     large = [*encoded.chunk(2, -1), *prior]
-    image = divergence.wide_range(rng, (3, 40, 50, 50), (3, 1, 50, 50))
+    image = operator.wide_range(rng, (3, 40, 50, 50), (3, 1, 50, 50))
     for dim in (None, 0, 1):
         result[f"large rows, sum of {dim}"] = large, {"reduction": "sum", "dim": dim}
     for dim in ((0, 2, 3), 1, None):
         result[f"image, mean of {dim}"] = image, {"reduction": "mean", "dim": dim}
     result["non-finite"] = [torch.where(x > 2, math.inf, torch.where(x < -2, math.nan, x)) for x in large], {"reduction": "sum"}
-    result["1M"] = divergence.wide_range(rng, (1024 * 1024 + 3,), ()), {"reduction": "batchmean"}
+    result["1M"] = operator.wide_range(rng, (1024 * 1024 + 3,), ()), {"reduction": "batchmean"}
     for name, (inputs, how) in result.items():
-        (grad_output,) = wide_range(rng, tuple(divergence(*inputs, **how).shape))
+        (grad_output,) = GAUSSIAN.wide_range(rng, tuple(operator(*inputs, **how).shape))
         result[name] = inputs, how, grad_output
     return result
 
 
 def digests(seed):
     return {
-        name: digest([divergence(*inputs, **how), *divergence.backward(grad_output, *inputs, **how)])
-        for name, (divergence, inputs, how, grad_output) in cases(seed).items()
+        name: digest([operator(*inputs, **how), *operator.backward(grad_output, *inputs, **how)])
+        for name, (operator, inputs, how, grad_output) in cases(seed).items()
     }
 
 
@@ -107,7 +108,7 @@ def assert_within_the_bound(value, terms, n, repeated=1):
 @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF, ids=str)
 def test_the_error_is_within_its_bound_of_the_exact_sum(dtype, rng):
     for n in (2, 100, 1000, 1024, 1025, 60_000, 1_000_000):
-        inputs = wide_range(rng, (n,), (n,), dtype=dtype)
+        inputs = GAUSSIAN.wide_range(rng, (n,), (n,), dtype=dtype)
         terms = gaussian_kl_div(*inputs)
         assert_within_the_bound(gaussian_kl_div(*inputs, reduction="sum"), terms, n)
         same = [x[:1].expand(n) for x in inputs]  # equal terms round the same way at every step
@@ -117,11 +118,11 @@ def test_the_error_is_within_its_bound_of_the_exact_sum(dtype, rng):
 @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF, ids=str)
 def test_the_error_of_a_gradient_is_within_its_bound_of_the_exact_sum(dtype, rng):
     """Its terms have either sign."""
-    mu, log_var, *prior = wide_range(rng, (20_000, 3), (20_000, 3), (3,), (3,), dtype=dtype)
-    (grad_output,) = wide_range(rng, (20_000, 3), dtype=dtype)
+    mu, log_var, *prior = GAUSSIAN.wide_range(rng, (20_000, 3), (20_000, 3), (3,), (3,), dtype=dtype)
+    (grad_output,) = GAUSSIAN.wide_range(rng, (20_000, 3), dtype=dtype)
     inputs = [mu, log_var, *prior]
-    terms = backward_operator(grad_output, *(x.expand(mu.shape) for x in inputs))
-    for got, term in zip(backward_operator(grad_output, *inputs)[2:], terms[2:], strict=True):
+    terms = GAUSSIAN.backward(grad_output, *(x.expand(mu.shape) for x in inputs))
+    for got, term in zip(GAUSSIAN.backward(grad_output, *inputs)[2:], terms[2:], strict=True):
         for column in range(3):
             exact = math.fsum(term[:, column].double().tolist())
             sizes = math.fsum(term[:, column].abs().double().tolist())
@@ -132,7 +133,7 @@ def test_the_error_of_a_gradient_is_within_its_bound_of_the_exact_sum(dtype, rng
 def test_the_error_is_within_its_bound_for_many_terms(n, rng):
     """Rows without memory of their own: the exact sum is that of the one row, many times."""
     row = 10_000
-    mu, log_var = (x.expand(n // row, row) for x in wide_range(rng, (row,), (row,)))
+    mu, log_var = (x.expand(n // row, row) for x in GAUSSIAN.wide_range(rng, (row,), (row,)))
     value = gaussian_kl_div(mu, log_var, reduction="sum")
     assert_within_the_bound(value, gaussian_kl_div(mu[0], log_var[0]), n, repeated=n // row)
 
@@ -152,7 +153,7 @@ def test_the_error_is_within_its_bound_for_many_different_terms(rng):
 @pytest.mark.slow
 def test_a_sum_of_more_terms_than_32_bits_count(rng):
     n, row = 2**31 + 2**16, 2**16
-    mu, log_var = (x.expand(n // row, row) for x in wide_range(rng, (row,), (row,)))
+    mu, log_var = (x.expand(n // row, row) for x in GAUSSIAN.wide_range(rng, (row,), (row,)))
     value = gaussian_kl_div(mu, log_var, reduction="sum")
     assert_within_the_bound(value, gaussian_kl_div(mu[0], log_var[0]), n, repeated=n // row)
 

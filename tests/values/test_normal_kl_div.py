@@ -14,11 +14,11 @@ from torch.distributions import Normal, kl_divergence
 
 import normal_cases as cases
 import oracle
-from gaussian_cases import DTYPES, NORMAL
 from halves import HALVES, apart, encoded, joins
 from kl_ext import gaussian_kl_div, normal_kl_div
 from kl_ext.reference import normal_kl_div as plain
 from layouts import LAYOUTS, describe, expanded, iterator_strides
+from operators import DTYPES, NORMAL
 from oracle import same_bits
 from ordered_sum import reduced_sum
 from test_normal_math import FINITE, INFINITE, SPECIAL, STANDARD_SPECIAL

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from kl_ext import reference
-from loss_cases import CLOSE
+from operators import CLOSE, REDUCING
 
 SHAPE = (3, 4, 5)
-FUNCTIONS = {"gaussian_kl_div": reference.gaussian_kl_div, "normal_kl_div": reference.normal_kl_div}
+FUNCTIONS = {operator.name: getattr(reference, operator.name) for operator in REDUCING}
 each_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 WEIGHTS: dict[str, Callable[[], Tensor]] = {
     "full": lambda: torch.rand(SHAPE, dtype=torch.float64) - 0.25,

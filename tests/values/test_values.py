@@ -7,12 +7,10 @@ import pytest
 import torch
 
 import kl_ext
+from operators import PAIR, SINGLE, each_elementwise_operator
 from oracle import same_bits
 
 INF, NAN = math.inf, math.nan
-LOSSES = pytest.mark.parametrize("loss", ["single", "pair"])
-FUNCTION = {"single": kl_ext.kl_div_single_loss, "pair": kl_ext.kl_div_pair_loss}
-COUNT = {"single": 2, "pair": 4}
 
 
 def documented_single(mu, log_var, clamp_min=-30.0, clamp_max=20.0):
@@ -25,7 +23,7 @@ def documented_pair(mu_p, log_var_p, mu_q, log_var_q, clamp_min=-30.0, clamp_max
     return (log_var_q - log_var_p) + (log_var_p.exp() + (mu_p - mu_q) ** 2) / log_var_q.exp() - 0.5
 
 
-DOCUMENTED = {"single": documented_single, "pair": documented_pair}
+DOCUMENTED = {SINGLE: documented_single, PAIR: documented_pair}
 
 
 def kind(x):
@@ -49,13 +47,13 @@ def grid(values, count, dtype, device):
     return [column.clone().requires_grad_() for column in rows.unbind(1)]
 
 
-@LOSSES
+@each_elementwise_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_drop_in_for_the_documented_formula(loss, dtype, device):
-    inputs = [torch.randn(40, 50, dtype=dtype, device=device, requires_grad=True) for _ in range(COUNT[loss])]
+def test_drop_in_for_the_documented_formula(operator, dtype, device):
+    inputs = [torch.randn(40, 50, dtype=dtype, device=device, requires_grad=True) for _ in range(operator.count)]
     doubles = [x.detach().cpu().double().requires_grad_() for x in inputs]
     weight = torch.randn(40, 50, dtype=dtype, device=device)
-    got, want = FUNCTION[loss](*inputs), DOCUMENTED[loss](*doubles)
+    got, want = operator(*inputs), DOCUMENTED[operator](*doubles)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-13, "atol": 1e-13}
     torch.testing.assert_close(got.cpu().double(), want, **tolerance)
     gradients = torch.autograd.grad(got, inputs, weight), torch.autograd.grad(want, doubles, weight.cpu().double())
@@ -85,13 +83,13 @@ def test_the_losses_are_elementwise_and_not_summed(device):
     assert kl_ext.kl_div_single_loss(mu, log_var).shape == kl_ext.kl_div_pair_loss(mu, log_var, mu, log_var).shape == (3, 5)
 
 
-@LOSSES
+@each_elementwise_operator
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_non_finite_inputs_give_what_the_formula_gives(loss, dtype, device):
+def test_non_finite_inputs_give_what_the_formula_gives(operator, dtype, device):
     """Values and gradients, in every combination of arguments."""
-    inputs = grid([NAN, INF, -INF, 0.0, -1.5, 2.0], COUNT[loss], dtype, device)
+    inputs = grid([NAN, INF, -INF, 0.0, -1.5, 2.0], operator.count, dtype, device)
     doubles = [x.detach().cpu().double().requires_grad_() for x in inputs]
-    got, want = FUNCTION[loss](*inputs), DOCUMENTED[loss](*doubles)
+    got, want = operator(*inputs), DOCUMENTED[operator](*doubles)
     if dtype in (torch.float32, torch.float64):
         assert_same_kind_and_value(got, want, inputs)
     assert torch.equal(kind(got), kind(want.to(dtype))), "what is finite for the formula may overflow in dtype, and no more"
@@ -100,12 +98,12 @@ def test_non_finite_inputs_give_what_the_formula_gives(loss, dtype, device):
         assert torch.equal(kind(a), kind(b.to(dtype))), f"gradients of non-finite inputs: {a.tolist()} against {b.tolist()}"
 
 
-@LOSSES
+@each_elementwise_operator
 @pytest.mark.parametrize("clamps", [(-INF, INF), (-INF, 20.0), (-30.0, INF), (-INF, -INF), (INF, INF), (0.0, 0.0)], ids=str)
-def test_non_finite_inputs_and_clamps_give_what_the_formula_gives(loss, clamps, device):
-    inputs = grid([NAN, INF, -INF, 0.0, -1.5, 2.0], COUNT[loss], torch.float32, device)
-    got = FUNCTION[loss](*inputs, clamp_min=clamps[0], clamp_max=clamps[1])
-    assert_same_kind_and_value(got, DOCUMENTED[loss](*(x.detach().cpu().double() for x in inputs), *clamps), inputs)
+def test_non_finite_inputs_and_clamps_give_what_the_formula_gives(operator, clamps, device):
+    inputs = grid([NAN, INF, -INF, 0.0, -1.5, 2.0], operator.count, torch.float32, device)
+    got = operator(*inputs, clamp_min=clamps[0], clamp_max=clamps[1])
+    assert_same_kind_and_value(got, DOCUMENTED[operator](*(x.detach().cpu().double() for x in inputs), *clamps), inputs)
 
 
 @pytest.mark.parametrize("position", [0, 1, 2, 3])
@@ -127,67 +125,67 @@ def above(x, dtype):
     return torch.nextafter(torch.tensor(x, dtype=dtype), torch.tensor(INF, dtype=dtype)).item()
 
 
-@LOSSES
+@each_elementwise_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("clamps", [(-30.0, 20.0), (0.05, 0.15), (-1.5, 2.0), (-60.0, 60.0), (0.1, 0.3)], ids=str)
-def test_the_clamp_passes_gradients_at_its_bounds_and_stops_them_outside(loss, dtype, clamps, device):
+def test_the_clamp_passes_gradients_at_its_bounds_and_stops_them_outside(operator, dtype, clamps, device):
     low, high = (torch.tensor(x, dtype=dtype).item() for x in clamps)
     log_var = [below(low, dtype), low, high, above(high, dtype), -INF, INF, NAN]
     passes = torch.tensor([False, True, True, False, False, False, False])
-    for position in range(1, COUNT[loss], 2):
-        inputs = [torch.full((7,), x, dtype=dtype, device=device) for x in (3.0, 0.25, -2.0, 0.125)[: COUNT[loss]]]
+    for position in range(1, operator.count, 2):
+        inputs = [torch.full((7,), x, dtype=dtype, device=device) for x in (3.0, 0.25, -2.0, 0.125)[: operator.count]]
         inputs[position] = torch.tensor(log_var, dtype=dtype, device=device)
         inputs = [x.requires_grad_() for x in inputs]
-        value = FUNCTION[loss](*inputs, clamp_min=clamps[0], clamp_max=clamps[1])
+        value = operator(*inputs, clamp_min=clamps[0], clamp_max=clamps[1])
         (gradient,) = torch.autograd.grad(value.sum(), inputs[position])
         assert torch.equal(gradient.cpu() != 0, passes), gradient
         assert not gradient.isnan().any()
 
 
-@LOSSES
+@each_elementwise_operator
 @pytest.mark.parametrize("special", [INF, -INF, NAN])
-def test_outside_the_clamp_the_gradient_is_zero_whatever_grad_output(loss, special, device):
+def test_outside_the_clamp_the_gradient_is_zero_whatever_grad_output(operator, special, device):
     """torch.clamp selects, it does not multiply."""
-    for position in range(1, COUNT[loss], 2):
-        inputs = [torch.randn(3, device=device) for _ in range(COUNT[loss])]
+    for position in range(1, operator.count, 2):
+        inputs = [torch.randn(3, device=device) for _ in range(operator.count)]
         inputs[position] = torch.tensor([-40.0, 25.0, NAN], device=device)
         inputs = [x.requires_grad_() for x in inputs]
         grad_output = torch.full((3,), special, device=device)
-        (gradient,) = torch.autograd.grad(FUNCTION[loss](*inputs), inputs[position], grad_output)
+        (gradient,) = torch.autograd.grad(operator(*inputs), inputs[position], grad_output)
         assert (gradient == 0).all(), gradient
 
 
-@LOSSES
-def test_a_clamp_of_equal_bounds_fixes_the_log_variance(loss, device):
-    inputs = [torch.randn(50, device=device) for _ in range(COUNT[loss])]
+@each_elementwise_operator
+def test_a_clamp_of_equal_bounds_fixes_the_log_variance(operator, device):
+    inputs = [torch.randn(50, device=device) for _ in range(operator.count)]
     fixed = [torch.full_like(x, 0.75) if i % 2 else x for i, x in enumerate(inputs)]
-    assert same_bits(FUNCTION[loss](*inputs, clamp_min=0.75, clamp_max=0.75), FUNCTION[loss](*fixed))
+    assert same_bits(operator(*inputs, clamp_min=0.75, clamp_max=0.75), operator(*fixed))
 
 
-@LOSSES
-def test_the_same_tensor_given_twice(loss, device):
+@each_elementwise_operator
+def test_the_same_tensor_given_twice(operator, device):
     """Its gradient is the sum over its places."""
     x = torch.randn(100, dtype=torch.float64, device=device, requires_grad=True)
-    value = FUNCTION[loss](*[x] * COUNT[loss])
-    copies = [x.detach().clone().requires_grad_() for _ in range(COUNT[loss])]
-    apart = FUNCTION[loss](*copies)
+    value = operator(*[x] * operator.count)
+    copies = [x.detach().clone().requires_grad_() for _ in range(operator.count)]
+    apart = operator(*copies)
     assert same_bits(value, apart)
     (gradient,) = torch.autograd.grad(value.sum(), x)
     torch.testing.assert_close(gradient, sum(torch.autograd.grad(apart.sum(), copies)), rtol=1e-13, atol=1e-13)
 
 
-@LOSSES
-def test_a_zero_dim_cpu_tensor_goes_with_tensors_of_any_device(loss, device):
+@each_elementwise_operator
+def test_a_zero_dim_cpu_tensor_goes_with_tensors_of_any_device(operator, device):
     """In every place but all; its gradient is where it is."""
-    for position in range(COUNT[loss]):
-        inputs = [torch.randn(50, device=device) for _ in range(COUNT[loss])]
+    for position in range(operator.count):
+        inputs = [torch.randn(50, device=device) for _ in range(operator.count)]
         same = [x.clone() for x in inputs]
         inputs[position] = torch.tensor(0.375)
         same[position] = torch.full((50,), 0.375, device=device)
         for group in (inputs, same):
             for x in group:
                 x.requires_grad_()
-        value, want = FUNCTION[loss](*inputs), FUNCTION[loss](*same)
+        value, want = operator(*inputs), operator(*same)
         assert value.device == same[0].device and same_bits(value, want)
         got = torch.autograd.grad(value.sum(), inputs)
         for x, gradient, full in zip(inputs, got, torch.autograd.grad(want.sum(), same), strict=True):
@@ -195,11 +193,11 @@ def test_a_zero_dim_cpu_tensor_goes_with_tensors_of_any_device(loss, device):
             torch.testing.assert_close(gradient.cpu(), full.cpu() if x.dim() else full.sum().cpu(), rtol=1e-5, atol=1e-5)
 
 
-@LOSSES
-def test_inputs_are_left_as_they_were(loss, device):
-    inputs = [torch.randn(100, device=device).requires_grad_() for _ in range(COUNT[loss])]
+@each_elementwise_operator
+def test_inputs_are_left_as_they_were(operator, device):
+    inputs = [torch.randn(100, device=device).requires_grad_() for _ in range(operator.count)]
     before = [x.detach().clone() for x in inputs]
-    value = FUNCTION[loss](*inputs)
+    value = operator(*inputs)
     torch.autograd.grad(value, inputs, grad_output := torch.ones_like(value))
     assert all(same_bits(x, y) for x, y in zip(inputs, before, strict=True)) and (grad_output == 1).all()
 
@@ -211,51 +209,49 @@ def negated(x):
     return view
 
 
-@LOSSES
-def test_views_with_the_negative_bit(loss, device):
+@each_elementwise_operator
+def test_views_with_the_negative_bit(operator, device):
     """What `.imag` of a conjugated tensor is."""
-    plain = [torch.randn(6, 7, device=device) for _ in range(COUNT[loss])]
+    plain = [torch.randn(6, 7, device=device) for _ in range(operator.count)]
     negative = [negated(plain[0]), *plain[1:-1], torch.complex(plain[0], -plain[-1]).conj().imag]
     assert negative[-1].is_neg()
-    assert same_bits(FUNCTION[loss](*negative), FUNCTION[loss](*plain))
+    assert same_bits(operator(*negative), operator(*plain))
     grad_output = torch.randn(6, 7, device=device)
     leaves = [[x.requires_grad_() for x in group] for group in (plain, [x.detach() for x in negative])]
-    want = torch.autograd.grad(FUNCTION[loss](*leaves[0]), leaves[0], grad_output)
-    got = torch.autograd.grad(FUNCTION[loss](*leaves[1]), leaves[1], negated(grad_output))
+    want = torch.autograd.grad(operator(*leaves[0]), leaves[0], grad_output)
+    got = torch.autograd.grad(operator(*leaves[1]), leaves[1], negated(grad_output))
     assert all(same_bits(a.resolve_neg(), b) for a, b in zip(got, want, strict=True))
 
 
-@LOSSES
+@each_elementwise_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_tensors(loss, dtype, device):
+def test_zero_tensors(operator, dtype, device):
     """The ones that forward-mode AD uses, which have no memory."""
-    plain = [torch.randn(6, 7, dtype=dtype, device=device) for _ in range(COUNT[loss])]
-    for position in range(COUNT[loss]):
+    plain = [torch.randn(6, 7, dtype=dtype, device=device) for _ in range(operator.count)]
+    for position in range(operator.count):
         zero, lazy = list(plain), list(plain)
         zero[position] = torch.zeros(6, 7, dtype=dtype, device=device)
         lazy[position] = torch._efficientzerotensor((6, 7), dtype=dtype, device=device)
-        assert same_bits(FUNCTION[loss](*lazy), FUNCTION[loss](*zero))
-    operator = getattr(torch.ops.kl_ext, f"kl_div_{loss}_loss_backward")
+        assert same_bits(operator(*lazy), operator(*zero))
     nothing = torch._efficientzerotensor((6, 7), dtype=dtype, device=device)
-    for gradient in operator(nothing, *plain, -30.0, 20.0, [True] * COUNT[loss]):
+    for gradient in operator.backward_operator(nothing, *plain, -30.0, 20.0, [True] * operator.count):
         assert gradient.shape == (6, 7) and gradient.dtype == dtype and (gradient == 0).all()
 
 
-@LOSSES
-def test_a_grad_output_of_zeros_gives_zeros(loss, device):
-    inputs = [torch.randn(100, device=device).requires_grad_() for _ in range(COUNT[loss])]
-    value = FUNCTION[loss](*inputs)
+@each_elementwise_operator
+def test_a_grad_output_of_zeros_gives_zeros(operator, device):
+    inputs = [torch.randn(100, device=device).requires_grad_() for _ in range(operator.count)]
+    value = operator(*inputs)
     for gradient in torch.autograd.grad(value, inputs, torch.zeros_like(value)):
         assert (gradient == 0).all()
 
 
-@LOSSES
-def test_unwanted_gradients_are_none(loss, device):
-    operator = getattr(torch.ops.kl_ext, f"kl_div_{loss}_loss_backward")
-    inputs = [torch.randn(5, device=device) for _ in range(COUNT[loss])]
+@each_elementwise_operator
+def test_unwanted_gradients_are_none(operator, device):
+    inputs = [torch.randn(5, device=device) for _ in range(operator.count)]
     grad_output = torch.randn(5, device=device)
-    every = operator(grad_output, *inputs, -30.0, 20.0, [True] * COUNT[loss])
-    for mask in itertools.product([False, True], repeat=COUNT[loss]):
-        some = operator(grad_output, *inputs, -30.0, 20.0, list(mask))
+    every = operator.backward_operator(grad_output, *inputs, -30.0, 20.0, [True] * operator.count)
+    for mask in itertools.product([False, True], repeat=operator.count):
+        some = operator.backward_operator(grad_output, *inputs, -30.0, 20.0, list(mask))
         for wanted, gradient, full in zip(mask, some, every, strict=True):
             assert same_bits(gradient, full) if wanted else gradient is None
