@@ -12,7 +12,7 @@ from . import _bindings
 from ._arguments import as_clamp, as_dims, as_dtype, as_flag, as_number, as_reduction, check_are_tensors
 from ._checks import check_together
 from ._fake import result_dtype
-from ._types import Bound
+from ._types import Bound, Reduction
 
 __all__ = ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss", "normal_kl_div"]
 
@@ -138,7 +138,7 @@ def gaussian_kl_div(
     weight: Tensor | None = None,
     clamp_min: float | None = -30.0,
     clamp_max: float | None = 20.0,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     dim: int | Sequence[int] | None = None,
     keepdim: bool = False,
     dtype: torch.dtype | None = None,
@@ -224,7 +224,7 @@ def normal_kl_div(
     scale_q: Tensor | float | None = None,
     *,
     weight: Tensor | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     dim: int | Sequence[int] | None = None,
     keepdim: bool = False,
     dtype: torch.dtype | None = None,

@@ -10,7 +10,7 @@ from torch.nn import Module
 
 from . import functional
 from ._arguments import as_clamp, as_dims, as_dtype, as_flag, as_reduction
-from ._types import Bound, Dims
+from ._types import Bound, Dims, Reduction
 
 __all__ = ["GaussianKLDivLoss", "KLDivPairLoss", "KLDivSingleLoss", "NormalKLDivLoss"]
 
@@ -171,7 +171,7 @@ class GaussianKLDivLoss(_Loss):
         *,
         clamp_min: float | None = -30.0,
         clamp_max: float | None = 20.0,
-        reduction: str = "none",
+        reduction: Reduction = "none",
         dim: Dims = None,
         keepdim: bool = False,
         dtype: torch.dtype | None = None,
@@ -214,7 +214,7 @@ class GaussianKLDivLoss(_Loss):
                 weight=weight,
                 clamp_min=self.clamp_min,
                 clamp_max=self.clamp_max,
-                reduction=self.reduction,
+                reduction=self.reduction,  # type: ignore[arg-type]  # TorchScript knows no Literal
                 dim=self.dim,
                 keepdim=self.keepdim,
                 dtype=self.dtype,
@@ -254,7 +254,7 @@ class NormalKLDivLoss(_Loss):
     def __init__(
         self,
         *,
-        reduction: str = "none",
+        reduction: Reduction = "none",
         dim: Dims = None,
         keepdim: bool = False,
         dtype: torch.dtype | None = None,
@@ -292,7 +292,7 @@ class NormalKLDivLoss(_Loss):
                 loc_q,
                 scale_q,
                 weight=weight,
-                reduction=self.reduction,
+                reduction=self.reduction,  # type: ignore[arg-type]  # TorchScript knows no Literal
                 dim=self.dim,
                 keepdim=self.keepdim,
                 dtype=self.dtype,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._types import Bound
+from ._types import Bound, Reduction
 
 __all__ = ["gaussian_kl_div", "kl_div_pair_loss", "kl_div_single_loss", "normal_kl_div"]
 
@@ -134,7 +134,7 @@ def gaussian_kl_div(
     weight: Tensor | None = None,
     clamp_min: float | None = -30.0,
     clamp_max: float | None = 20.0,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     dim: int | Sequence[int] | None = None,
     keepdim: bool = False,
     dtype: torch.dtype | None = None,
@@ -200,7 +200,7 @@ def normal_kl_div(
     scale_q: Tensor | float | None = None,
     *,
     weight: Tensor | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     dim: int | Sequence[int] | None = None,
     keepdim: bool = False,
     dtype: torch.dtype | None = None,
