@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ._checks import check_clamp, check_reduction, check_result_dtype
+from ._types import Reduction
 
 _TORCH_DTYPES = {float: torch.float64, int: torch.int64, bool: torch.bool, complex: torch.complex128}
 
@@ -83,9 +85,9 @@ def as_dtype(function: str, dtype: object) -> torch.dtype | None:
     return dtype
 
 
-def as_reduction(function: str, reduction: object, dims: list[int] | None) -> str:
+def as_reduction(function: str, reduction: object, dims: list[int] | None) -> Reduction:
     """The name of one."""
     if not isinstance(reduction, str):
         raise _refuse(function, "reduction", "a string", reduction)
     check_reduction(function, reduction, dims)
-    return reduction
+    return cast(Reduction, reduction)

@@ -4,6 +4,8 @@ The modules have neither parameters nor buffers. They can be pickled, compiled w
 still scripts; in a scripted module q is tensors, not numbers.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -25,7 +27,10 @@ class _Loss(Module):
 
     clamp_min: float  # -inf where there is no bound
     clamp_max: float
-    reduction: str
+    if TYPE_CHECKING:
+        reduction: Reduction
+    else:
+        reduction: str  # TorchScript knows no Literal
     dim: list[int] | None
     keepdim: bool
     dtype: torch.dtype | None
@@ -34,7 +39,7 @@ class _Loss(Module):
         clamp = as_clamp(type(self).__name__, clamp_min, clamp_max)
         self.clamp_min, self.clamp_max = clamp["clamp_min"], clamp["clamp_max"]
 
-    def _set_reduction(self, reduction: str, dim: Dims, keepdim: bool, dtype: torch.dtype | None) -> None:
+    def _set_reduction(self, reduction: Reduction, dim: Dims, keepdim: bool, dtype: torch.dtype | None) -> None:
         name = type(self).__name__
         self.dim = as_dims(name, dim)
         self.reduction = as_reduction(name, reduction, self.dim)
@@ -214,7 +219,7 @@ class GaussianKLDivLoss(_Loss):
                 weight=weight,
                 clamp_min=self.clamp_min,
                 clamp_max=self.clamp_max,
-                reduction=self.reduction,  # type: ignore[arg-type]  # TorchScript knows no Literal
+                reduction=self.reduction,
                 dim=self.dim,
                 keepdim=self.keepdim,
                 dtype=self.dtype,
@@ -292,7 +297,7 @@ class NormalKLDivLoss(_Loss):
                 loc_q,
                 scale_q,
                 weight=weight,
-                reduction=self.reduction,  # type: ignore[arg-type]  # TorchScript knows no Literal
+                reduction=self.reduction,
                 dim=self.dim,
                 keepdim=self.keepdim,
                 dtype=self.dtype,
