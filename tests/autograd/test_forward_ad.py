@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch.autograd import forward_ad, grad
 
 from batching import no_fallback  # noqa: F401 (a fixture)
 from operator_cases import clamped_inputs, each_elementwise_operator_and_wanted, subsets
-from operators import CLOSE, DTYPES, HALF_TYPES, PAIR, SINGLE, Operator, each_elementwise_operator
+from operators import CLOSE, DTYPES, HALF_TYPES, PAIR, SINGLE, Operator, each_elementwise_operator, each_reducing_operator
+from reduction_cases import SHAPES, each_reduction
 
 pytestmark = pytest.mark.usefixtures("no_fallback")
 
@@ -127,3 +129,20 @@ def test_first_derivatives_of_every_mode_keep_full_relative_precision_where_the_
         }
         for mode, actual in differentiated.items():
             torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=0, msg=lambda m, mode=mode: f"{mode}: {m}")
+
+
+@each_reducing_operator
+@each_reduction
+def test_forward_mode_tangents_equal_those_of_the_formula_in_the_dtype_of_the_result(
+    operator: Operator, how: dict[str, Any], device: torch.device
+) -> None:
+    inputs = operator.inputs(*SHAPES["prior [D]"], device=device)
+    for dtype in DTYPES:
+        rounded = [x.to(dtype) for x in inputs]
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(x, x.cos()) for x in rounded]
+            value, tangent = forward_ad.unpack_dual(operator(*duals, **how))
+        exact = [x.double() for x in rounded]
+        expected = torch.func.jvp(operator.formula_with(how), tuple(exact), tuple(x.cos().double() for x in rounded))[1]
+        assert tangent.dtype == value.dtype == dtype
+        torch.testing.assert_close(tangent, expected.to(dtype))

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.graph import saved_tensors_hooks
 
-from operator_cases import each_elementwise_operator_and_wanted, intermediates, leaves_for
-from operators import PAIR, SINGLE, Operator, each_elementwise_operator
+from operator_cases import intermediates, leaves_for, subsets
+from operators import OPERATORS, PAIR, SINGLE, Operator, each_operator
 from oracle import same_bits
 
 
@@ -30,13 +31,44 @@ def recorded_saves() -> Iterator[list[Tensor]]:
         yield saved
 
 
-@each_elementwise_operator_and_wanted
-def test_only_what_the_wanted_gradients_need_is_saved(operator: Operator, wanted: Sequence[str], device: torch.device) -> None:
-    inputs = leaves_for(operator, wanted, device)
+# Every operator with as many inputs as it may have, each subset of them, and ways to reduce.
+SAVING = [
+    (operator, count, wanted, how)
+    for operator in OPERATORS
+    for count in operator.counts
+    for wanted in subsets(operator.arguments[:count])
+    for how in ({}, {"reduction": "sum"}, {"reduction": "mean", "dim": 1})
+    if operator.reduces or not how
+]
+
+
+def name_of(value: Any) -> str:
+    return "+".join(value) if isinstance(value, tuple) else str(value)
+
+
+def given(operator: Operator, count: int, wanted: Sequence[str], device: torch.device, q: Sequence[int]) -> list[Tensor]:
+    """p of shape [2, 3], and what is last of another one that broadcasts."""
+    shapes = [(2, 3), q] if count == 2 else [(2, 3), (2, 3), q, q]
+    inputs = zip(operator.arguments, operator.inputs(*shapes, device=device), strict=False)
+    return [x.requires_grad_(name in wanted) for name, x in inputs]
+
+
+@pytest.mark.parametrize(("operator", "count", "wanted", "how"), SAVING, ids=name_of)
+@pytest.mark.parametrize("shape", [(2, 3), (3,)], ids=["same shapes", "prior"])
+def test_only_what_the_wanted_gradients_need_is_saved(
+    operator: Operator,
+    count: int,
+    wanted: Sequence[str],
+    shape: Sequence[int],
+    how: dict[str, Any],
+    device: torch.device,
+) -> None:
+    inputs = given(operator, count, wanted, device, shape)
     with recorded_saves() as saved:
-        operator.function(*inputs)
-    by_address = {x.data_ptr(): a for a, x in zip(operator.arguments, inputs, strict=True)}
-    assert sorted(by_address.get(x.data_ptr(), "a new tensor") for x in saved) == sorted(operator.needed_for(wanted))
+        operator(*inputs, **how)
+    by_address = {x.data_ptr(): a for a, x in zip(operator.arguments, inputs, strict=False)}
+    needed = operator.needed_for(wanted, count)
+    assert sorted(by_address.get(x.data_ptr(), "a new tensor") for x in saved) == sorted(needed)
 
 
 def test_what_is_saved_is_as_few_tensors_as_the_formulas_allow(device: torch.device) -> None:
@@ -54,7 +86,7 @@ def test_what_is_saved_is_as_few_tensors_as_the_formulas_allow(device: torch.dev
     assert count(PAIR, "log_var_q") == count(PAIR, *PAIR.arguments) == 4
 
 
-@each_elementwise_operator
+@each_operator
 def test_nothing_is_saved_where_no_gradient_is_wanted(operator: Operator, device: torch.device) -> None:
     with recorded_saves() as saved:
         assert operator.function(*operator.inputs([2, 3], device=device)).grad_fn is None
@@ -64,28 +96,26 @@ def test_nothing_is_saved_where_no_gradient_is_wanted(operator: Operator, device
     assert not saved
 
 
-@each_elementwise_operator_and_wanted
+@pytest.mark.parametrize(("operator", "count", "wanted", "how"), [case for case in SAVING if "dim" not in case[3]], ids=name_of)
 def test_changing_an_input_in_place_is_caught_where_a_gradient_needs_it_and_allowed_elsewhere(
-    operator: Operator, wanted: Sequence[str], device: torch.device
+    operator: Operator, count: int, wanted: Sequence[str], how: dict[str, Any], device: torch.device
 ) -> None:
-    needed = operator.needed_for(wanted)
-    for position, changed in enumerate(operator.arguments):
-        inputs = leaves_for(operator, wanted, device)
+    needed = operator.needed_for(wanted, count)
+    for position, changed in enumerate(operator.arguments[:count]):
+        inputs = given(operator, count, wanted, device, (3,) if count == 4 else (2, 3))
         leaves = [x for x in inputs if x.requires_grad]
-        expected = grad(operator.formula(*inputs).sum(), leaves)
-        result = operator.function(*inputs).sum()
+        expected = grad(operator.formula(*inputs, **how).sum(), leaves)
+        result = operator(*inputs, **how).sum()
         with torch.no_grad():
             inputs[position].add_(1)
         if changed in needed:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 result.backward()
         else:
-            result.backward()
-            for leaf, e in zip(leaves, expected, strict=True):
-                torch.testing.assert_close(leaf.grad, e)
+            torch.testing.assert_close(grad(result, leaves), tuple(expected), rtol=1e-11, atol=1e-11)
 
 
-@each_elementwise_operator
+@each_operator
 def test_changing_the_base_of_a_chunk_in_place_is_caught(operator: Operator, device: torch.device) -> None:
     encoded = torch.randn(2, 3 * operator.count, device=device, requires_grad=True) * 1
     result = operator.function(*encoded.chunk(operator.count, 1)).sum()
@@ -95,7 +125,7 @@ def test_changing_the_base_of_a_chunk_in_place_is_caught(operator: Operator, dev
         result.backward()
 
 
-@each_elementwise_operator
+@each_operator
 def test_mutation_is_allowed_where_the_user_allows_mutation_on_saved_tensors(operator: Operator, device: torch.device) -> None:
     leaves = leaves_for(operator, operator.arguments, device)
     expected = grad(operator.function(*leaves).sum(), leaves)
@@ -108,7 +138,7 @@ def test_mutation_is_allowed_where_the_user_allows_mutation_on_saved_tensors(ope
             assert same_bits(a, e)
 
 
-@each_elementwise_operator
+@each_operator
 def test_saved_tensors_can_be_packed_to_the_cpu_and_back(operator: Operator, device: torch.device) -> None:
     leaves = leaves_for(operator, operator.arguments, device)
     expected = grad(operator.function(*leaves).sum(), leaves)
@@ -123,7 +153,7 @@ def test_saved_tensors_can_be_packed_to_the_cpu_and_back(operator: Operator, dev
     assert len(unpacked) == operator.count
 
 
-@each_elementwise_operator
+@each_operator
 @pytest.mark.parametrize("released_by", ["backward", "the end of the graph"])
 def test_saved_tensors_live_until(operator: Operator, released_by: str, device: torch.device) -> None:
     inputs = intermediates(leaves_for(operator, operator.arguments, device))
@@ -142,7 +172,7 @@ def test_saved_tensors_live_until(operator: Operator, released_by: str, device: 
         gc.enable()
 
 
-@each_elementwise_operator
+@each_operator
 def test_a_graph_of_gradients_is_released_like_any_other(operator: Operator, device: torch.device) -> None:
     inputs = intermediates(leaves_for(operator, operator.arguments, device))
     references = [weakref.ref(x) for x in inputs]

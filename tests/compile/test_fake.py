@@ -13,8 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
+from meta import meta_of
 from operator_cases import subsets
-from operators import DTYPES, ELEMENTWISE, PAIR, SINGLE, Operator, each_elementwise_operator
+from operators import DTYPES, ELEMENTWISE, PAIR, SINGLE, Operator, each_elementwise_operator, each_operator
 
 
 def non_dense(shape: Sequence[int]) -> Tensor:
@@ -94,7 +95,7 @@ def test_the_forward_operators_pass_opcheck_with_keywords(
 
 def backward_arguments(operator: Operator, inputs: Sequence[Tensor], mask: Sequence[bool]) -> tuple[object, ...]:
     grad_output = torch.randn_like(operator.operator(*(x.detach() for x in inputs)))
-    return (grad_output, *inputs, -30.0, 20.0, list(mask))
+    return tuple(operator.backward_arguments(grad_output, inputs, mask=mask))
 
 
 @each_elementwise_operator
@@ -152,17 +153,6 @@ def random_shape() -> list[int]:
     return [random.choice(sizes) for _ in range(random.randint(0, 4))]
 
 
-def meta_of(tensor: Tensor | None) -> tuple[object, ...] | None:
-    """Shape, dtype, device and the strides that matter: torch's own fake kernels differ in those of sizes 1 and 0."""
-    if tensor is None:
-        return None
-    shape = tuple(map(int, tensor.shape))
-    strides = [
-        int(stride) if size > 1 and 0 not in shape else None for size, stride in zip(shape, tensor.stride(), strict=True)
-    ]
-    return shape, tensor.dtype, strides, tensor.device
-
-
 @each_elementwise_operator
 @pytest.mark.parametrize("symbolic", [False, True], ids=["numbers", "symbols"])
 def test_fake_results_have_the_shapes_dtypes_and_strides_of_the_real_ones(
@@ -189,7 +179,7 @@ def test_fake_results_have_the_shapes_dtypes_and_strides_of_the_real_ones(
             assert meta_of(fake) == meta_of(real), f"a gradient for {layouts}"
 
 
-@each_elementwise_operator
+@each_operator
 def test_results_on_the_meta_device_have_the_shapes_dtypes_and_strides_of_the_real_ones(operator: Operator) -> None:
     for sample in SAMPLES.values():
         inputs = sample()[: operator.count]
@@ -200,7 +190,7 @@ def test_results_on_the_meta_device_have_the_shapes_dtypes_and_strides_of_the_re
         assert meta_of(result)[:3] == meta_of(real)[:3]
         grad_output = torch.empty_like(result)
         for fake, real in zip(
-            operator.backward_operator(grad_output, *metas, *arguments[-3:]),
+            operator.backward(grad_output, *metas),
             operator.backward_operator(*arguments),
             strict=True,
         ):
@@ -210,19 +200,17 @@ def test_results_on_the_meta_device_have_the_shapes_dtypes_and_strides_of_the_re
 # Without gradients: torch itself cannot record a graph of fake CUDA tensors where there is no GPU.
 
 
-@each_elementwise_operator
+@each_operator
 def test_fake_cuda_tensors_give_cuda_results_without_a_gpu(operator: Operator) -> None:
     with FakeTensorMode():
         inputs = [torch.randn(2, 3, device="cuda", dtype=d) for d in DTYPES[: operator.count]]
         result = operator.function(*inputs)
         assert (result.device, result.shape) == (torch.device("cuda:0"), (2, 3))
-        for x, gradient in zip(
-            inputs, operator.backward_operator(result, *inputs, -30.0, 20.0, [True] * operator.count), strict=True
-        ):
+        for x, gradient in zip(inputs, operator.backward(result, *inputs), strict=True):
             assert meta_of(gradient) == meta_of(x)
 
 
-@each_elementwise_operator
+@each_operator
 def test_fake_zero_dim_cpu_tensors_go_beside_cuda_tensors(operator: Operator) -> None:
     for cuda in subsets(operator.arguments):
         with FakeTensorMode():
@@ -231,20 +219,18 @@ def test_fake_zero_dim_cpu_tensors_go_beside_cuda_tensors(operator: Operator) ->
             ]
             result = operator.function(*inputs)
             assert meta_of(result) == ((3,), torch.float32, [1], torch.device("cuda:0"))
-            for x, gradient in zip(
-                inputs, operator.backward_operator(result, *inputs, -30.0, 20.0, [True] * operator.count), strict=True
-            ):
+            for x, gradient in zip(inputs, operator.backward(result, *inputs), strict=True):
                 assert meta_of(gradient) == meta_of(x)
 
 
-@each_elementwise_operator
+@each_operator
 def test_fake_gradients_ask_nothing_of_stand_ins(operator: Operator) -> None:
     """Compiled autograd captures with CPU tensors of no size for gradients and for saved tensors that were packed."""
     with FakeTensorMode():
         stand_in = torch.randn(0, 123456789)
         for packed in (subset for subset in [(), *subsets(operator.arguments)] if subset != tuple(operator.arguments)):
             inputs = [stand_in if a in packed else torch.randn(2, 3, device="cuda") for a in operator.arguments]
-            gradients = operator.backward_operator(stand_in, *inputs, -30.0, 20.0, [True] * operator.count)
+            gradients = operator.backward(stand_in, *inputs)
             assert [meta_of(gradient) for gradient in gradients] == [meta_of(x) for x in inputs]
 
 

@@ -20,9 +20,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
 from kl_ext import gaussian_kl_div, normal_kl_div
+from meta import meta_of
 from operators import DTYPES, GAUSSIAN, NORMAL, Operator, each_reducing_operator
 from oracle import same_bits
-from test_gaussian_kl_div_compile import meta_of
 from weight_cases import REDUCTIONS, SHAPES, WEIGHT_DTYPES, each_reduction, mask, some_weight, spoiled
 
 

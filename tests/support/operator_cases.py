@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from operators import ELEMENTWISE, SINGLE, Operator
+from operators import ELEMENTWISE, OPERATORS, SINGLE, Operator
 
 
 def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
@@ -17,11 +17,16 @@ def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(n for i, n in enumerate(names) if bits >> i & 1) for bits in range(1, 1 << count)]
 
 
-each_elementwise_operator_and_wanted = pytest.mark.parametrize(
-    ("operator", "wanted"),
-    [(operator, wanted) for operator in ELEMENTWISE for wanted in subsets(operator.arguments)],
-    ids=lambda value: "+".join(value) if isinstance(value, tuple) else str(value),
-)
+def _and_wanted(operators: Sequence[Operator]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        ("operator", "wanted"),
+        [(operator, wanted) for operator in operators for wanted in subsets(operator.arguments)],
+        ids=lambda value: "+".join(value) if isinstance(value, tuple) else str(value),
+    )
+
+
+each_operator_and_wanted = _and_wanted(OPERATORS)
+each_elementwise_operator_and_wanted = _and_wanted(ELEMENTWISE)
 
 
 def clamped_inputs(operator: Operator, device: torch.device) -> tuple[Tensor, ...]:

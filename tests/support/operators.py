@@ -132,10 +132,11 @@ class Operator:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float64,
         requires_grad: bool = False,
+        count: int | None = None,
     ) -> tuple[Tensor, ...]:
-        """Leaves uniform in (-2, 2), well inside the default clamp, and deviations in (0.5, 2.5): as many as there are shapes
-        where the operator takes so many, else all of them with the shapes in turn."""
-        count = len(shapes) if len(shapes) in self.counts else self.count
+        """Leaves uniform in (-2, 2), well inside the default clamp, and deviations in (0.5, 2.5), with the shapes in turn: so
+        many, or else as many as there are shapes where the operator takes so many, or else all."""
+        count = count or (len(shapes) if len(shapes) in self.counts else self.count)
         drawn = [torch.rand(tuple(shapes[i % len(shapes)]), dtype=torch.float64) * 4 - 2 for i in range(count)]
         suited = [self.suited(i, x) for i, x in enumerate(drawn)]
         return tuple(x.to(device=device, dtype=dtype).requires_grad_(requires_grad) for x in suited)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layouts import inside
-from operators import DTYPES, GAUSSIAN, Operator
+from operators import DTYPES, GAUSSIAN, OPERATORS, Operator
 from ordered_sum import reduced_sum, sum_to_shape
 
 # Keywords that reduce terms of three dimensions.
@@ -30,6 +30,20 @@ REDUCTIONS: dict[str, dict[str, Any]] = {
 }
 each_reduction = pytest.mark.parametrize("how", REDUCTIONS.values(), ids=REDUCTIONS.keys())
 
+
+def each_operator_and(*names: str) -> pytest.MarkDecorator:
+    """Every operator, and with those that reduce each of these reductions."""
+    calls = {
+        f"{operator}{f'-{name}' if operator.reduces else ''}": (operator, REDUCTIONS[name])
+        for operator in OPERATORS
+        for name in names
+        if operator.reduces or not REDUCTIONS[name]
+    }
+    return pytest.mark.parametrize(("operator", "how"), calls.values(), ids=calls.keys())
+
+
+each_operator_and_reduction = each_operator_and(*REDUCTIONS)
+
 # The shapes of the inputs for terms of shape [2, 3, 4], the largest not always first.
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "standard": [(2, 3, 4)] * 2,
@@ -44,6 +58,11 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "q is the largest": [(4,), (), (2, 3, 4), (3, 1)],
 }
 each_shapes = pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
+
+
+def shapes_for(operator: Operator, *names: str) -> list[list[tuple[int, ...]]]:
+    """Those of so many inputs as the operator takes; all, where none are named."""
+    return [SHAPES[name] for name in names or SHAPES if len(SHAPES[name]) in operator.counts]
 
 
 def reduced_dims(

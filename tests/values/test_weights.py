@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import sys
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import SEED
 from kl_ext import gaussian_kl_div, reference
 from layouts import chunk, inside, shifted, transposed
 from operators import DTYPES, GAUSSIAN, REDUCING, Operator, each_reducing_operator
 from oracle import NARROWED, assert_within, distance, same_bits, ulp
 from ordered_sum import reduced_sum
 from reduction_cases import random_case
-from test_determinism import differing, digest, run_under, supported
 from weight_cases import (
     WEIGHT_DTYPES,
     WEIGHTS,
@@ -414,54 +409,3 @@ def test_a_weight_of_ones_changes_no_bit(operator: Operator) -> None:
             grad_output = torch.randn_like(value)
             pairs = (operator.backward(grad_output, *inputs[:count], weight=w, **how) for w in (None, weight))
             assert all(same_bits(a, b) for a, b in zip(*pairs, strict=True))
-
-
-# Run as a script, this file prints digests of the following: `python test_weights.py SEED`, under ATEN_CPU_CAPABILITY.
-
-
-def digests(seed: int) -> dict[str, str]:
-    rng = numpy.random.default_rng(seed)  # torch's own numbers differ between instruction sets
-    result = {}
-    for operator in REDUCING:
-        for shapes in ([(700, 200)] * 2, [(700, 200)] * 2 + [(200,)] * 2, [(3, 20, 40, 40)] * 2 + [(3, 1, 40, 40)] * 2):
-            inputs = scaled(operator, [torch.from_numpy(rng.uniform(-2, 2, shape)).float() for shape in shapes])
-            for size in (shapes[0], (shapes[0][0], *[1] * (len(shapes[0]) - 1)), shapes[0][-1:]):
-                numbers = torch.from_numpy(rng.uniform(-1, 1, size) * (rng.random(size) < 0.7)).float()
-                for weight in (numbers, numbers != 0):
-                    for how in ({}, {"reduction": "sum"}, {"reduction": "mean", "dim": 1}, {"reduction": "mean", "dim": 0}):
-                        value = operator.function(*inputs, weight=weight, **how)
-                        grad_output = torch.from_numpy(rng.uniform(-1, 1, tuple(value.shape))).float()
-                        gradients = operator.backward(grad_output, *inputs, weight=weight, **how)
-                        result[f"{operator} {shapes} {size} {weight.dtype} {how}"] = digest([value, *gradients])
-    return result
-
-
-@pytest.fixture(scope="module")
-def seed() -> int:
-    return zlib.crc32(f"{SEED} weights".encode())
-
-
-@pytest.fixture(scope="module")
-def here(seed: int) -> dict[str, str]:
-    return digests(seed)
-
-
-@pytest.mark.parametrize("threads", [2, 7])
-def test_any_number_of_threads_gives_the_same_bits(threads: int, seed: int, here: dict[str, str]) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        assert not differing(digests(seed), here)
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set_gives_the_same_bits(capability: str, seed: int, here: dict[str, str]) -> None:
-    if not supported(capability):
-        pytest.skip(f"this processor has no {capability}")
-    assert not differing(json.loads(run_under(capability, __file__, str(seed)))["digests"], here)
-
-
-if __name__ == "__main__":
-    print(json.dumps({"digests": digests(int(sys.argv[1]))}))
