@@ -1,5 +1,5 @@
 # Whether to build the CUDA kernels, with which nvcc and for which GPUs: sets KL_EXT_WITH_CUDA, KL_EXT_CUDA_ARCHITECTURES,
-# KL_EXT_CUDA_COMPILER_VERSION, KL_EXT_CUDA_RPATH and defines the imported target c10_cuda.
+# KL_EXT_GENERATE_CODE, KL_EXT_CUDA_COMPILER_VERSION, KL_EXT_CUDA_RPATH and defines the imported target c10_cuda.
 #
 # With a CUDA build of torch and nvcc they are built for the GPUs that are visible, or where none is, as while a container is made,
 # for all architectures; TORCH_CUDA_ARCH_LIST names others. Without nvcc they are left out, with a warning. KL_EXT_CUDA changes
@@ -91,9 +91,11 @@ if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION) # CMake 3.25 does not know that nvc
 endif()
 
 set(KL_EXT_CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
+kl_ext_generate_code("${CMAKE_CUDA_ARCHITECTURES}" KL_EXT_GENERATE_CODE)
+set(CMAKE_CUDA_ARCHITECTURES OFF)
 set(KL_EXT_CUDA_COMPILER_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
 message(STATUS "CUDA kernels for ${KL_EXT_CUDA_ARCHITECTURES} with ${nvcc} ${KL_EXT_CUDA_COMPILER_VERSION}")
-list(LENGTH CMAKE_CUDA_ARCHITECTURES count)
+list(LENGTH KL_EXT_CUDA_ARCHITECTURES count)
 if(count GREATER 3)
   message(STATUS "This takes about ten minutes on two cores. TORCH_CUDA_ARCH_LIST=8.6, say, is for one GPU only, and takes two.")
 endif()
