@@ -117,7 +117,7 @@ def tests(context: Context) -> Found:
         runs = {"small": run_tests(context, "tests", context.seconds, *ignore, *dry)}
     else:
         os.environ.update(variables_of_the_build())
-        many = f"cuda and not emulation and not device_bits and not ({LARGE})"
+        many = f"cuda and not (emulation or check_sass or device_bits) and not ({LARGE})"
         large = run_tests(context, "tests_large", 0.3 * context.seconds, *LARGE_FILES, "--slow", "-k", LARGE, *ignore)
         save(context, {"status": "failed", "runs": {"large": large}, "missing": missing, "not_collected": ignored})
         left = context.seconds - (time.monotonic() - start) - 5

@@ -8,30 +8,45 @@ import pytest
 import torch
 
 import kl_ext
-from operators import ELEMENTWISE
+from operators import ELEMENTWISE, OPERATORS, Operator
 
 # Name of the function or operator, its tensor arguments, and a call with them.
-FORWARD = {operator.name: (operator.arguments, operator.function) for operator in ELEMENTWISE}
-OPERATORS = {operator.name: (operator.arguments, operator.operator) for operator in ELEMENTWISE}
+FORWARD = {operator.name: (operator.arguments, operator.function) for operator in OPERATORS}
+DISPATCHED = {operator.name: (operator.arguments, operator.operator) for operator in OPERATORS}
 
 
-def call_backward(operator, count):
-    def call(*tensors, clamp_min=-30.0, clamp_max=20.0):
-        return operator(*tensors, clamp_min, clamp_max, [True] * count)
+def call_backward(operator: Operator):
+    def call(grad_output, *inputs, **clamp):
+        return operator.backward_operator(*operator.backward_arguments(grad_output, inputs, how=clamp))
 
     return call
 
 
-BACKWARD = {
-    f"{operator}_backward": (["grad_output", *operator.arguments], call_backward(operator.backward_operator, operator.count))
-    for operator in ELEMENTWISE
-}
-CALLS = [(name, *rest, kind) for kind, group in enumerate((FORWARD, OPERATORS, BACKWARD)) for name, rest in group.items()]
-EVERY = pytest.mark.parametrize(
-    "name, arguments, call",
-    [call[:3] for call in CALLS],
-    ids=[f"{('', 'torch.ops.', 'torch.ops.')[kind]}{name}" for name, _, _, kind in CALLS],
-)
+BACKWARD = {f"{operator}_backward": (["grad_output", *operator.arguments], call_backward(operator)) for operator in OPERATORS}
+CALLS = [
+    (name, *rest, f"{prefix}{name}")
+    for prefix, group in (("", FORWARD), ("torch.ops.", DISPATCHED), ("torch.ops.", BACKWARD))
+    for name, rest in group.items()
+]
+
+
+def each_call(*names):
+    """Of these functions and backward operators."""
+    calls = [call for call in CALLS if call[0] in names]
+    return pytest.mark.parametrize("name, arguments, call", [call[:3] for call in calls], ids=[call[3] for call in calls])
+
+
+def names_of(operators, *suffixes):
+    return [f"{operator}{suffix}" for operator in operators for suffix in suffixes]
+
+
+EVERY = each_call(*names_of(OPERATORS, "", "_backward"))
+EVERY_CLAMPING = each_call(*names_of([operator for operator in OPERATORS if operator.bounds], "", "_backward"))
+EVERY_ELEMENTWISE = each_call(*names_of(ELEMENTWISE, "", "_backward"))
+FORWARDS = each_call(*FORWARD)
+# What a grad_output must fit where terms are reduced is in test_refused_reductions.py.
+BACKWARDS = each_call(*names_of(ELEMENTWISE, "_backward"))
+FORWARDS_AND_ELEMENTWISE_BACKWARDS = each_call(*FORWARD, *names_of(ELEMENTWISE, "_backward"))
 MODES = {"default": contextlib.nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 
 
@@ -136,21 +151,17 @@ CLAMPS = [
 ]
 
 
-@EVERY
+@EVERY_CLAMPING
 @pytest.mark.parametrize("bounds, shown", CLAMPS)
 def test_clamps(name, arguments, call, bounds, shown, device):
     with raises(ValueError, f"{name}: expected clamp_min <= clamp_max, got {shown}"):
         call(*tensors(arguments, device), clamp_min=bounds[0], clamp_max=bounds[1])
 
 
-@EVERY
+@EVERY_CLAMPING
 def test_clamps_are_checked_for_empty_tensors_too(name, arguments, call, device):
     with raises(ValueError, f"{name}: expected clamp_min <= clamp_max, got 2 and 1"):
         call(*tensors(arguments, device, (0,)), clamp_min=2, clamp_max=1)
-
-
-FORWARDS = pytest.mark.parametrize("name, arguments, call", [call[:3] for call in CALLS if call[3] < 2])
-BACKWARDS = pytest.mark.parametrize("name, arguments, call", [call[:3] for call in CALLS if call[3] == 2])
 
 
 @FORWARDS
@@ -198,7 +209,7 @@ def test_masks_of_the_wrong_length(name, arguments, call, length, device):
         getattr(torch.ops.kl_ext, name)(*tensors(arguments, device), -30.0, 20.0, [True] * length)
 
 
-@EVERY
+@FORWARDS_AND_ELEMENTWISE_BACKWARDS
 def test_devices_that_differ(name, arguments, call, device):
     """A meta tensor among others: the only other device that every machine has."""
     for argument, given in list(each_position(arguments, device, torch.randn(2, 3, device="meta")))[1:]:
@@ -207,7 +218,7 @@ def test_devices_that_differ(name, arguments, call, device):
             call(*given)
 
 
-@EVERY
+@FORWARDS_AND_ELEMENTWISE_BACKWARDS
 def test_cpu_tensors_beside_cuda_tensors(name, arguments, call, device):
     if device.type == "cpu":
         pytest.skip("needs two devices that hold numbers")
@@ -220,15 +231,15 @@ def test_cpu_tensors_beside_cuda_tensors(name, arguments, call, device):
         call(*given)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", DISPATCHED)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
 def test_result_dtypes_without_kernels(name, dtype, device):
-    arguments, call = OPERATORS[name]
+    arguments, call = DISPATCHED[name]
     with raises(TypeError, f"{name}: expected dtype to be float16, bfloat16, float32 or float64, got {str(dtype)[6:]}"):
         call(*tensors(arguments, device), dtype=dtype)
 
 
-@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize("name", names_of(ELEMENTWISE, ""))
 @pytest.mark.parametrize(
     "bad, kind", [(1.0, "float"), (2, "int"), (None, "NoneType"), ([1.0, 2.0], "list"), ("x", "str")], ids=repr
 )
@@ -245,16 +256,16 @@ def test_a_numpy_array_is_no_tensor():
         kl_ext.kl_div_single_loss(x, x.numpy())
 
 
-@pytest.mark.parametrize("name", [*OPERATORS, *BACKWARD])
+@pytest.mark.parametrize("name", [*DISPATCHED, *BACKWARD])
 def test_operators_refuse_what_is_no_tensor(name, device):
     """With the dispatcher's own message."""
-    arguments, call = (OPERATORS | BACKWARD)[name]
+    arguments, call = (DISPATCHED | BACKWARD)[name]
     for _, given in each_position(arguments, device, [1.0]):
         with pytest.raises((RuntimeError, TypeError)):
             call(*given)
 
 
-@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize("name", names_of(ELEMENTWISE, ""))
 def test_the_documented_signature_and_nothing_more(name, device):
     arguments, call = FORWARD[name]
     parameters = inspect.signature(call).parameters
@@ -274,7 +285,7 @@ def test_the_documented_signature_and_nothing_more(name, device):
         call(*given[:-1])
 
 
-@EVERY
+@EVERY_ELEMENTWISE
 def test_what_remains_possible_after_a_refusal(name, arguments, call, device):
     """An error leaves nothing behind."""
     with pytest.raises(TypeError):

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from operators import REDUCING, Operator, each_reducing_operator
 from test_errors_without_numbers import Make, assert_alike, mode  # noqa: F401 (an autouse fixture)
-from test_gaussian_kl_div_errors import raises
+from test_refused_reductions import raises
 
 REQUIRES_GRAD = (
     "expected weight not to require grad, for weights are not differentiated. Pass weight.detach(), or multiply the terms of "

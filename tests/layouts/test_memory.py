@@ -7,7 +7,7 @@ import torch
 
 import kl_ext
 from layouts import LAYOUTS, chunk
-from operators import each_elementwise_operator
+from operators import each_operator
 
 SHAPES = {2: (512, 384), 4: (8, 16, 32, 48), 5: (4, 8, 12, 16, 32)}
 NUMEL = 512 * 384
@@ -65,7 +65,7 @@ def test_every_layout_is_large_enough_to_be_seen(device):
         assert x.numel() * x.element_size() >= 10 * SMALL
 
 
-@each_elementwise_operator
+@each_operator
 @EVERY
 def test_forward_never_copies(operator, shape, make, device):
     inputs = [make(torch.randn(shape, device=device)) for _ in range(operator.count)]
@@ -75,10 +75,10 @@ def test_forward_never_copies(operator, shape, make, device):
 
 
 def backward(operator, grad_output, inputs, mask=None):
-    return operator.backward_operator(grad_output, *inputs, -30.0, 20.0, mask or [True] * operator.count)
+    return tuple(operator.backward(grad_output, *inputs, mask=mask))
 
 
-@each_elementwise_operator
+@each_operator
 @EVERY
 def test_backward_never_copies(operator, shape, make, device):
     inputs = [make(torch.randn(shape, device=device)) for _ in range(operator.count)]
@@ -87,7 +87,7 @@ def test_backward_never_copies(operator, shape, make, device):
         assert_allocates_its_results_only(lambda g=grad_output: backward(operator, g, inputs), device)
 
 
-@each_elementwise_operator
+@each_operator
 def test_backward_allocates_only_what_is_wanted(operator, device):
     inputs = [chunk(torch.randn(512, 384, device=device), 1, 1) for _ in range(operator.count)]
     grad_output = torch.ones((), device=device).expand(512, 384)
@@ -95,7 +95,7 @@ def test_backward_allocates_only_what_is_wanted(operator, device):
         assert_allocates_its_results_only(lambda m=mask: backward(operator, grad_output, inputs, list(m)), device)
 
 
-@each_elementwise_operator
+@each_operator
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_chunks_of_other_dtypes_and_mixes_of_them_are_not_copied(operator, dtype, device):
     for kinds in ([dtype] * operator.count, [dtype, torch.float32] * (operator.count // 2)):
@@ -106,7 +106,7 @@ def test_chunks_of_other_dtypes_and_mixes_of_them_are_not_copied(operator, dtype
         assert_allocates_its_results_only(lambda i=inputs, v=value: backward(operator, v, i), device)
 
 
-@each_elementwise_operator
+@each_operator
 def test_broadcast_priors_are_not_expanded_in_the_forward(operator, device):
     h = torch.randn(512, 2 * 384, device=device)
     mu, log_var = h.chunk(2, 1)
@@ -116,7 +116,7 @@ def test_broadcast_priors_are_not_expanded_in_the_forward(operator, device):
         assert_allocates_its_results_only(lambda i=full: operator(*i), device)
 
 
-@each_elementwise_operator
+@each_operator
 def test_broadcast_gradients_take_at_most_one_full_tensor_each(operator, device):
     """Until they are reduced within the kernel; and the inputs are not copied here either."""
     mu, log_var = torch.randn(512, 2 * 384, device=device).chunk(2, 1)
@@ -127,7 +127,7 @@ def test_broadcast_gradients_take_at_most_one_full_tensor_each(operator, device)
     assert_allocates_its_results_only(lambda: backward(operator, grad_output, inputs), device, spare=full)
 
 
-@each_elementwise_operator
+@each_operator
 def test_a_step_of_training_copies_nothing(operator, device):
     """Through autograd: the result, the sum, and the gradients of the two (or four) parts of the encoder's output."""
     parts = [x.requires_grad_() for x in torch.randn(512, operator.count * 384, device=device).chunk(operator.count, 1)]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from operators import GAUSSIAN, Operator, each_reducing_operator
-from test_gaussian_kl_div_memory import MIB, assert_allocates_its_results_only
 from test_memory import allocated, nbytes
+from test_one_pass import MIB, assert_allocates_its_results_only
 
 ROWS, COLUMNS = 4096, 512  # 8 MiB
 SPARE = MIB // 4

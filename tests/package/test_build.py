@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kl_ext import _library
+from kl_ext import _library, _operators
 
 SOURCE = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(SOURCE / "cmake"), str(SOURCE / "build_backend")]
@@ -21,9 +21,7 @@ sys.path[:0] = [str(SOURCE / "cmake"), str(SOURCE / "build_backend")]
 import kl_ext_build  # noqa: E402
 import torch_info  # noqa: E402
 
-OPERATORS = [
-    f"{name}{end}" for name in ("kl_div_single_loss", "kl_div_pair_loss", "gaussian_kl_div") for end in ("", "_backward")
-]
+OPERATORS = [f"{operator.name}{end}" for operator in _operators.OPERATORS for end in ("", "_backward")]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
-"""`normal_kl_div` to its bounds, at the ends of the format and beside the other divergence; layouts and halves of one tensor.
+"""Divergences from deviations to their bounds, at the ends of the format and beside those from log-variances.
 
-What it has in common with `gaussian_kl_div` (derivatives, transforms, sums, compilation, errors, bits) is tested with that, in
-the files of that name, and the formulas alone in test_normal_math.py.
+The formulas alone are in test_normal_math.py, and what all operators have in common is tested with them.
 """
 
 import math

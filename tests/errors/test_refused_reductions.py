@@ -1,4 +1,4 @@
-"""What the divergences and their backward operators refuse, and in which words: in eager mode, under vmap, for fake tensors."""
+"""What the operators that reduce refuse, and in which words: in eager mode, under vmap, for fake tensors."""
 
 from __future__ import annotations
 
