@@ -1,7 +1,5 @@
-# Everything a developer or CI does with the sources, each in a virtual environment made here:
-#
-#   make demo | test | test-cuda-emulation | test-oldest | check | check-cuda | check-instructions | bench | bench-quick |
-#        nightly | format | clean | help
+# Everything that users, developers and CI do with the sources, in a virtual environment made here. `make help` lists the targets:
+# it prints the group headings (##@) and the text after ## beside each target.
 #
 # Variables: PYTHON (python3), VENV (.venv), TORCH (a torch version; unset: the one installed in VENV, else the newest),
 # ARGS (passed on to the demo, the tests or the benchmarks), WORKERS (the processes that share the tests; 0: a single one without
@@ -31,76 +29,70 @@ cxx_files = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -
 
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
-.PHONY: help demo test test-cuda-emulation test-oldest check check-cuda check-instructions bench bench-quick nightly format clean
+.PHONY: help demo test bench-quick clean check format test-oldest test-cuda-emulation check-cuda check-instructions nightly bench
 .DELETE_ON_ERROR:
 
-help:
-	@echo 'make demo     train a small VAE on the digits of scikit-learn; ARGS="--epochs 5" and so on'
-	@echo 'make test     the test-suite; ARGS="-k name" chooses tests, TORCH=2.13.0 a torch version'
-	@echo 'make test-cuda-emulation  those tests that run the CUDA kernels without a GPU, then again under sanitizers'
-	@echo 'make test-oldest  the test-suite with the oldest torch that is supported'
-	@echo 'make check    clang-format, ruff and mypy'
-	@echo 'make check-instructions  count the instructions of the CPU kernels and compare them with their ceilings'
-	@echo 'make check-cuda  build the CUDA kernels, which needs nvcc and no GPU, and check their machine code'
-	@echo 'make format   let clang-format and ruff rewrite the sources'
-	@echo 'make bench    all benchmarks (a quarter of an hour), then the tables and plots of the pages'
-	@echo '              on a GPU: benchmarks/README.md; ARGS="--device cuda" only writes benchmarks/results/cuda.json'
-	@echo 'make bench-quick   a first impression of them (two minutes); ARGS="--only ratios" chooses suites'
-	@echo 'make nightly  the tests that are too slow for make test; writes docs/nightly.md'
-	@echo 'make clean    remove what was built, but not $(VENV), which holds torch'
+##@ For users
 
-demo: $(stamps)/demo
+help: ## list the targets
+	@awk -F ':.*## ' '/^##@ / { print (groups++ ? "\n" : "") substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  make %-19s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(stamps)/demo ## train a small VAE on the digits of scikit-learn; ARGS="--epochs 5" and so on
 	$(bin)/python examples/train_vae.py $(ARGS)
 
-test: $(stamps)/test
+test: $(stamps)/test ## run the test-suite; ARGS="-k name" chooses tests, TORCH=2.13.0 a torch version
 	$(bin)/python -m pytest -n $(WORKERS) $(ARGS)
 
-# Sanitized, threads take turns in one order of the three, and tensors are cut at one limit. The sanitizers have to be there
-# before Python allocates anything.
-emulation := tests/cuda/test_cuda_emulation
-test-cuda-emulation: $(stamps)/test
-	$(bin)/python -m pytest -n $(WORKERS) $(emulation)*.py $(ARGS)
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  KL_EXT_EMULATION_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(bin)/python -m pytest -n $(WORKERS) $(emulation).py $(emulation)_sums.py $(emulation)_cuts.py -k 'random and not 4096' $(ARGS)
-
-nightly: $(stamps)/test
-	$(bin)/python tests/nightly.py $(ARGS)
-
-bench: $(stamps)/bench
-	$(bin)/python benchmarks/bench.py $(ARGS)
-	$(bin)/python benchmarks/plots.py
-	$(bin)/python benchmarks/table.py
-
-bench-quick: $(stamps)/bench
+bench-quick: $(stamps)/bench ## a first impression of the benchmarks (two minutes); ARGS="--only ratios" chooses suites
 	$(bin)/python benchmarks/bench.py --quick $(ARGS)
 
-# Of the CPU kernels and calls, which a busy machine does not change; needs valgrind.
-check-instructions: $(stamps)/test
-	$(bin)/python benchmarks/instructions.py $(ARGS)
+clean: ## remove what was built, but not the virtual environments, which hold torch
+	rm -rf build dist *.egg-info kl_ext/_C.*.so kl_ext/lib kl_ext/share
 
-# The oldest torch that is supported, in an environment of its own; without CUDA kernels, since it is the API that differs.
-test-oldest:
-	$(MAKE) test VENV=.venv-oldest TORCH=$(oldest).0 KL_EXT_CUDA=0
+##@ For developers
 
-check: $(stamps)/check
+check: $(stamps)/check ## run clang-format, ruff and mypy; they change nothing
 	$(bin)/clang-format --dry-run -Werror $(cxx_files)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 
-# ARGS="--write" for csrc/cuda/README.md too. What it takes besides nvcc and c++filt comes with a CUDA torch.
-check-cuda: export KL_EXT_CUDA = all
-check-cuda: $(package)
-	$(bin)/python csrc/cuda/sass/check.py $(ARGS)
-
-format: $(stamps)/check
+format: $(stamps)/check ## let clang-format and ruff rewrite the sources
 	$(bin)/clang-format -i $(cxx_files)
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 
-clean:
-	rm -rf build dist *.egg-info kl_ext/_C.*.so kl_ext/lib kl_ext/share
+# The oldest torch that is supported, in an environment of its own; without CUDA kernels, since it is the API that differs.
+test-oldest: ## run the test-suite with the oldest torch that is supported
+	$(MAKE) test VENV=.venv-oldest TORCH=$(oldest).0 KL_EXT_CUDA=0
+
+# Sanitized, threads take turns in one order of the three, and tensors are cut at one limit. The sanitizers have to be there
+# before Python allocates anything.
+emulation := tests/cuda/test_cuda_emulation
+test-cuda-emulation: $(stamps)/test ## run the CUDA kernels without a GPU, then again under sanitizers
+	$(bin)/python -m pytest -n $(WORKERS) $(emulation)*.py $(ARGS)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  KL_EXT_EMULATION_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(bin)/python -m pytest -n $(WORKERS) $(emulation).py $(emulation)_sums.py $(emulation)_cuts.py -k 'random and not 4096' $(ARGS)
+
+# ARGS="--write" for csrc/cuda/README.md too. What it takes besides nvcc and c++filt comes with a CUDA torch.
+check-cuda: export KL_EXT_CUDA = all
+check-cuda: $(package) ## build the CUDA kernels, which needs nvcc and no GPU, and check their machine code
+	$(bin)/python csrc/cuda/sass/check.py $(ARGS)
+
+# Of the CPU kernels and calls, which a busy machine does not change; needs valgrind.
+check-instructions: $(stamps)/test ## count the instructions of the CPU kernels and compare them with their ceilings
+	$(bin)/python benchmarks/instructions.py $(ARGS)
+
+nightly: $(stamps)/test ## run the tests that are too slow for make test; writes docs/nightly.md
+	$(bin)/python tests/nightly.py $(ARGS)
+
+# On a GPU: benchmarks/README.md. ARGS="--device cuda" only writes benchmarks/results/cuda.json.
+bench: $(stamps)/bench ## run all benchmarks (a quarter of an hour), then renew the tables and plots of the pages
+	$(bin)/python benchmarks/bench.py $(ARGS)
+	$(bin)/python benchmarks/plots.py
+	$(bin)/python benchmarks/table.py
 
 $(stamps)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -14,7 +14,8 @@ import kl_ext.reference
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
-    *(ROOT / name for name in ("README.md", "csrc/README.md", "csrc/cuda/README.md", "benchmarks/README.md")),
+    *sorted(ROOT.glob("*.md")),
+    *(ROOT / name for name in ("csrc/README.md", "csrc/cuda/README.md", "benchmarks/README.md")),
     *(ROOT / "docs" / name for name in ("export.md", "recipes.md")),
 ]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
