@@ -154,6 +154,30 @@ constexpr void add_arithmetic(FormulaKernels& kernels, Storage storage, Arithmet
   }
 }
 
+// The sums of terms under a mask that is read as it is.
+template <class F, Range range, class T>
+constexpr void add_masked_sums(FormulaKernels& kernels, Storage storage, Arithmetic arithmetic) {
+  constexpr bool kWide = range == Range::kWide;
+  kernels.sum_chunks[kWide][storage] = sum_chunks<F, range, T>;
+  kernels.sum_row_chunks[kWide][storage] = sum_row_chunks<F, range, T>;
+  if constexpr (range == Range::kNarrow && !std::is_void_v<typename F::GivenQ>) {
+    kernels.sum_chunks_given_q[arithmetic] = sum_chunks<typename F::GivenQ, range, T>;
+    kernels.sum_row_chunks_given_q[arithmetic] = sum_row_chunks<typename F::GivenQ, range, T>;
+  }
+}
+
+template <class F>
+constexpr FormulaKernels masked_sums_of() {
+  FormulaKernels kernels{};
+  add_masked_sums<F, Range::kWide, float>(kernels, kFloat32, kSingle);
+  add_masked_sums<F, Range::kWide, double>(kernels, kFloat64, kDouble);
+  if constexpr (F::kRanges) {
+    add_masked_sums<F, Range::kNarrow, float>(kernels, kFloat32, kSingle);
+    add_masked_sums<F, Range::kNarrow, double>(kernels, kFloat64, kDouble);
+  }
+  return kernels;
+}
+
 // What works on rows of tensors, of any dtype.
 template <class F, Range range, class S>
 constexpr void add_rows(FormulaKernels& kernels, Storage storage) {
@@ -228,8 +252,16 @@ constexpr void add_numbers(Kernels& kernels, Arithmetic arithmetic) {
 
 template <class... F>
 constexpr Kernels all_kernels(math::FormulaList<F...>) {
-  Kernels kernels{
-      {kernels_with_rows_of<F>()..., kernels_of<math::Weight>()}, {kernels_of<math::Weighted<F>>()...}, {}, {}, {}, {}, {}, {}};
+  Kernels kernels{};
+  const FormulaKernels alone[] = {kernels_with_rows_of<F>()..., kernels_of<math::Weight>()};
+  const FormulaKernels weighted[] = {kernels_of<math::Weighted<F>>()...};
+  const FormulaKernels masked[] = {masked_sums_of<math::Masked<F>>()...};
+  for (std::size_t i = 0; i < sizeof...(F); ++i) {
+    kernels.formulas[i] = alone[i];
+    kernels.weighted[i] = weighted[i];
+    kernels.masked[i] = masked[i];
+  }
+  kernels.formulas[sizeof...(F)] = alone[sizeof...(F)];
   add_storage<math::Half>(kernels, kFloat16);
   add_storage<math::BFloat16>(kernels, kBFloat16);
   add_storage<float>(kernels, kFloat32);

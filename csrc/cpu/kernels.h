@@ -33,7 +33,7 @@ struct Block {
 };
 
 // Operands: the result; the inputs. All of one storage. Given q (GivenQ of math/gaussian.h), one more input; with a weight, that
-// behind them.
+// behind them, of bools for the masked ones.
 using ForwardKernel = void (*)(const Block& block, Settings settings);
 // Operands: the gradients, one for each input; grad_output; the inputs.
 using BackwardKernel = void (*)(const Block& block, Settings settings);
@@ -88,6 +88,7 @@ struct FormulaKernels {
 struct Kernels {
   FormulaKernels formulas[math::Formulas::kCount + 1]; // kFormula of math/formulas.h
   FormulaKernels weighted[math::Formulas::kCount];
+  FormulaKernels masked[math::Formulas::kCount]; // the sums by rows, where the weights are bools
   Load load[kReadable][kArithmetics];
   Store store[kStorages][kArithmetics];
   AddToLanes add_to_lanes[kArithmetics];

@@ -105,6 +105,12 @@ class Rows {
     strides_[count_++] = shape_.columns * element_size();
   }
 
+  // The last operand: weights of so many bytes each, which have the shape of the rows where they are, or in a buffer.
+  void add_weights(int64_t size) {
+    pointers_[count_] = nullptr;
+    strides_[count_++] = shape_.columns * size;
+  }
+
   void place(int operand, void* data) { pointers_[operand] = data; }
 
   // The next operand. Rows that overlap or lie in another order are not taken for some.

@@ -71,7 +71,7 @@ void sum_weighted_chunks(SumChunks kernel, char* partials, const Rows& rows, con
     }
     weights.load(buffer, first, first_term(next) - first, loaded);
     // Where the weight of the first term of all would be.
-    const auto start = reinterpret_cast<std::uintptr_t>(buffer) - static_cast<std::uintptr_t>(first * size);
+    const auto start = reinterpret_cast<std::uintptr_t>(buffer) - static_cast<std::uintptr_t>(first * weights.size());
     const Block block = rows.block_with_last(pointers, reinterpret_cast<const void*>(start));
     kernel(partials + partial * size, block, first, first_term(next), settings);
     partial = next;
@@ -259,7 +259,8 @@ std::optional<at::Tensor> sum_by_rows(const Terms& terms, at::ScalarType result,
   const NamedTensors inputs = terms.operands.slice(0, terms.inputs());
   const Arithmetic arithmetic = arithmetic_of(terms.operands, result);
   const bool wide = is_wide(terms.settings, arithmetic);
-  const FormulaKernels& of_formula = kernels_of(terms);
+  const bool is_masked = terms.is_weighted && terms.operands.back().tensor.scalar_type() == at::kBool;
+  const FormulaKernels& of_formula = is_masked ? kernels().masked[terms.formula] : kernels_of(terms);
   const auto first_reduced = std::find(reduction.reduced.begin(), reduction.reduced.end(), true);
   const size_t kept = first_reduced - reduction.reduced.begin();
   const bool are_last = std::find(first_reduced, reduction.reduced.end(), false) == reduction.reduced.end();
@@ -278,7 +279,7 @@ std::optional<at::Tensor> sum_by_rows(const Terms& terms, at::ScalarType result,
       return std::nullopt;
     }
     if (terms.is_weighted) {
-      rows.add_contiguous();
+      rows.add_weights(Weights::size_of(terms.operands.back().tensor, arithmetic));
     }
     return sum_chunks(kernel, rows, terms, arithmetic, result, shape, reduction);
   }
@@ -293,7 +294,7 @@ std::optional<at::Tensor> sum_by_rows(const Terms& terms, at::ScalarType result,
   }
   const auto prepared = add_q(rows, terms, kernels().formulas[terms.formula].prepare_q[arithmetic]);
   if (terms.is_weighted) {
-    rows.add_contiguous();
+    rows.add_weights(Weights::size_of(terms.operands.back().tensor, arithmetic));
   }
   const auto& kernel = kept > 0 ? of_formula.sum_row_chunks_given_q : of_formula.sum_chunks_given_q;
   return sum_chunks(kernel[arithmetic], rows, terms, arithmetic, result, shape, reduction);

@@ -36,7 +36,7 @@ KL_EXT_INLINE void add_turn(T* lanes, const Inputs<F, S>& inputs, const math::Se
 // compiler that copied it into all its callers would take minutes longer.
 template <class F, Range range, class S, class T>
 [[gnu::noinline]] void accumulate_row(T* lanes, const Inputs<F, S>& inputs, int first, std::int64_t numel,
-                                  const math::Settings<T>& settings) {
+                                      const math::Settings<T>& settings) {
   std::int64_t i = 0;
   if (const int place = first % kGroup<S>; place != 0) { // the rest of a group
     T terms[1];

@@ -1,6 +1,8 @@
 // What the loops of the formulas read, and the terms that they make of it.
 #pragma once
 
+#include <type_traits>
+
 #include "../math/gaussian.h"
 #include "groups.h"
 #include "kernels.h"
@@ -25,8 +27,10 @@ KL_EXT_INLINE S* row_of(const Block& block, int operand, std::int64_t row) {
 template <class F, class S>
 struct Inputs {
   using T = typename ArithmeticOf<S>::Type;
+  static constexpr int kOfStorage = F::kInputs - (F::kIsMasked ? 1 : 0);
 
   explicit KL_EXT_INLINE Inputs(const void* const* inputs) {
+    static_assert(!F::kIsMasked);
     for (int input = 0; input < F::kInputs; ++input) {
       data[input] = static_cast<const S*>(inputs[input]);
     }
@@ -34,21 +38,30 @@ struct Inputs {
 
   // The operands from the given one on.
   KL_EXT_INLINE Inputs(const Block& block, int operand, std::int64_t row, std::int64_t column = 0) {
-    for (int input = 0; input < F::kInputs; ++input) {
+    for (int input = 0; input < kOfStorage; ++input) {
       data[input] = row_of<const S>(block, operand + input, row) + column;
+    }
+    if constexpr (F::kIsMasked) {
+      mask = row_of<const math::Bool>(block, operand + kOfStorage, row) + column;
     }
   }
 
   template <int kNumbers>
   KL_EXT_INLINE void read(T (&values)[kNumbers][F::kInputs], std::int64_t i) const {
     KL_EXT_UNROLL
-    for (int input = 0; input < F::kInputs; ++input) {
+    for (int input = 0; input < kOfStorage; ++input) {
       T numbers[kNumbers];
       read_group(numbers, data[input] + i);
       const bool is_clamped = input % 2 == 1; // a log-variance
       KL_EXT_UNROLL
       for (int n = 0; n < kNumbers; ++n) {
         values[n][input] = sizeof(S) == 2 && is_clamped ? detach(numbers[n]) : numbers[n];
+      }
+    }
+    if constexpr (F::kIsMasked) {
+      KL_EXT_UNROLL
+      for (int n = 0; n < kNumbers; ++n) {
+        values[n][kOfStorage] = static_cast<T>(math::widen(mask[i + n]));
       }
     }
   }
@@ -58,10 +71,15 @@ struct Inputs {
     for (const S*& input : result.data) {
       input += i;
     }
+    if constexpr (F::kIsMasked) {
+      result.mask += i;
+    }
     return result;
   }
 
-  const S* data[F::kInputs];
+  const S* data[kOfStorage];
+  struct None {};
+  [[no_unique_address]] std::conditional_t<F::kIsMasked, const math::Bool*, None> mask{}; // the last input, if it is one
   Detach<T> detach;
 };
 

@@ -1,4 +1,5 @@
 // The weights of consecutive terms: read where they are, whatever their dtype and however they are broadcast, a few chunks at a time.
+// Bools stay bools, for the masked kernels; all others become the arithmetic type.
 #pragma once
 
 #include <cstring>
@@ -7,14 +8,35 @@
 
 namespace kl_ext::cpu {
 
+inline void load_bytes(void* contiguous, const void* strided, const Tile& tile) {
+  char* to = static_cast<char*>(contiguous);
+  for (int64_t row = 0; row < tile.rows; ++row, to += tile.columns) {
+    const char* from = static_cast<const char*>(strided) + row * tile.row_stride;
+    if (tile.column_stride == 1) {
+      std::memcpy(to, from, tile.columns);
+    } else if (tile.column_stride == 0) {
+      std::memset(to, *from, tile.columns);
+    } else {
+      for (int64_t i = 0; i < tile.columns; ++i) {
+        to[i] = from[i * tile.column_stride];
+      }
+    }
+  }
+}
+
 class Weights {
  public:
+  // The bytes of each, as the kernels read it.
+  static int64_t size_of(const at::Tensor& weight, Arithmetic arithmetic) {
+    return weight.scalar_type() == at::kBool ? 1 : cpu::size_of(arithmetic);
+  }
+
   // shape: of the terms.
   Weights(const at::Tensor& weight, at::IntArrayRef shape, Arithmetic arithmetic)
       : data_(static_cast<const char*>(weight.const_data_ptr())),
-        size_(size_of(arithmetic)),
-        is_arithmetic_(storage_of(weight.scalar_type()) == storage_of(arithmetic)),
-        load_(kernels().load[storage_of(weight.scalar_type())][arithmetic]) {
+        size_(size_of(weight, arithmetic)),
+        is_direct_(weight.scalar_type() == at::kBool || storage_of(weight.scalar_type()) == storage_of(arithmetic)),
+        load_(weight.scalar_type() == at::kBool ? load_bytes : kernels().load[storage_of(weight.scalar_type())][arithmetic]) {
     const at::Tensor expanded = weight.expand(shape);
     for (int64_t dim = expanded.dim(); dim-- > 0;) {
       const Axis axis{shape[dim], expanded.stride(dim) * static_cast<int64_t>(weight.element_size())};
@@ -29,8 +51,10 @@ class Weights {
     }
   }
 
-  // Where all of them are, if they are one behind the other in the arithmetic type.
-  const void* contiguous() const { return axes_.size() == 1 && axes_[0].stride == size_ && is_arithmetic_ ? data_ : nullptr; }
+  int64_t size() const { return size_; }
+
+  // Where all of them are, if they are one behind the other as the kernels read them.
+  const void* contiguous() const { return axes_.size() == 1 && axes_[0].stride == size_ && is_direct_ ? data_ : nullptr; }
 
   // What a buffer holds.
   struct Loaded {
@@ -38,7 +62,7 @@ class Weights {
     Tile tile{};
   };
 
-  // Those of `count` terms from the first on, one behind the other in the arithmetic type. loaded: what was there before.
+  // Those of `count` terms from the first on, one behind the other. loaded: what was there before.
   void load(char* to, int64_t first, int64_t count, Loaded& loaded) const {
     bool is_first = true;
     while (count > 0) {
@@ -92,7 +116,7 @@ class Weights {
 
   const char* data_;
   int64_t size_;
-  bool is_arithmetic_;
+  bool is_direct_;
   Load load_;
   c10::SmallVector<Axis, 4> axes_;
 };

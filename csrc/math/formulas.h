@@ -28,6 +28,7 @@ struct Weighted {
   static constexpr int kGradients = F::kGradients;
   static constexpr bool kRanges = F::kRanges;
   static constexpr bool kIsWeighted = true;
+  static constexpr bool kIsMasked = false;
   using GivenQ = std::conditional_t<std::is_void_v<typename F::GivenQ>, void, Weighted<typename F::GivenQ>>;
 
   template <class T>
@@ -50,6 +51,19 @@ struct Weighted {
     for (int i = 0; i < kGradients; ++i) {
       gradient[i] = weight == T(0) ? T(0) : gradient[i];
     }
+  }
+};
+
+// The same where every weight is 0 or 1, for kernels that read bools.
+template <class F>
+struct Masked : Weighted<F> {
+  static constexpr bool kIsMasked = true;
+  using GivenQ = std::conditional_t<std::is_void_v<typename F::GivenQ>, void, Masked<typename F::GivenQ>>;
+
+  template <Range range, class T>
+  KL_EXT_INLINE static T forward(const T (&input)[Weighted<F>::kInputs], Settings<T> settings) {
+    const T term = F::template forward<range>(OwnInputs<F, T>(input).values, settings);
+    return input[F::kInputs] == T(0) ? T(0) : term;
   }
 };
 

@@ -176,6 +176,7 @@ KL_EXT_INLINE Difference<T> subtract(T p, T q) {
 //   kInputs, kGradients                     the numbers that it takes, and the first of them that it has gradients for
 //   kRanges                                 whether a clamp may make the narrow range enough
 //   kIsWeighted                             whether the last input is a weight, which may be of bools
+//   kIsMasked                               whether it is always of bools
 //   GivenQ                                  the formula with one more input, what only q decides: void if that is nothing
 //   forward<range>(input, settings)         the divergence
 //   result(divergence, settings)            what an elementwise operator returns of it
@@ -184,6 +185,7 @@ KL_EXT_INLINE Difference<T> subtract(T p, T q) {
 struct Formula {
   static constexpr bool kRanges = true;
   static constexpr bool kIsWeighted = false;
+  static constexpr bool kIsMasked = false;
   using GivenQ = void;
 
   template <class T>
