@@ -41,15 +41,17 @@ function(kl_ext_visible_gpus result)
   endif()
 endfunction()
 
-# nvcc's options for architectures as CMake names them, "80-real;90a-real;120". Most of nvcc's time goes into PTX. For GPUs from
-# 8.0 on, these kernels have the same PTX, which is made once and is also what later GPUs get.
+# nvcc's options for architectures as CMake names them, "80-real;90a-real;120". Most of nvcc's time goes into PTX, so GPUs share
+# that of an older one: of 7.5, of 8.0, or of 12.0, from which alone the registers of 12.0 are enough for every kernel.
 function(kl_ext_generate_code architectures result)
   foreach(architecture IN LISTS architectures)
     string(REGEX MATCH "^([0-9]+)([af]?)" name "${architecture}")
     set(virtual ${name})
-    if(NOT CMAKE_MATCH_2 AND CMAKE_MATCH_1 GREATER_EQUAL 80)
-      set(virtual 80)
-    endif()
+    foreach(older 75 80 120)
+      if(NOT CMAKE_MATCH_2 AND CMAKE_MATCH_1 GREATER_EQUAL older)
+        set(virtual ${older})
+      endif()
+    endforeach()
     list(APPEND virtuals ${virtual})
     list(APPEND codes_${virtual} sm_${name})
     if(NOT architecture MATCHES "-real$")
