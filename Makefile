@@ -48,7 +48,7 @@ bench-quick: $(stamps)/bench ## a first impression of the benchmarks (two minute
 	$(bin)/python benchmarks/bench.py --quick $(ARGS)
 
 clean: ## remove what was built, but not the virtual environments, which hold torch
-	rm -rf build dist *.egg-info kl_ext/_C.*.so kl_ext/lib kl_ext/share
+	rm -rf build dist *.egg-info kl_ext/*.so kl_ext/lib kl_ext/share
 
 ##@ For developers
 
