@@ -12,7 +12,17 @@ from torch.autograd import forward_ad, grad
 
 from batching import no_fallback  # noqa: F401 (a fixture)
 from operator_cases import clamped_inputs, each_elementwise_operator_and_wanted, subsets
-from operators import CLOSE, DTYPES, HALF_TYPES, PAIR, SINGLE, Operator, each_elementwise_operator, each_reducing_operator
+from operators import (
+    CLOSE,
+    DTYPES,
+    HALF_TYPES,
+    PAIR,
+    SINGLE,
+    Operator,
+    each_documented_loss,
+    each_elementwise_operator,
+    each_reducing_operator,
+)
 from reduction_cases import SHAPES, each_reduction
 
 pytestmark = pytest.mark.usefixtures("no_fallback")
@@ -49,7 +59,7 @@ def test_a_tangent_equals_the_numerical_derivative(operator: Operator, device: t
     )
 
 
-@each_elementwise_operator
+@each_documented_loss
 def test_a_tangent_is_zero_outside_the_clamp(operator: Operator, device: torch.device) -> None:
     inputs = clamped_inputs(operator, device)
     bounds = {"clamp_min": -0.5, "clamp_max": 0.5}

@@ -21,6 +21,7 @@ from operators import (
     SINGLE,
     Operator,
     clamp,
+    each_documented_loss,
     each_elementwise_operator,
     each_operator,
     each_reducing_operator,
@@ -76,7 +77,7 @@ def test_the_gradient_of_any_subset_of_the_inputs_equals_that_of_the_formula(
                 torch.testing.assert_close(a, e, **SUMS_CLOSE, msg=lambda m, w=(shapes, wanted): f"gradients of {w}: {m}")
 
 
-@each_elementwise_operator
+@each_documented_loss
 def test_gradients_at_the_bounds_and_at_non_finite_inputs_are_those_of_the_formula(
     operator: Operator, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,8 @@ def nested_derivatives(function: Callable[..., Tensor], inputs: Sequence[Tensor]
     """The weighted sum over all inputs of the derivative, taken once for each of the weights."""
     result = function(*inputs)
     for weight in weights:
+        if not result.requires_grad:  # torch does not differentiate a constant
+            return torch.zeros_like(result)
         gradients = grad((result * weight).sum(), inputs, create_graph=True, materialize_grads=True)
         result = sum((g * (i + 1) for i, g in enumerate(gradients)), torch.zeros_like(result))
     return result

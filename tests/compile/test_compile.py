@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from operator_cases import LAYOUTS, Layout
-from operators import DTYPES, PAIR, SINGLE, Operator, each_elementwise_operator
+from operators import DTYPES, PAIR, SINGLE, Operator, each_documented_loss, each_elementwise_operator
 from oracle import same_bits
 
 each_dynamic = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -66,9 +66,10 @@ def test_a_compiled_loss_of_mixed_dtypes_has_the_bits_of_eager(
     operator: Operator, dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
     inputs = [x.to(d).requires_grad_() for x, d in zip(operator.inputs([2, 3], [3], device=device), dtypes, strict=False)]
-    expected = operator.function(*inputs, clamp_min=-1.0, clamp_max=1.0)
+    bounds = operator.taken({"clamp_min": -1.0, "clamp_max": 1.0})
+    expected = operator.function(*inputs, **bounds)
     compiled = torch.compile(operator.function, backend="aot_eager", fullgraph=True)
-    actual = compiled(*inputs, clamp_min=-1.0, clamp_max=1.0)
+    actual = compiled(*inputs, **bounds)
     assert same_bits(actual, expected)
     for a, e in zip(grad(actual.sum(), inputs), grad(expected.sum(), inputs), strict=True):
         assert same_bits(a, e)
@@ -161,7 +162,7 @@ def test_calls_of_the_same_kind_do_not_recompile(operator: Operator, device: tor
             compiled(*operator.inputs([4, 3], device=device, requires_grad=True)).sum().backward()
 
 
-@each_elementwise_operator
+@each_documented_loss
 @each_dynamic
 def test_clamp_bounds_computed_at_run_time_are_honoured(operator: Operator, dynamic: bool, device: torch.device) -> None:
     def widened(width: float, *inputs: Tensor) -> Tensor:

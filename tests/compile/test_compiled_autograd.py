@@ -15,7 +15,7 @@ from torch.autograd import grad
 from torch.fx import GraphModule
 
 from operator_cases import Layout, each_elementwise_operator_and_wanted, each_layout
-from operators import DTYPES, PAIR, SINGLE, Operator, each_elementwise_operator
+from operators import DTYPES, PAIR, SINGLE, Operator, each_documented_loss, each_elementwise_operator
 from oracle import same_bits
 
 
@@ -97,7 +97,7 @@ def test_the_captured_graph_calls_the_backward_operator(operator: Operator, devi
     assert operator.backward_operator in [node.target for node in graph.graph.nodes]
 
 
-@each_elementwise_operator
+@each_documented_loss
 def test_a_capture_is_used_again_for_the_same_graph_and_never_for_another(operator: Operator, device: torch.device) -> None:
     """Clamp bounds, wanted inputs and dtypes are part of what a capture depends on; the numbers in the tensors are not."""
 

@@ -19,9 +19,10 @@ class Wrapped(torch.nn.Module):
     def __init__(self, operator: Operator) -> None:
         super().__init__()
         self.loss = operator.function
+        self.bounds = operator.taken({"clamp_min": -1.0})
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.loss(*inputs, clamp_min=-1.0)
+        return self.loss(*inputs, **self.bounds)
 
 
 def operators_in(program: ExportedProgram) -> list[torch._ops.OpOverload]:

@@ -15,7 +15,16 @@ from torch.library import opcheck
 
 from meta import meta_of
 from operator_cases import subsets
-from operators import DTYPES, ELEMENTWISE, PAIR, SINGLE, Operator, each_elementwise_operator, each_operator
+from operators import (
+    DTYPES,
+    ELEMENTWISE,
+    PAIR,
+    SINGLE,
+    Operator,
+    each_documented_loss,
+    each_elementwise_operator,
+    each_operator,
+)
 
 
 def non_dense(shape: Sequence[int]) -> Tensor:
@@ -82,7 +91,7 @@ def test_the_forward_operators_pass_opcheck(
     assert set(opcheck(operator.operator, inputs).values()) == {"SUCCESS"}
 
 
-@each_elementwise_operator
+@each_documented_loss
 @pytest.mark.parametrize(
     "keywords", [{"clamp_min": -1.0}, {"clamp_max": 0.5, "dtype": torch.float64}, {"dtype": torch.float16}], ids=str
 )
@@ -165,13 +174,13 @@ def test_fake_results_have_the_shapes_dtypes_and_strides_of_the_real_ones(
         mask = [random.random() < 0.75 for _ in inputs]
         result = operator.operator(*inputs)
         grad_output = random_layout(result.shape, random.choice(DTYPES)).to(device).expand(result.shape)
-        gradients = operator.backward_operator(grad_output, *inputs, -30.0, 20.0, mask)
+        gradients = operator.backward_operator(*operator.backward_arguments(grad_output, inputs, mask=mask))
         if symbolic:
             mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
         with mode:
             fakes = [mode.from_tensor(x) for x in (grad_output, *inputs)]
             fake_result = operator.operator(*fakes[1:])
-            fake_gradients = operator.backward_operator(*fakes, -30.0, 20.0, mask)
+            fake_gradients = operator.backward_operator(*operator.backward_arguments(fakes[0], fakes[1:], mask=mask))
         assert isinstance(fake_result, FakeTensor)
         layouts = [meta_of(x) for x in inputs]
         assert meta_of(fake_result) == meta_of(result), f"the result for {layouts}"

@@ -19,7 +19,7 @@ EVERY = pytest.mark.parametrize(
 
 
 def backward(operator, grad_output, inputs, mask=None):
-    return operator.backward_operator(grad_output, *inputs, -30.0, 20.0, mask or [True] * operator.count)
+    return operator.backward_operator(grad_output, *inputs, *operator.bounds, mask or [True] * operator.count)
 
 
 def assert_like_contiguous(operator, inputs, grad_output):

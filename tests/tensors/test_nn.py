@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from kl_ext import nn, reference
-from operators import CLOSE, OPERATORS, Operator
+from operators import CLOSE, OPERATORS, Operator, named
 
 
-def module_of(operator: Operator) -> Any:
-    """The class that is named as the function is: GaussianKLDivLoss for gaussian_kl_div."""
+def name_of_module(operator: Operator) -> str:
+    """The class is named as the function is: GaussianKLDivLoss for gaussian_kl_div."""
     words = [word.upper() if word == "kl" else word.capitalize() for word in operator.name.removesuffix("_loss").split("_")]
-    return getattr(nn, "".join([*words, "Loss"]))
+    return "".join([*words, "Loss"])
 
 
-FUNCTIONS = {module_of(operator): operator.function for operator in OPERATORS}
+FUNCTIONS = {getattr(nn, name_of_module(x)): x.function for x in OPERATORS if name_of_module(x) in nn.__all__}
+assert len(FUNCTIONS) == len(nn.__all__)
 CLAMPS: list[dict[str, Any]] = [{}, {"clamp_min": -0.5}, {"clamp_min": None, "clamp_max": 0.5}]
 REDUCTIONS: list[dict[str, Any]] = [
     {},
@@ -34,8 +35,8 @@ REDUCTIONS: list[dict[str, Any]] = [
 ]
 # Each module with options, and the tensors of a call, by their number.
 CASES = [
-    (module_of(operator), operator.taken(how), count)
-    for operator in OPERATORS
+    (kind, operator.taken(how), count)
+    for kind, operator in ((kind, named(function.__name__)) for kind, function in FUNCTIONS.items())
     for how in ([how | {"clamp_max": 1.0} for how in REDUCTIONS] if operator.reduces else CLAMPS)
     for count in [*operator.counts, *([operator.count + 1] if operator.reduces else [])]
 ]
@@ -83,7 +84,7 @@ def test_names_and_defaults_are_those_of_the_function(kind: type) -> None:
     assert list(call) == [name for name in function if name not in options]
 
 
-@pytest.mark.parametrize("kind", [module_of(operator) for operator in OPERATORS if operator.numbers])
+@pytest.mark.parametrize("kind", [kind for kind, function in FUNCTIONS.items() if named(function.__name__).numbers])
 def test_q_may_be_numbers(kind: type) -> None:
     inputs = inputs_of(2)
     torch.testing.assert_close(kind()(*inputs, 0.5, 0.25), expected_of(kind, {}, [*inputs, 0.5, 0.25]), **CLOSE)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import kl_ext
 import oracle
 import points
-from operators import PAIR, SINGLE, each_elementwise_operator
+from operators import PAIR, SINGLE, each_documented_loss
 
 DTYPES = pytest.mark.parametrize("dtype", [numpy.float32, numpy.float64], ids=["float32", "float64"])
 POINTS = {SINGLE: points.single, PAIR: points.pair}
@@ -47,20 +47,20 @@ def assert_accurate(operator, columns, device, clamps=(-30.0, 20.0), exact=None)
 
 
 @DTYPES
-@each_elementwise_operator
+@each_documented_loss
 def test_bounds_hold_under_the_default_clamp(operator, dtype, device, rng):
     assert_accurate(operator, POINTS[operator](rng, 200_000, dtype), device)
 
 
 @DTYPES
-@each_elementwise_operator
+@each_documented_loss
 def test_bounds_hold_against_mpmath(operator, dtype, device, rng):
     columns = POINTS[operator](rng, 600, dtype)
     assert_accurate(operator, columns, device, exact=oracle.exact_array(SLOW[operator], zip(*columns, strict=True)))
 
 
 @DTYPES
-@each_elementwise_operator
+@each_documented_loss
 @pytest.mark.parametrize(
     "clamps",
     [
@@ -81,7 +81,7 @@ def test_bounds_hold_under_any_clamp(operator, dtype, clamps, device, rng):
 
 
 @DTYPES
-@each_elementwise_operator
+@each_documented_loss
 def test_bounds_hold_under_random_clamps(operator, dtype, device, rng):
     for _ in range(20):
         clamps = numpy.sort(points.wide_log_vars(rng, 2, dtype)).tolist()
@@ -89,7 +89,7 @@ def test_bounds_hold_under_random_clamps(operator, dtype, device, rng):
 
 
 @DTYPES
-@each_elementwise_operator
+@each_documented_loss
 def test_bounds_hold_without_a_clamp_against_mpmath(operator, dtype, device, rng):
     columns = WIDE_POINTS[operator](rng, 600, dtype)
     exact = oracle.exact_array(SLOW[operator], zip(*columns, strict=True), *UNBOUNDED)
@@ -97,7 +97,7 @@ def test_bounds_hold_without_a_clamp_against_mpmath(operator, dtype, device, rng
 
 
 @pytest.mark.parametrize("width", [32, 64])
-@each_elementwise_operator
+@each_documented_loss
 def test_bounds_hold_for_whatever_hypothesis_finds(operator, width, device):
     finite = st.floats(width=width, allow_nan=False, allow_infinity=False)
     moderate = st.floats(min_value=-40, max_value=40, width=width)
@@ -173,7 +173,7 @@ def overflows(gradient, dtype):
 
 
 @DTYPES
-@each_elementwise_operator
+@each_documented_loss
 def test_a_power_of_two_as_grad_output_keeps_the_bounds(operator, dtype, device, rng):
     columns = POINTS[operator](rng, 20_000, dtype)
     inputs, exact = tensors(columns, device), FAST[operator](*columns)
@@ -187,7 +187,7 @@ def test_a_power_of_two_as_grad_output_keeps_the_bounds(operator, dtype, device,
 
 
 @DTYPES
-@each_elementwise_operator
+@each_documented_loss
 def test_any_grad_output_adds_at_most_one_rounding(operator, dtype, device, rng):
     """|got - g f| <= |g| bound ulp(f) + ulp(g f) / 2, for the gradient f of a grad_output of 1."""
     columns = POINTS[operator](rng, 50_000, dtype)

@@ -116,7 +116,7 @@ def test_autocast_for_the_cpu_leaves_cuda_tensors_alone(operator: Operator, devi
 def test_the_backward_operator_is_untouched_by_autocast(operator: Operator, device: torch.device) -> None:
     inputs = operator.inputs([4, 3], device=device, dtype=torch.bfloat16)
     grad_output = torch.randn(4, 3, device=device).bfloat16()
-    arguments = (grad_output, *inputs, -30.0, 20.0, [True] * operator.count)
+    arguments = operator.backward_arguments(grad_output, inputs)
     with autocast(device, torch.bfloat16):
         inside = operator.backward_operator(*arguments)
     for a, e in zip(inside, operator.backward_operator(*arguments), strict=True):

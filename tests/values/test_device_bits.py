@@ -53,8 +53,7 @@ def value_and_gradients(inputs, grad_output=None, **how):
 
 
 def loss_and_gradients(operator: Operator, inputs, grad_output):
-    gradients = operator.backward_operator(grad_output, *inputs, -30.0, 20.0, [True] * operator.count)
-    return [operator.operator(*inputs), *gradients]
+    return [operator.operator(*inputs), *operator.backward(grad_output, *inputs)]
 
 
 def assert_bits_of_the_cpu(compute, inputs, grad_output, device, about=""):

@@ -11,7 +11,7 @@ import torch
 
 import kl_ext
 import oracle
-from operators import DTYPES, PAIR, SINGLE, each_elementwise_operator
+from operators import DTYPES, PAIR, SINGLE, each_documented_loss, each_elementwise_operator
 
 EXACT = {SINGLE: oracle.single, PAIR: oracle.pair}
 BOUND = {SINGLE: oracle.SINGLE, PAIR: oracle.PAIR}
@@ -93,7 +93,7 @@ def test_the_rule_for_more_than_two_is_torchs(rng):
         assert result_type(tensors) == torch.addcmul(*tensors).dtype
 
 
-@each_elementwise_operator
+@each_documented_loss
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x)[6:])
 @pytest.mark.parametrize("source", DTYPES, ids=lambda x: str(x)[6:])
 def test_the_dtype_argument_of_the_operators(operator, source, dtype, device):
@@ -101,7 +101,7 @@ def test_the_dtype_argument_of_the_operators(operator, source, dtype, device):
     assert_accurate(operator, [values(2000, dtype=source, device=device) for _ in range(operator.count)], dtype, dtype)
 
 
-@each_elementwise_operator
+@each_documented_loss
 def test_float64_arithmetic_for_a_zero_dim_float64_tensor(operator, device):
     """The result is float32 by promotion, and rounded once from float64."""
     inputs = [values(5000, dtype=torch.float32, device=device) for _ in range(operator.count)]
@@ -112,7 +112,7 @@ def test_float64_arithmetic_for_a_zero_dim_float64_tensor(operator, device):
     oracle.assert_within(value, exact, oracle.ulp_error(value, exact), oracle.NARROWED, inputs)
 
 
-@each_elementwise_operator
+@each_documented_loss
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda x: str(x)[6:])
 def test_gradients_of_half_types_are_computed_in_float32_and_rounded_once(operator, dtype, device):
     """A grad_output of another dtype does not pass through the half type first."""
@@ -120,7 +120,7 @@ def test_gradients_of_half_types_are_computed_in_float32_and_rounded_once(operat
     grad_output = torch.rand(3000, device=device) + 0.5
     exact = EXACT[operator](*map(oracle.to_longdouble, inputs))
     g = oracle.to_longdouble(grad_output)
-    gradients = operator.backward_operator(grad_output, *inputs, -30.0, 20.0, [True] * operator.count)
+    gradients = operator.backward_operator(grad_output, *inputs, *operator.bounds, [True] * operator.count)
     for got, want, scale, bound in zip(gradients, exact.gradients, exact.scales, GRADIENTS[operator], strict=True):
         allowed = g * (bound + 1) * oracle.ulp(scale, torch.float32) + oracle.ulp(g * want * 1.000001, dtype) * 0.501
         assert got.dtype == dtype
@@ -150,7 +150,8 @@ def test_half_types_of_any_length_and_start_have_the_bits_of_float32_rounded_onc
     def elementwise(*inputs, grad_output):
         of_one = grad_output[:1, :1].expand(grad_output.shape)
         gradients = [
-            operator.backward_operator(grad, *inputs, -30.0, 20.0, [True] * operator.count) for grad in (grad_output, of_one)
+            operator.backward_operator(grad, *inputs, *operator.bounds, [True] * operator.count)
+            for grad in (grad_output, of_one)
         ]
         return [operator.operator(*inputs), *gradients[0], *gradients[1]]
 
@@ -166,7 +167,7 @@ def test_half_types_of_any_length_and_start_have_the_bits_of_float32_rounded_onc
         assert all(oracle.same_bits(x, y.to(dtype)) for x, y in zip(got, want, strict=True)), f"3 x {length}"
 
 
-@each_elementwise_operator
+@each_documented_loss
 def test_results_that_overflow_a_half_type_are_infinite_and_no_others(operator, device):
     """The arithmetic is float32, so only the rounding at the end can overflow."""
     zeros = torch.zeros(3, dtype=torch.float16, device=device)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from layouts import chunk, inside, shifted, transposed
-from operators import DTYPES, GAUSSIAN, Operator, each_elementwise_operator, each_reducing_operator
+from operators import DTYPES, GAUSSIAN, Operator, each_documented_loss, each_reducing_operator
 from oracle import same_bits
 from ordered_sum import additions, ordered_sum, reduced_sum, sum_to_shape
 from reduction_cases import ordered_gradients, ordered_value, random_case
@@ -209,7 +209,7 @@ def test_gradients_of_a_table_of_priors_reach_the_table_by_torch(operator, rng):
         torch.testing.assert_close(got, torch.zeros_like(got).index_add(0, labels, row), rtol=1e-12, atol=1e-12)
 
 
-@each_elementwise_operator
+@each_documented_loss
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_broadcast_gradients_of_the_documented_losses_are_ordered_sums(operator: Operator, dtype, rng):
     wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kl_ext
-from operators import PAIR, SINGLE, each_elementwise_operator
+from operators import PAIR, SINGLE, each_documented_loss, each_elementwise_operator
 from oracle import same_bits
 
 INF, NAN = math.inf, math.nan
@@ -47,7 +47,7 @@ def grid(values, count, dtype, device):
     return [column.clone().requires_grad_() for column in rows.unbind(1)]
 
 
-@each_elementwise_operator
+@each_documented_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_drop_in_for_the_documented_formula(operator, dtype, device):
     inputs = [torch.randn(40, 50, dtype=dtype, device=device, requires_grad=True) for _ in range(operator.count)]
@@ -83,7 +83,7 @@ def test_the_losses_are_elementwise_and_not_summed(device):
     assert kl_ext.kl_div_single_loss(mu, log_var).shape == kl_ext.kl_div_pair_loss(mu, log_var, mu, log_var).shape == (3, 5)
 
 
-@each_elementwise_operator
+@each_documented_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_non_finite_inputs_give_what_the_formula_gives(operator, dtype, device):
     """Values and gradients, in every combination of arguments."""
@@ -98,7 +98,7 @@ def test_non_finite_inputs_give_what_the_formula_gives(operator, dtype, device):
         assert torch.equal(kind(a), kind(b.to(dtype))), f"gradients of non-finite inputs: {a.tolist()} against {b.tolist()}"
 
 
-@each_elementwise_operator
+@each_documented_loss
 @pytest.mark.parametrize("clamps", [(-INF, INF), (-INF, 20.0), (-30.0, INF), (-INF, -INF), (INF, INF), (0.0, 0.0)], ids=str)
 def test_non_finite_inputs_and_clamps_give_what_the_formula_gives(operator, clamps, device):
     inputs = grid([NAN, INF, -INF, 0.0, -1.5, 2.0], operator.count, torch.float32, device)
@@ -125,7 +125,7 @@ def above(x, dtype):
     return torch.nextafter(torch.tensor(x, dtype=dtype), torch.tensor(INF, dtype=dtype)).item()
 
 
-@each_elementwise_operator
+@each_documented_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("clamps", [(-30.0, 20.0), (0.05, 0.15), (-1.5, 2.0), (-60.0, 60.0), (0.1, 0.3)], ids=str)
 def test_the_clamp_passes_gradients_at_its_bounds_and_stops_them_outside(operator, dtype, clamps, device):
@@ -142,7 +142,7 @@ def test_the_clamp_passes_gradients_at_its_bounds_and_stops_them_outside(operato
         assert not gradient.isnan().any()
 
 
-@each_elementwise_operator
+@each_documented_loss
 @pytest.mark.parametrize("special", [INF, -INF, NAN])
 def test_outside_the_clamp_the_gradient_is_zero_whatever_grad_output(operator, special, device):
     """torch.clamp selects, it does not multiply."""
@@ -155,7 +155,7 @@ def test_outside_the_clamp_the_gradient_is_zero_whatever_grad_output(operator, s
         assert (gradient == 0).all(), gradient
 
 
-@each_elementwise_operator
+@each_documented_loss
 def test_a_clamp_of_equal_bounds_fixes_the_log_variance(operator, device):
     inputs = [torch.randn(50, device=device) for _ in range(operator.count)]
     fixed = [torch.full_like(x, 0.75) if i % 2 else x for i, x in enumerate(inputs)]
@@ -234,7 +234,7 @@ def test_zero_tensors(operator, dtype, device):
         lazy[position] = torch._efficientzerotensor((6, 7), dtype=dtype, device=device)
         assert same_bits(operator(*lazy), operator(*zero))
     nothing = torch._efficientzerotensor((6, 7), dtype=dtype, device=device)
-    for gradient in operator.backward_operator(nothing, *plain, -30.0, 20.0, [True] * operator.count):
+    for gradient in operator.backward_operator(nothing, *plain, *operator.bounds, [True] * operator.count):
         assert gradient.shape == (6, 7) and gradient.dtype == dtype and (gradient == 0).all()
 
 
@@ -250,8 +250,8 @@ def test_a_grad_output_of_zeros_gives_zeros(operator, device):
 def test_unwanted_gradients_are_none(operator, device):
     inputs = [torch.randn(5, device=device) for _ in range(operator.count)]
     grad_output = torch.randn(5, device=device)
-    every = operator.backward_operator(grad_output, *inputs, -30.0, 20.0, [True] * operator.count)
+    every = operator.backward_operator(grad_output, *inputs, *operator.bounds, [True] * operator.count)
     for mask in itertools.product([False, True], repeat=operator.count):
-        some = operator.backward_operator(grad_output, *inputs, -30.0, 20.0, list(mask))
+        some = operator.backward_operator(grad_output, *inputs, *operator.bounds, list(mask))
         for wanted, gradient, full in zip(mask, some, every, strict=True):
             assert same_bits(gradient, full) if wanted else gradient is None
