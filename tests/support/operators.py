@@ -40,6 +40,7 @@ class Operator:
     function: Callable[..., Tensor]
     terms: Callable[..., Tensor]  # of all inputs, or of those that are not optional, in plain torch: an oracle in float64
     exact: Callable[..., Array]  # the same terms in longdouble
+    bound: float  # of a term's error, in units in the last place: what the header of its formula states
     numbers: tuple[float, ...] = ()  # for the optional inputs
     has_deviations: bool = False  # every second input is one, and must be positive
     of_divergence: tuple[float, float] = (1.0, 0.0)  # a term is the divergence times the first number, plus the second
@@ -235,23 +236,27 @@ SINGLE = Operator(
     kl_ext.kl_div_single_loss,
     reference.kl_div_single_loss,
     exact=lambda *inputs: oracle.single(*inputs).value,
+    bound=oracle.SINGLE,
 )
 PAIR = Operator(
     kl_ext.kl_div_pair_loss,
     reference.kl_div_pair_loss,
     exact=lambda *inputs: oracle.pair(*inputs).value,
+    bound=oracle.PAIR,
     of_divergence=(2.0, 0.5),
 )
 GAUSSIAN = Operator(
     kl_ext.gaussian_kl_div,
     gaussian_terms,
     exact=lambda *inputs: oracle.single(*inputs).value if len(inputs) == 2 else oracle.pair(*inputs).t / 2,
+    bound=oracle.PAIR,
     numbers=(0.5, -1),
 )
 NORMAL = Operator(
     kl_ext.normal_kl_div,
     normal_terms,
     exact=lambda *inputs: normal_cases.normal(*inputs).value,
+    bound=normal_cases.VALUE,
     numbers=(0.5, 2),
     has_deviations=True,
 )
