@@ -1,4 +1,4 @@
-"""The terms of every operator are within the bound that its entry in operators.py states, on numbers of every size that is usual."""
+"""The terms of every operator are within the bound that its entry in operators.py states, on numbers of the usual sizes."""
 
 import pytest
 import torch
