@@ -16,8 +16,10 @@ SOURCE = Path(__file__).resolve().parents[2]
 PATCH = Path(__file__).with_name("new_operator.patch")
 NAME = "normal_wasserstein"
 FILES = re.findall(r"^\+\+\+ b/(.*)", PATCH.read_text(), re.MULTILINE)
-FOLDERS = ("cmake", "csrc", "kl_ext", "tests", "docs", "examples", "benchmarks", ".ci")
-PARTS = (*FOLDERS, "CMakeLists.txt", "pyproject.toml", "README.md")
+# What the build and the tests read of the project.
+FOLDERS = (".ci", ".github", "benchmarks", "build_backend", "cmake", "csrc", "docs", "examples", "kl_ext", "tests")
+FILES_OF_ROOT = (path.name for path in SOURCE.iterdir() if path.is_file() and path.name != ".git")
+PARTS = (*FOLDERS, *FILES_OF_ROOT)
 
 
 def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:

@@ -66,8 +66,8 @@ def inputs_of(operator, numel, dtype, rng):
 
 def compute(operator, inputs, grad_output, clamps, dtype=None):
     """The value and every gradient."""
-    value = operator.operator(*inputs, clamp_min=clamps[0], clamp_max=clamps[1], dtype=dtype)
-    return (value, *operator.backward_operator(grad_output, *inputs, *clamps, [True] * operator.count))
+    bounds = operator.taken({"clamp_min": clamps[0], "clamp_max": clamps[1]})
+    return (operator.operator(*inputs, **bounds, dtype=dtype), *operator.backward(grad_output, *inputs, **bounds))
 
 
 @functools.cache
