@@ -17,6 +17,7 @@ import kl_ext
 from operators import ELEMENTWISE, OPERATORS, SINGLE, Operator, each_elementwise_operator
 from oracle import same_bits
 
+# What programs and saved graphs that use a release rely on.
 KEYWORDS = "*, float clamp_min=-30.0, float clamp_max=20.0, ScalarType? dtype=None"
 SCHEMAS = {
     "kl_div_single_loss": f"(Tensor mu, Tensor log_var, {KEYWORDS}) -> Tensor",
@@ -55,28 +56,23 @@ OUT_SCHEMAS = {
     " Tensor(a!)? grad_loc_p, Tensor(b!)? grad_scale_p, Tensor(c!)? grad_loc_q, Tensor(d!)? grad_scale_q) -> ()",
 }
 
-each_name = pytest.mark.parametrize("name", SCHEMAS)
+each_name = pytest.mark.parametrize("name", [f"{operator}{suffix}" for operator in OPERATORS for suffix in ("", "_backward")])
 
 
 def registered_for(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"kl_ext::{name}", key)
 
 
-@each_name
-def test_each_operator_has_its_schema(name: str) -> None:
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_each_released_operator_has_its_schema(name: str) -> None:
     expected = torch._C.parse_schema(f"kl_ext::{name}{SCHEMAS[name]}")
     assert str(getattr(torch.ops.kl_ext, name).default._schema) == str(expected)
 
 
 @pytest.mark.parametrize("name", OUT_SCHEMAS)
-def test_each_operator_with_given_gradients_has_its_schema(name: str) -> None:
+def test_each_released_operator_with_given_gradients_has_its_schema(name: str) -> None:
     expected = torch._C.parse_schema(f"kl_ext::{name}.out{OUT_SCHEMAS[name]}")
     assert str(getattr(torch.ops.kl_ext, name).out._schema) == str(expected)
-
-
-def test_there_are_no_other_operators() -> None:
-    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kl_ext::")]
-    assert sorted(names) == sorted([*(f"kl_ext::{name}" for name in SCHEMAS), *(f"kl_ext::{name}.out" for name in OUT_SCHEMAS)])
 
 
 @each_name
@@ -284,5 +280,3 @@ def test_every_operator_has_its_entry_in_the_tests() -> None:
     names = [operator.name for operator in OPERATORS]
     expected = {f"kl_ext::{name}{suffix}" for name in names for suffix in ("", "_backward", "_backward.out")}
     assert registered == expected and len(set(names)) == len(names)
-    assert set(SCHEMAS) == {f"{name}{suffix}" for name in names for suffix in ("", "_backward")}
-    assert set(OUT_SCHEMAS) == {f"{name}_backward" for name in names}
