@@ -89,7 +89,7 @@ nightly: $(stamps)/test ## run the tests that are too slow for make test; writes
 	$(bin)/python tests/nightly.py $(ARGS)
 
 # On a GPU: benchmarks/README.md. ARGS="--device cuda" only writes benchmarks/results/cuda.json.
-bench: $(stamps)/bench ## run all benchmarks (a quarter of an hour), then renew the tables and plots of the pages
+bench: $(stamps)/bench ## run all benchmarks (half an hour), then renew the tables and plots of the pages
 	$(bin)/python benchmarks/bench.py $(ARGS)
 	$(bin)/python benchmarks/plots.py
 	$(bin)/python benchmarks/table.py

@@ -1,6 +1,6 @@
 """Measure kl_ext against its peers and against the machine: everything that README.md and benchmarks/README.md claim.
 
-    python benchmarks/bench.py                         (`make bench`; under a quarter of an hour on two cores)
+    python benchmarks/bench.py                         (`make bench`; half an hour on two cores)
     python benchmarks/bench.py --quick                 (`make bench-quick`; under two minutes, two sizes, few rounds)
     python benchmarks/bench.py --only ratios floor     (some of the suites)
 

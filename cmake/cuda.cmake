@@ -97,7 +97,7 @@ set(KL_EXT_CUDA_COMPILER_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
 message(STATUS "CUDA kernels for ${KL_EXT_CUDA_ARCHITECTURES} with ${nvcc} ${KL_EXT_CUDA_COMPILER_VERSION}")
 list(LENGTH KL_EXT_CUDA_ARCHITECTURES count)
 if(count GREATER 3)
-  message(STATUS "This takes about ten minutes on two cores. TORCH_CUDA_ARCH_LIST=8.6, say, is for one GPU only, and takes two.")
+  message(STATUS "This takes about six minutes on two cores. TORCH_CUDA_ARCH_LIST=8.6, say, builds for one GPU only.")
 endif()
 
 # Where the nvidia packages that torch depends on put libcudart.so.
