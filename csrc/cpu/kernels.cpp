@@ -128,54 +128,32 @@ void prepare_q(void* out, const void* log_var_q, std::int64_t numel, Settings gi
 
 // The tables of kernels.h.
 
-template <class F, class T>
-constexpr void add_given_q(FormulaKernels& kernels, Arithmetic arithmetic) {
-  constexpr Range kNarrow = Range::kNarrow;
-  kernels.forward_given_q[arithmetic] = forward<typename F::GivenQ, kNarrow, T>;
-  kernels.backward_given_q[arithmetic] = backward<typename F::GivenQ, kNarrow, T>;
-  kernels.accumulate_given_q[arithmetic] = accumulate<typename F::GivenQ, kNarrow, T>;
-  kernels.sum_chunks_given_q[arithmetic] = sum_chunks<typename F::GivenQ, kNarrow, T>;
-  kernels.sum_row_chunks_given_q[arithmetic] = sum_row_chunks<typename F::GivenQ, kNarrow, T>;
-}
-
-// What works on numbers of the arithmetic type.
+// What works on numbers of the arithmetic type. Under a mask that is read as it is there are sums only.
 template <class F, Range range, class T>
 constexpr void add_arithmetic(FormulaKernels& kernels, Storage storage, Arithmetic arithmetic) {
   constexpr bool kWide = range == Range::kWide;
-  kernels.forward[kWide][storage] = forward<F, range, T>;
-  kernels.accumulate[kWide][arithmetic] = accumulate<F, range, T>;
   kernels.sum_chunks[kWide][storage] = sum_chunks<F, range, T>;
   kernels.sum_row_chunks[kWide][storage] = sum_row_chunks<F, range, T>;
-  if constexpr (F::kGradients > 0) {
+  if constexpr (!F::kIsMasked) {
+    kernels.forward[kWide][storage] = forward<F, range, T>;
+    kernels.accumulate[kWide][arithmetic] = accumulate<F, range, T>;
+  }
+  if constexpr (!F::kIsMasked && F::kGradients > 0) {
     kernels.backward[kWide][storage] = backward<F, range, T>;
   }
-  if constexpr (range == Range::kNarrow && !std::is_void_v<typename F::GivenQ>) {
-    add_given_q<F, T>(kernels, arithmetic);
-  }
 }
 
-// The sums of terms under a mask that is read as it is.
-template <class F, Range range, class T>
-constexpr void add_masked_sums(FormulaKernels& kernels, Storage storage, Arithmetic arithmetic) {
-  constexpr bool kWide = range == Range::kWide;
-  kernels.sum_chunks[kWide][storage] = sum_chunks<F, range, T>;
-  kernels.sum_row_chunks[kWide][storage] = sum_row_chunks<F, range, T>;
-  if constexpr (range == Range::kNarrow && !std::is_void_v<typename F::GivenQ>) {
-    kernels.sum_chunks_given_q[arithmetic] = sum_chunks<typename F::GivenQ, range, T>;
-    kernels.sum_row_chunks_given_q[arithmetic] = sum_row_chunks<typename F::GivenQ, range, T>;
+template <class F, class T>
+constexpr void add_given_q(FormulaKernels& kernels, Arithmetic arithmetic) {
+  using Given = typename F::GivenQ;
+  constexpr Range kNarrow = Range::kNarrow;
+  kernels.sum_chunks_given_q[arithmetic] = sum_chunks<Given, kNarrow, T>;
+  kernels.sum_row_chunks_given_q[arithmetic] = sum_row_chunks<Given, kNarrow, T>;
+  if constexpr (!F::kIsMasked) {
+    kernels.forward_given_q[arithmetic] = forward<Given, kNarrow, T>;
+    kernels.backward_given_q[arithmetic] = backward<Given, kNarrow, T>;
+    kernels.accumulate_given_q[arithmetic] = accumulate<Given, kNarrow, T>;
   }
-}
-
-template <class F>
-constexpr FormulaKernels masked_sums_of() {
-  FormulaKernels kernels{};
-  add_masked_sums<F, Range::kWide, float>(kernels, kFloat32, kSingle);
-  add_masked_sums<F, Range::kWide, double>(kernels, kFloat64, kDouble);
-  if constexpr (F::kRanges) {
-    add_masked_sums<F, Range::kNarrow, float>(kernels, kFloat32, kSingle);
-    add_masked_sums<F, Range::kNarrow, double>(kernels, kFloat64, kDouble);
-  }
-  return kernels;
 }
 
 // What works on rows of tensors, of any dtype.
@@ -206,6 +184,10 @@ constexpr FormulaKernels kernels_of() {
   if constexpr (F::kRanges) {
     add_arithmetic<F, Range::kNarrow, float>(kernels, kFloat32, kSingle);
     add_arithmetic<F, Range::kNarrow, double>(kernels, kFloat64, kDouble);
+  }
+  if constexpr (!std::is_void_v<typename F::GivenQ>) {
+    add_given_q<F, float>(kernels, kSingle);
+    add_given_q<F, double>(kernels, kDouble);
   }
   return kernels;
 }
@@ -255,7 +237,7 @@ constexpr Kernels all_kernels(math::FormulaList<F...>) {
   Kernels kernels{};
   const FormulaKernels alone[] = {kernels_with_rows_of<F>()..., kernels_of<math::Weight>()};
   const FormulaKernels weighted[] = {kernels_of<math::Weighted<F>>()...};
-  const FormulaKernels masked[] = {masked_sums_of<math::Masked<F>>()...};
+  const FormulaKernels masked[] = {kernels_of<math::Masked<F>>()...};
   for (std::size_t i = 0; i < sizeof...(F); ++i) {
     kernels.formulas[i] = alone[i];
     kernels.weighted[i] = weighted[i];
