@@ -66,6 +66,8 @@ def kl_div_single_loss(mu: Tensor, log_var: Tensor, *, clamp_min: Bound = -30.0,
 
     .. math:: \frac{1}{2} \left( \mu^2 + \sigma^2 - \log \sigma^2 - 1 \right)
 
+    In plain text: (mu^2 + exp(log_var) - log_var - 1) / 2.
+
     Args:
         mu: The means, of any shape and floating dtype.
         log_var: The logarithms of the variances; its shape broadcasts with that of ``mu``.
@@ -97,6 +99,8 @@ def kl_div_pair_loss(
     r"""The documented loss of p = N(mu_p, exp(log_var_p)) against q = N(mu_q, exp(log_var_q)), one term per element.
 
     .. math:: \log \frac{\sigma_q^2}{\sigma_p^2} + \frac{\sigma_p^2 + (\mu_p - \mu_q)^2}{\sigma_q^2} - \frac{1}{2}
+
+    In plain text: log_var_q - log_var_p + (exp(log_var_p) + (mu_p - mu_q)^2) / exp(log_var_q) - 1/2.
 
     This is not the KL divergence but twice it and a half: 1/2 where p = q. With D the divergence in nats, the loss is
     ``2 * D + 0.5`` and ``D = 0.5 * (loss - 0.5)``, element by element; the gradients are twice those of D.
@@ -143,6 +147,8 @@ def gaussian_kl_div(
 
     .. math::
         \frac{1}{2} \left( \log \frac{\sigma_q^2}{\sigma_p^2} + \frac{\sigma_p^2 + (\mu_p - \mu_q)^2}{\sigma_q^2} - 1 \right)
+
+    In plain text: (log_var_q - log_var_p + (exp(log_var_p) + (mu_p - mu_q)^2) / exp(log_var_q) - 1) / 2.
 
     Every step writes a tensor of the broadcast shape and autograd keeps several of them; the sum is torch's, whose order
     depends on the number of threads.

@@ -29,6 +29,12 @@ def test_the_example_in_the_docstring_runs(module: Any, name: str) -> None:
     assert result.failed == 0, "".join(report)
 
 
+@pytest.mark.parametrize(("module", "name"), PUBLIC, ids=[f"{module.__name__}.{name}" for module, name in PUBLIC])
+def test_a_formula_stands_in_plain_text_too(module: Any, name: str) -> None:
+    text = getattr(module, name).__doc__
+    assert text.count(".. math::") == text.count("In plain text:")
+
+
 @pytest.mark.parametrize("name", kl_ext.__all__)
 def test_the_docstring_says_what_a_user_must_know(name: str) -> None:
     function = getattr(kl_ext, name)
