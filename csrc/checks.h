@@ -1,5 +1,5 @@
-// Argument checks. All messages have one form: `function: expected ARGUMENT to be WHAT, got WHAT CAME`. As in torch, a wrong kind
-// of tensor is a TypeError, a wrong number a ValueError, a wrong shape or device a RuntimeError.
+// Argument checks. All messages have one form: `function: expected ARGUMENT to be WHAT, got WHAT CAME`. As in torch, a wrong
+// kind of tensor is a TypeError, a wrong number a ValueError, a wrong shape or device a RuntimeError.
 #pragma once
 
 #include <ATen/ExpandUtils.h>

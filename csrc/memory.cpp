@@ -183,8 +183,8 @@ struct Allocator final : c10::Allocator {
 
 Allocator allocator;
 
-// Whether we allocate a result of this many bytes: it must be large, and torch's own allocator in charge. Where nothing is kept,
-// only huge pages are an improvement on the C library.
+// Whether we allocate a result of this many bytes: it must be large, and torch's own allocator in charge. Where nothing is
+// kept, only huge pages are an improvement on the C library.
 bool is_ours(int64_t nbytes) {
   const auto size = static_cast<size_t>(nbytes);
   return size >= kSmallest && (size >= kHugePage || most_kept > 0) && c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator();

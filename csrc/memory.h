@@ -1,9 +1,9 @@
 // Memory for results.
 //
-// Fresh memory costs more than the computation: the first touch of each page is a fault, and the C library returns to the system
-// what one training step frees before the next step asks for it. So CPU results of 128 KiB and more reuse the memory of earlier
-// results, and fresh memory of 2 MiB and more is made of huge pages, as in NumPy. The system may take back the memory that is
-// kept, except for the last 64 MiB, when it runs short.
+// Fresh memory costs more than the computation: the first touch of each page is a fault, and the C library returns to the
+// system what one training step frees before the next step asks for it. So CPU results of 128 KiB and more reuse the memory of
+// earlier results, and fresh memory of 2 MiB and more is made of huge pages, as in NumPy. The system may take back the memory
+// that is kept, except for the last 64 MiB, when it runs short.
 //
 // Two environment variables, read when the library is loaded:
 //

@@ -25,13 +25,13 @@ constexpr size_t kMaxInputs = 4;
 struct Description {
   const char* name;
   std::array<const char*, kMaxInputs> inputs;
-  size_t least; // so many inputs there are always; the others are given together or not at all
+  size_t least; // inputs that are required; the others are given together or not at all
   size_t most;
   bool clamps;  // has clamp_min and clamp_max
   bool reduces; // has weight, reduction, dim and keepdim
-  int of_least; // the formula of so many inputs: kFormula of math/formulas.h
+  int of_least; // the formula of `least` inputs: kFormula of math/formulas.h
   int of_most;
-  // What is returned of the formula's divergence.
+  // The operator returns scale * divergence + offset.
   double scale = 1;
   double offset = 0;
 };

@@ -1,5 +1,5 @@
-// The Python module kl_ext._C: facts about this build, and nothing else. It links neither torch nor libkl_ext.so, so that it can
-// be imported, and a mismatch explained, before either is loaded.
+// The Python module kl_ext._C: facts about this build, and nothing else. It links neither torch nor libkl_ext.so, so that it
+// can be imported, and a mismatch explained, before either is loaded.
 #include <pybind11/pybind11.h>
 
 #include "build_facts.h"
