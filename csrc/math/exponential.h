@@ -1,16 +1,16 @@
-// e^x and its relatives by additions, multiplications, fma and bit operations only, without branches or tables: the same bits on
-// every processor, and no cancellation near x = 0.
+// e^x and its relatives by additions, multiplications, fma and bit operations only, without branches or tables: the same bits
+// on every processor, and no cancellation near x = 0.
 //
 //   phi(x) = e^x - 1 - x >= 0      half of it has error <= 2 ulp (largest found: 1.91)
 //   expm1(x) = e^x - 1             error <= 1.5 ulp (largest found: 1.34)
 //
 // (float: all numbers with |x| <= 50.5, double: random ones.) The argument is written x = k ln 2 + r, s = 2^k.
 //
-// For phi, k = trunc(x / ln 2). It has to be truncation, not rounding to nearest: r then has the sign of x, and where k is not 0
+// For phi, k = trunc(x / ln 2). It must be truncation, not rounding to nearest: r then has the sign of x, and where k is not 0
 // the terms s (1 + r + phi(r)) and -1 - x add up without cancelling.
 //
-// For expm1, k is the floor for which 3/4 <= e^r <= 3/2: r is smaller, and s expm1(r) + (s - 1) loses least. The worst cases are
-// next to k = 0, where the sum falls to 1/2 (k = 1) and -1/4 (k = -1) while the ulp of expm1(r) grows with its size: it doubles
+// For expm1, k is the floor for which 3/4 <= e^r <= 3/2: r is smaller, and s expm1(r) + (s - 1) loses least. The worst cases
+// are next to k = 0, where the sum falls to 1/2 (k = 1) and -1/4 (k = -1) while the ulp of expm1(r) grows with its size: it doubles
 // at -1/4 and 1/2, which are exactly those ends.
 //
 // In the wide range half of each value is computed (with s/2), so that a divergence is finite wherever its true value is.
@@ -39,7 +39,7 @@ KL_EXT_INLINE T every_other_term(T square, T c, T, More... more) {
   return fma(every_other_term<power + 2 * step, step>(square, more...), square, kTwoTo<T, power> * c);
 }
 
-// c_0 + c_1 x + c_2 x^2 + ..., scaled in the same way, from x and x^2: as many operations as Horner's rule, in half the time.
+// c_0 + c_1 x + c_2 x^2 + ..., scaled in the same way, from x and x^2: as many operations as Horner's rule, half the latency.
 template <int power, int step, class T, class... More>
 KL_EXT_INLINE T polynomial(T x, T square, T c, More... more) {
   return fma(every_other_term<power + step, step>(square, more...), x, every_other_term<power, step>(square, c, more...));

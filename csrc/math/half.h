@@ -33,7 +33,7 @@ KL_EXT_INLINE float widen(float x) { return x; }
 
 KL_EXT_INLINE double widen(double x) { return x; }
 
-// Rounds x to bfloat16 in the upper 16 bits; the lower 16 have no meaning. Adding just under half a unit of the last kept place,
+// Rounds x to bfloat16 in the upper 16 bits; the lower 16 mean nothing. Adding just under half a unit of the last kept place,
 // and one more if that place is odd, rounds to nearest even. NaN stays NaN if its lower 16 bits are 0, as they are in every NaN
 // that arithmetic makes of bfloat16 numbers.
 KL_EXT_INLINE std::uint32_t round_to_bfloat16(float x) {

@@ -20,8 +20,8 @@
 //   against N(0, 1): KL            3 (2.8, 2.5)
 //   against N(0, 1): gradient      1.5 (1.0, 1.0)
 //
-// Values are never negative, exactly 0 where p = q, and infinite only where the true value overflows: r, r^2, D or 1 / q^2 may be
-// out of range where the result is not. Nothing is clamped and the deviations are unknown before the call, so there is only one
+// Values are never negative, exactly 0 where p = q, and infinite only where the true value overflows: r, r^2, D or 1 / q^2 may
+// be out of range where the result is not. Nothing is clamped and the deviations are unknown before the call, so there is only one
 // range: a fast path for usual numbers would be chosen for several neighbours at once, and bits would depend on neighbours.
 //
 // NaN propagates. A negative deviation makes the value and the gradients of deviations NaN; a q that is negative or 0 makes the
@@ -83,8 +83,8 @@ KL_EXT_INLINE T not_a_number() {
   return from_bits<T>(kInfinity | kInfinity >> 1);
 }
 
-// min(x, 2^n) and max(x, 2^n) for positive x, as integers: for floating-point selects between constants gcc makes a path for each
-// outcome, and computes all that follows, divisions too, on each.
+// min(x, 2^n) and max(x, 2^n) for positive x, as integers: for floating-point selects between constants gcc makes a path for
+// each outcome, and computes all that follows, divisions too, on each.
 template <int n, class T>
 KL_EXT_INLINE T at_most_power_of_two(T x) {
   constexpr typename Format<T>::Bits kPower = kBitsOfTwoTo<T, n>;
@@ -105,8 +105,8 @@ struct ScaledDeviation {
   typename Format<T>::Bits exponent; // biased; subtracting that of another deviation gives the ratio of the factors
 };
 
-// The value is from 1/2 to 1, times 2^-lower; less for subnormal deviations, and up to 2^8 for the largest. For those the factor
-// stays at 2^-120 (double: 2^-1016): its product with another factor and a difference of deviations is then exact, and loses no
+// The value is from 1/2 to 1, times 2^-lower; less for subnormal deviations, and up to 2^8 for the largest. For those the
+// factor stays at 2^-120 (double: 2^-1016): its product with another factor and a difference of deviations is then exact, and loses no
 // bits as a subnormal number would. The factor is a power of two whatever x is.
 template <int lower = 0, class T>
 KL_EXT_INLINE ScaledDeviation<T> scale_deviation(T x) {
@@ -178,7 +178,7 @@ KL_EXT_INLINE T ratio_divergence(RatioExponent<T> r, T f) {
   return T(8) * fma(f * curve, f, linear);
 }
 
-// The divergence, or its special value: where p is 0 or q is infinite, so that the ratio is 0, and where a deviation is invalid.
+// The divergence, or its special value: where p is 0 or q is infinite (ratio 0), and where a deviation is invalid.
 template <class T>
 KL_EXT_INLINE T or_special(T divergence, T ratio, bool deviations) {
   const T or_infinite = ratio == T(0) ? Format<T>::kInfinity : divergence;

@@ -13,8 +13,8 @@
 #define KL_EXT_INLINE inline __attribute__((always_inline))
 #endif
 
-// Put before a short loop with a fixed number of turns: if it stayed a loop, the loop around it would not be vectorised, and the
-// arrays it indexes would be in memory instead of registers.
+// Put before a short loop with a fixed number of turns: if it stayed a loop, the loop around it would not be vectorised, and
+// the arrays it indexes would be in memory instead of registers.
 #if defined(KL_EXT_UNROLL)
 #elif defined(__CUDACC__)
 #define KL_EXT_UNROLL _Pragma("unroll")
@@ -101,8 +101,8 @@ KL_EXT_INLINE float at_most(float x, float high) {
 }
 #endif
 
-// Whether low <= x <= high. On the CPU this reuses the clamped x, since a comparison costs as much as a multiplication; on a GPU,
-// keeping that would take registers.
+// Whether low <= x <= high. On the CPU this reuses the clamped x, since a comparison costs as much as a multiplication; on a
+// GPU, keeping that would take registers.
 template <class T>
 KL_EXT_INLINE bool is_within(T x, T low, T high) {
 #if defined(__CUDA_ARCH__)
