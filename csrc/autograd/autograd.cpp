@@ -104,7 +104,7 @@ struct BackwardNode : SavingNode {
     Tensors tensors = unpack();
     for (size_t i = 0; i < inputs(); ++i) {
       if (!tensors[i].defined()) { // the wanted gradients depend only on its shape, so any number will do
-        // On the device of grad_output: compiled autograd does not know the input's own device yet.
+        // From grad_output itself, not from its device, which compiled autograd does not know yet.
         tensors[i] = grad_output.new_zeros({}, dtypes[i]).expand_symint(shape);
       }
     }
@@ -170,8 +170,8 @@ struct BackwardNode : SavingNode {
   }
 };
 
-// The inputs that the wanted gradients depend on. All inputs if one is jagged: the stand-in for an input that is not saved cannot
-// be given a ragged shape.
+// The inputs that the wanted gradients depend on. All inputs if one is jagged: the stand-in for an input that is not saved
+// cannot be given a ragged shape.
 Mask needed_by_gradients(const Call& call) {
   const NamedTensors inputs = call.inputs();
   const bool any_jagged =

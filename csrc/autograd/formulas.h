@@ -16,8 +16,8 @@ inline at::Tensor inside(const at::Tensor& row, const at::Tensor& log_var, const
   return at::where((log_var >= options.clamp_min).logical_and(log_var <= options.clamp_max), row, 0.0);
 }
 
-// The clamped log-variance. Not at::clamp, whose own derivatives at the bounds are 0 from torch 2.14 on: here they pass in every
-// version and every order.
+// The clamped log-variance. Not at::clamp, whose own derivatives at the bounds are 0 from torch 2.14 on: here they pass in
+// every version and every order.
 inline at::Tensor clamped(const at::Tensor& log_var, const Options& options) {
   return at::where(log_var < options.clamp_min, options.clamp_min,
                    at::where(log_var > options.clamp_max, options.clamp_max, log_var));

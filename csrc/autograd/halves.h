@@ -1,9 +1,9 @@
 // The gradient of a tensor whose halves are mu and log_var, as most encoders return them: h.chunk(2, dim), a split, or two
 // slices.
 //
-// Autograd would join the two gradients by the backward of chunk, a copy that takes longer than computing them, or for slices by
-// two copies into zeros and a sum. So the node of a loss gets one more edge, to where h came from, writes both gradients into
-// one tensor of the shape of h, and sends nothing to mu and log_var.
+// Autograd would join the two gradients by the backward of chunk, a copy that takes longer than computing them, or for slices
+// by two copies into zeros and a sum. So the node of a loss gets one more edge, to where h came from, writes both gradients
+// into one tensor of the shape of h, and sends nothing to mu and log_var.
 //
 // This is decided while the backward pass runs, since nobody may see a difference. The two gradients go their usual ways, and
 // nothing goes along the new edge, where
@@ -35,13 +35,13 @@ struct Halves {
   bool mu_is_first;
 };
 
-// Which halves of one tensor mu and log_var are, according to the nodes at these edges, which cut them out. The tensors themselves
-// cannot tell, since `.data` may have been assigned.
+// Which halves of one tensor mu and log_var are, according to the nodes at these edges, which cut them out. The tensors
+// themselves cannot tell, since `.data` may have been assigned.
 std::optional<Halves> find_halves(const at::Tensor& mu, const at::Tensor& log_var, const torch::autograd::Edge& of_mu,
                                   const torch::autograd::Edge& of_log_var);
 
-// Whether gradients of these tensors can be written as gradients of the halves at these edges: the tensors still have the shape,
-// dtype and device that autograd expects there, and the same strides.
+// Whether gradients of these tensors can be written as gradients of the halves at these edges: the tensors still have the
+// shape, dtype and device that autograd expects there, and the same strides.
 bool are_unchanged(const at::Tensor& mu, const at::Tensor& log_var, const torch::autograd::Edge& of_mu,
                    const torch::autograd::Edge& of_log_var);
 

@@ -11,7 +11,7 @@
 
 namespace kl_ext::cpu {
 
-// The most operands, in the backward of a pair: four gradients, grad_output, four inputs, the weight, and what is prepared from q.
+// The most operands, in the backward of a pair: four gradients, grad_output, four inputs, the weight, what is prepared from q.
 constexpr int kMaxOperands = 11;
 // The bytes of an operand in one block: ten of them fit the first-level cache.
 constexpr int64_t kBlockBytes = 4096;

@@ -1,6 +1,6 @@
-// Elementwise iteration on the CPU: TensorIterator walks the tensors in parallel, and each thread processes blocks of contiguous
-// numbers. An operand that is not contiguous or not of the arithmetic type passes through a buffer that stays in the first-level
-// cache, block by block: no input is ever copied whole.
+// Elementwise iteration on the CPU: TensorIterator walks the tensors in parallel, and each thread processes blocks of
+// contiguous numbers. An operand that is not contiguous or not of the arithmetic type passes through a buffer that stays in the
+// first-level cache, block by block: no input is ever copied whole.
 #pragma once
 
 #include <ATen/TensorIterator.h>

@@ -1,6 +1,6 @@
-// How the loops of the formulas read and write numbers: in groups of neighbours in memory. A group of float16, float32 or float64
-// is one number. A group of bfloat16 is a word of two, each of which is widened and narrowed in place: a vector of words becomes
-// two vectors of numbers, and nothing crosses their lanes.
+// How the loops of the formulas read and write numbers: in groups of neighbours in memory. A group of float16, float32 or
+// float64 is one number. A group of bfloat16 is a word of two, each of which is widened and narrowed in place: a vector of
+// words becomes two vectors of numbers, and nothing crosses their lanes.
 #pragma once
 
 #include "../math/half.h"

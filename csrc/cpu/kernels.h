@@ -1,6 +1,6 @@
 // The interface of the CPU kernels, compiled once per instruction set: plain loops over rows of contiguous numbers. The caller
-// takes care of shapes, buffers and threads. Neither this header nor the includes of kernels.cpp include torch: the linker would
-// merge an inline function that two instruction sets share.
+// takes care of shapes, buffers and threads. Neither this header nor the includes of kernels.cpp include torch: the linker
+// would merge an inline function that two instruction sets share.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,8 @@ struct Tile {
   std::int64_t row_stride;
 };
 
-// Rows of contiguous numbers in several operands: the start of each operand's first row, and the bytes from one row to the next,
-// which may be zero or negative.
+// Rows of contiguous numbers in several operands: the start of each operand's first row, and the bytes from one row to the
+// next, which may be zero or negative.
 struct Block {
   void* const* pointers;
   const std::int64_t* row_strides;
@@ -47,15 +47,15 @@ using BackwardToLanes = void (*)(const Block& block, void* lanes_of_mu, void* la
 using Load = void (*)(void* contiguous, const void* strided, const Tile& tile);
 using Store = void (*)(void* strided, const void* contiguous, const Tile& tile);
 
-// For sums in the order of math/summation.h. All numbers are contiguous and of the arithmetic type, except the inputs of SumChunks.
+// For sums in the order of math/summation.h. All numbers are contiguous and of the arithmetic type, but for SumChunks' inputs.
 // lanes: [64, columns].
 using AddToLanes = void (*)(void* lanes, const void* terms, int first, std::int64_t rows, std::int64_t columns);
 using FoldLanes = void (*)(void* lanes, int in_use, std::int64_t columns);
 // AddToLanes with terms that are computed from inputs. lanes: [64]; term i goes to lane (first + i) % 64.
 using Accumulate = void (*)(void* lanes, const void* const* inputs, int first, std::int64_t numel, Settings settings);
-// Writes to partials[..] the sums of the chunks of terms begin to end: 1024 terms each, the last may be shorter. begin is the start
-// of a chunk. Operands: the inputs.
-using SumChunks = void (*)(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Settings settings);
+// Writes to partials[..] the sums of the chunks of terms begin to end: 1024 terms each, the last may be shorter. begin is the
+// start of a chunk. Operands: the inputs. using SumChunks = void (*)(void* partials, const Block& block, std::int64_t begin,
+// std::int64_t end, Settings settings);
 // SumChunks where every row is a sum of its own, with its own chunks: partials[rows, chunks of a row].
 using SumRowChunks = SumChunks;
 // sums[row] from the terms of each row, at most 1024.

@@ -10,8 +10,8 @@
 // the terms s (1 + r + phi(r)) and -1 - x add up without cancelling.
 //
 // For expm1, k is the floor for which 3/4 <= e^r <= 3/2: r is smaller, and s expm1(r) + (s - 1) loses least. The worst cases
-// are next to k = 0, where the sum falls to 1/2 (k = 1) and -1/4 (k = -1) while the ulp of expm1(r) grows with its size: it doubles
-// at -1/4 and 1/2, which are exactly those ends.
+// are next to k = 0, where the sum falls to 1/2 (k = 1) and -1/4 (k = -1) while the ulp of expm1(r) grows with its size: it
+// doubles at -1/4 and 1/2, which are exactly those ends.
 //
 // In the wide range half of each value is computed (with s/2), so that a divergence is finite wherever its true value is.
 #pragma once

@@ -21,8 +21,8 @@
 //   against N(0, 1): gradient      1.5 (1.0, 1.0)
 //
 // Values are never negative, exactly 0 where p = q, and infinite only where the true value overflows: r, r^2, D or 1 / q^2 may
-// be out of range where the result is not. Nothing is clamped and the deviations are unknown before the call, so there is only one
-// range: a fast path for usual numbers would be chosen for several neighbours at once, and bits would depend on neighbours.
+// be out of range where the result is not. Nothing is clamped and the deviations are unknown before the call, so there is only
+// one range: a fast path for usual numbers would be chosen for several neighbours at once, and bits would depend on neighbours.
 //
 // NaN propagates. A negative deviation makes the value and the gradients of deviations NaN; a q that is negative or 0 makes the
 // gradients of means NaN as well. As in the plain formula, the value is infinite where p is 0 or q is infinite, NaN where p is
@@ -106,8 +106,8 @@ struct ScaledDeviation {
 };
 
 // The value is from 1/2 to 1, times 2^-lower; less for subnormal deviations, and up to 2^8 for the largest. For those the
-// factor stays at 2^-120 (double: 2^-1016): its product with another factor and a difference of deviations is then exact, and loses no
-// bits as a subnormal number would. The factor is a power of two whatever x is.
+// factor stays at 2^-120 (double: 2^-1016): its product with another factor and a difference of deviations is then exact, and
+// loses no bits as a subnormal number would. The factor is a power of two whatever x is.
 template <int lower = 0, class T>
 KL_EXT_INLINE ScaledDeviation<T> scale_deviation(T x) {
   using F = Format<T>;
