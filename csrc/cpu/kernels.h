@@ -54,8 +54,8 @@ using FoldLanes = void (*)(void* lanes, int in_use, std::int64_t columns);
 // AddToLanes with terms that are computed from inputs. lanes: [64]; term i goes to lane (first + i) % 64.
 using Accumulate = void (*)(void* lanes, const void* const* inputs, int first, std::int64_t numel, Settings settings);
 // Writes to partials[..] the sums of the chunks of terms begin to end: 1024 terms each, the last may be shorter. begin is the
-// start of a chunk. Operands: the inputs. using SumChunks = void (*)(void* partials, const Block& block, std::int64_t begin,
-// std::int64_t end, Settings settings);
+// start of a chunk. Operands: the inputs.
+using SumChunks = void (*)(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Settings settings);
 // SumChunks where every row is a sum of its own, with its own chunks: partials[rows, chunks of a row].
 using SumRowChunks = SumChunks;
 // sums[row] from the terms of each row, at most 1024.

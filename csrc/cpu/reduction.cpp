@@ -150,8 +150,8 @@ class Summation {
     }
   }
 
-  // The size of the next tile, with at most `limit` terms: the number of rows of the last reduced axis, and their length. If they
-  // are short, a tile has several, along the axis before the last. By columns, every term is a row of its own.
+  // The size of the next tile, with at most `limit` terms: the number of rows of the last reduced axis, and their length. If
+  // they are short, a tile has several, along the axis before the last. By columns, every term is a row of its own.
   std::pair<int64_t, int64_t> rows_from(int64_t term, int64_t limit, bool by_columns) const {
     const int64_t inner = reduced_.back().size;
     const int64_t left = std::min(inner - term % inner, limit);

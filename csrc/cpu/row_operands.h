@@ -157,7 +157,7 @@ class Rows {
     return {pointers, strides_.data(), shape_.columns, shape_.rows};
   }
 
-  // Calls run(block, first_row) for the numbers from begin to end: for up to most_rows whole rows at a time, or part of one row.
+  // Calls run(block, first_row) for the numbers from begin to end: up to most_rows whole rows at a time, or part of one row.
   template <class Run>
   void for_range(int64_t begin, int64_t end, int64_t most_rows, const Run& run) const {
     while (begin < end) {

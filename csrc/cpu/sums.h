@@ -32,8 +32,8 @@ KL_EXT_INLINE void add_turn(T* lanes, const Inputs<F, S>& inputs, const math::Se
   add_groups<F, range>(lanes, 0, inputs, math::kLanes, settings);
 }
 
-// Adds the terms of contiguous inputs to the lanes from `first` on. Not inlined: it contains the formula six times, and copying it
-// into all callers would take the compiler minutes longer.
+// Adds the terms of contiguous inputs to the lanes from `first` on. Not inlined: it contains the formula six times, and copying
+// it into all callers would take the compiler minutes longer.
 template <class F, Range range, class S, class T>
 [[gnu::noinline]] void accumulate_row(T* lanes, const Inputs<F, S>& inputs, int first, std::int64_t numel,
                                       const math::Settings<T>& settings) {
@@ -118,8 +118,8 @@ class Terms {
 
   KL_EXT_INLINE std::int64_t left_of_row() const { return block_.columns - column_; }
 
-  // Adds the next terms, at most a chunk, to lanes. If the row length is a multiple of 64, so is every chunk, and the lanes stay
-  // in registers.
+  // Adds the next terms, at most a chunk, to lanes. If the row length is a multiple of 64, so is every chunk, and the lanes
+  // stay in registers.
   KL_EXT_INLINE void add_to(T (&lanes)[math::kLanes], std::int64_t numel) {
     if (block_.columns % math::kLanes == 0) {
       for (std::int64_t done = 0; done < numel; done += math::kLanes) {
@@ -162,7 +162,7 @@ void sum_chunks(void* partials, const Block& block, std::int64_t begin, std::int
   }
 }
 
-// Folding takes as long as a short row: each step waits for the one before. So the last steps of several chunks are done together.
+// Folding takes as long as a short row: each step waits for the last. So the final steps of several chunks are done together.
 template <class F, Range range, class S>
 void sum_row_chunks(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Settings given) {
   using T = typename ArithmeticOf<S>::Type;

@@ -15,9 +15,9 @@ namespace kl_ext::cpu {
 
 // Writes the gradients of p into their rows, and sums those of q over the rows.
 //
-// The work is cut into pieces: a chunk of rows, some of its columns (a tile), and, if there are fewer of these than threads, a part
-// of the lanes, with every row that goes to one of them. For each sum a piece leaves one row of numbers, its lanes folded, or, if
-// the lanes of a chunk are in several parts, a row for each lane.
+// The work is cut into pieces: a chunk of rows, some of its columns (a tile), and, if there are fewer of these than threads, a
+// part of the lanes, with every row that goes to one of them. For each sum a piece leaves one row of numbers, its lanes folded,
+// or, if the lanes of a chunk are in several parts, a row for each lane.
 class SumsOverRows {
  public:
   SumsOverRows(const Rows& rows, Arithmetic arithmetic)

@@ -1,5 +1,5 @@
-// The weights of consecutive terms, a few chunks at a time: read in place, whatever their dtype and broadcasting. Bools stay bools
-// for the masked kernels; all others are converted to the arithmetic type.
+// The weights of consecutive terms, a few chunks at a time: read in place, whatever their dtype and broadcasting. Bools stay
+// bools for the masked kernels; all others are converted to the arithmetic type.
 #pragma once
 
 #include <cstring>
