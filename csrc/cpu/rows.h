@@ -1,7 +1,8 @@
 // The operators for tensors of one dtype with common rows of contiguous numbers: most tensors are a single row, halves of a
 // tensor, as encoders return them, have rows with gaps between, and a prior is one row that all share. This needs no buffers
 // and no TensorIterator, whose planning takes longer than a few thousand elements do. For other tensors each function returns
-// nullopt or false and has no effect. #pragma once
+// nullopt or false and has no effect.
+#pragma once
 
 #include <ATen/core/Tensor.h>
 
