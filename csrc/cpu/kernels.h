@@ -66,7 +66,8 @@ using PrepareQ = void (*)(void* out, const void* log_var_q, std::int64_t numel, 
 using Divide = void (*)(void* numbers, std::int64_t numel, std::int64_t divisor);
 
 // The kernels of one formula, [wide] or by range. Null where there is none: weighted terms have none for half types and one
-// grad_output, formulas with a single range none for the narrow one, and those with nothing that depends on q alone none given q.
+// grad_output, formulas with a single range none for the narrow one, and those with nothing that depends on q alone none given
+// q.
 struct FormulaKernels {
   ForwardKernel forward[2][kStorages];
   BackwardKernel backward[2][kStorages];

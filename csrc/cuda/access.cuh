@@ -1,5 +1,5 @@
-// How a thread of an elementwise kernel reads and writes its numbers: in vectors of 16 bytes, or one by one with any strides and
-// dtypes. Access is Vectors or Strided; Access::Thread<kOperands> is a thread's view of the operands in its plan:
+// How a thread of an elementwise kernel reads and writes its numbers: in vectors of 16 bytes, or one by one with any strides
+// and dtypes. Access is Vectors or Strided; Access::Thread<kOperands> is a thread's view of the operands in its plan:
 //
 //   kItems                              the numbers of each operand that a thread works on
 //   load(first, loaded, ...)            loads consecutive operands; all loads are issued before any number is used
@@ -177,7 +177,7 @@ KL_EXT_INLINE typename math::Format<T>::Bits bits_at(const char* place, Storage 
                      : *reinterpret_cast<const typename math::Format<T>::Bits*>(place);
 }
 
-// Two numbers of each operand per thread, a block's width apart. Dtypes are known at run time; none is float64 unless T is double.
+// Two numbers of each operand per thread, a block's width apart. Dtypes are known at run time; float64 only if T is double.
 template <class T, bool with_bool = false>
 struct Strided {
   static constexpr int kItems = 2;

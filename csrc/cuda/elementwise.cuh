@@ -7,9 +7,9 @@
 
 namespace kl_ext::cuda {
 
-// The blocks per multiprocessor, for __launch_bounds__: 4 leave a thread 64 registers; 3 and 2 leave 80 and 128, for the kernels
-// that hold most numbers and would otherwise spill to local memory. A wide range needs more registers. Without any bound the
-// compiler sinks loads below the arithmetic.
+// The blocks per multiprocessor, for __launch_bounds__: 4 leave a thread 64 registers; 3 and 2 leave 80 and 128, for the
+// kernels that hold most numbers and would otherwise spill to local memory. A wide range needs more registers. Without any
+// bound the compiler sinks loads below the arithmetic.
 constexpr int blocks_per_processor(math::Range range, int numbers) {
   const int weight = range == math::Range::kWide ? 2 * numbers : numbers;
   return weight > 128 ? 2 : weight > 64 ? 3 : 4;

@@ -16,8 +16,8 @@ KL_EXT_INLINE void fold_items(T (&lanes)[kItems]) {
   }
 }
 
-// Each of `width` neighbouring threads holds consecutive lanes (neighbours), or the lanes thread + width * item. All of them get
-// the sum.
+// Each of `width` neighbouring threads holds consecutive lanes (neighbours), or the lanes thread + width * item. All of them
+// get the sum.
 template <bool neighbours, class T, int kItems>
 KL_EXT_DEVICE T fold_among_neighbours(T (&lanes)[kItems], std::uint32_t width) {
   if constexpr (!neighbours) {

@@ -34,9 +34,9 @@ struct Iteration {
   Operand operand[kMaxOperands];
 };
 
-// An iteration whose outputs are summed over some dimensions, in the order of math/summation.h. That is the order of the logical
-// coordinates, so the dimensions are those of the logical shape, the last first. A summed output has no data, and the dtype of
-// the arithmetic.
+// An iteration whose outputs are summed over some dimensions, in the order of math/summation.h. That is the order of the
+// logical coordinates, so the dimensions are those of the logical shape, the last first. A summed output has no data, and the
+// dtype of the arithmetic.
 struct Summation {
   Iteration terms;
   bool reduced[kMaxDims] = {};   // for each dimension
@@ -60,8 +60,8 @@ using Settings = math::Settings<double>;
 
 namespace kernels {
 
-// For a formula F; cmake/cuda.cmake lists the formulas. Operands: the result; the inputs. Arithmetic is in float64 if an operand
-// is float64, else in float32; each result is rounded once. Everything is put on the stream: nothing waits.
+// For a formula F; cmake/cuda.cmake lists the formulas. Operands: the result; the inputs. Arithmetic is in float64 if an
+// operand is float64, else in float32; each result is rounded once. Everything is put on the stream: nothing waits.
 template <class F>
 void forward(const Iteration& iteration, const Settings& settings, CUstream_st* stream);
 

@@ -1,5 +1,5 @@
-// The only place that launches kernels; each kernel is a constant expression. An emulation of CUDA on the host defines the macros
-// before this header is read.
+// The only place that launches kernels; each kernel is a constant expression. An emulation of CUDA on the host defines the
+// macros before this header is read.
 #pragma once
 
 #if !defined(KL_EXT_LAUNCH)

@@ -13,8 +13,8 @@ struct alignas(kVectorBytes) Pack {
   S values[kItems];
 };
 
-// A pack as it is held until it is used: half types in pairs. Held one by one, they would be extracted from a vector in the branch
-// that loads it, which would then wait for the load before the next branches can load.
+// A pack as it is held until it is used: half types in pairs. Held one by one, they would be extracted from a vector in the
+// branch that loads it, which would then wait for the load before the next branches can load.
 template <class S, int kItems>
 struct Held {
   static constexpr int kNumbers = sizeof(S) == 2 ? 2 : 1; // in a word

@@ -1,7 +1,6 @@
 // The kernels that sum terms in the order of math/summation.h, and which of them a summation takes. Each computes the sum of a
-// chunk of at most 1024 terms, or of a lane of chunks; finish.cu adds up the lanes. Gradients that are not summed are written in
-// the same pass.
-#pragma once
+// chunk of at most 1024 terms, or of a lane of chunks; finish.cu adds up the lanes. Gradients that are not summed are written
+// in the same pass. #pragma once
 
 #include <algorithm>
 #include <optional>
@@ -28,7 +27,7 @@ constexpr int sum_blocks_per_processor() {
   return Access::kIsWhole && Access::kItems == 8 ? 4 : 3;
 }
 
-// Whether the 16 chunks that take turns in a lane fit a block together, which holds kThreads * kItems / 64 lanes.
+// Whether the 16 chunks that take turns in a lane fit a block together, which holds kThreads * kItems / 64 chunks.
 template <class Access>
 constexpr bool kChunksTakeTurns = Access::kNeighbours && kThreads * Access::kItems >= math::kChunk;
 
@@ -70,9 +69,9 @@ KL_EXT_INLINE void leave(const SumShape<T>& shape, int output, std::int64_t part
   store_rounded(shape.results.data[output], shape.results.dtype[output], column, gap, valid, sums);
 }
 
-// Rows: the reduced dimensions are the fast ones. A chunk belongs to `width` neighbouring threads, a power of two; together they
-// have one lane for each of their items: lane = items * thread + item for neighbours, else thread + width * item. In sums of more
-// than 64 chunks, those that take turns in a lane are beside each other in a block.
+// Rows: the reduced dimensions are the fast ones. A chunk belongs to `width` neighbouring threads, a power of two; together
+// they have one lane for each of their items: lane = items * thread + item for neighbours, else thread + width * item. In sums
+// of more than 64 chunks, those that take turns in a lane are beside each other in a block.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access>
 __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access>())
     sum_rows(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,
@@ -120,8 +119,8 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   }
 }
 
-// Columns: the kept dimensions are the fast ones. A thread has one lane of as many columns as it has items; `width` neighbouring
-// threads have neighbouring columns; a block has as many chunks as fit.
+// Columns: the kept dimensions are the fast ones. A thread has one lane of as many columns as it has items; `width`
+// neighbouring threads have neighbouring columns; a block has as many chunks as fit.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access>
 __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access>())
     sum_columns(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,

@@ -1,9 +1,9 @@
 // How a thread of a summing kernel reads its terms: as in access.cuh, but by the rank of the first of them.
 //
 //   kItems          the numbers of each operand that a thread works on at a time
-//   kItems          the numbers of each operand that a thread works on at a time
+//   kNeighbours     whether they are beside each other; else their distance is the number of threads that work together
 //   kIsWhole        whether there are always kItems of them
-//   Thread(plan, first, gap, valid)   rank of the first, ranks from one to the next, how many of them there are
+//   Thread(plan, first, gap, valid)   the rank of the first number, the ranks between two, the number of those that exist
 #pragma once
 
 #include "access.cuh"
