@@ -1,6 +1,7 @@
 // The kernels that sum terms in the order of math/summation.h, and which of them a summation takes. Each computes the sum of a
 // chunk of at most 1024 terms, or of a lane of chunks; finish.cu adds up the lanes. Gradients that are not summed are written
-// in the same pass. #pragma once
+// in the same pass.
+#pragma once
 
 #include <algorithm>
 #include <optional>
