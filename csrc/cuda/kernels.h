@@ -78,8 +78,8 @@ template <class F>
 void backward_sum(const Summation& summation, const Settings& settings, const SumResults& results, void* scratch,
                   CUstream_st* stream);
 
-// Sums each column of numbers [partials.count, outputs, sums]. scratch: as many numbers as sums and outputs have, for each
-// 2^20 chunks or 2^16 lanes, if there are more than those.
+// Sums each column of numbers [partials.count, outputs, sums]. scratch: a number for each output and sum, for each 2^20 chunks
+// or 2^16 lanes, if there are more than those.
 void finish_sums(const float* numbers, Partials partials, int outputs, std::int64_t sums, std::int64_t divisor,
                  const SumResults& results, float* scratch, CUstream_st* stream);
 void finish_sums(const double* numbers, Partials partials, int outputs, std::int64_t sums, std::int64_t divisor,
