@@ -20,7 +20,7 @@ def _refuse(function: str, name: str, expected: str, value: object) -> TypeError
 
 
 def check_are_tensors(function: str, **arguments: object) -> None:
-    """Each of them."""
+    """Checks that each argument is a Tensor."""
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise _refuse(function, name, "a Tensor", value)
@@ -86,7 +86,7 @@ def as_dtype(function: str, dtype: object) -> torch.dtype | None:
 
 
 def as_reduction(function: str, reduction: object, dims: list[int] | None) -> Reduction:
-    """The name of one."""
+    """The name of a reduction that exists and goes with the dims."""
     if not isinstance(reduction, str):
         raise _refuse(function, "reduction", "a string", reduction)
     check_reduction(function, reduction, dims)
