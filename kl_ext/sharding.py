@@ -127,7 +127,7 @@ class _Call:
         return DTensor.from_local(local, self.mesh, placements, shape=like.shape, stride=like.stride())
 
     def divided(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """The divisor of the whole sum for "mean" and "batchmean", from this rank's weights."""
+        """x divided as "mean" and "batchmean" divide the whole sum, given the weights of this rank."""
         if self.reduction == "batchmean":
             count = self.shape[0]
         else:
@@ -141,7 +141,7 @@ class _Call:
         return x / divisor
 
     def _sum_of_weights(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Over those reduced dimensions that the whole weight has, in the shape of the result."""
+        """The sum over those reduced dimensions that the whole weight has, in the shape of the result."""
         weight = weight.reshape((1,) * (len(self.shape) - weight.dim()) + weight.shape)
         total = weight.sum(list(self.reduced), keepdim=self.arguments["keepdim"], dtype=dtype)
         is_part = [dim in self.reduced and dim in self.axes["weight"] for dim in self.sharded]
