@@ -109,7 +109,7 @@ struct Derivatives<math::NormalDivergence> {
   }
 };
 
-// Derivatives of a formula whose type is not known.
+// The same where the type of the formula is not known.
 struct AnyDerivatives {
   const bool (&needs)[kMaxInputs][kMaxInputs]; // whether the gradient of input i needs input j
   const double (&harmless)[kMaxInputs];        // inputs at which everything is finite
