@@ -1,5 +1,5 @@
-// Under autocast the inputs stay as they are, half types included, and the loss comes out in float32: the conversion costs no
-// pass over memory, and the terms are exact to float32. float64 stays float64.
+// Under autocast the inputs stay as they are, half types included, and the loss is float32: no pass over memory is spent on
+// conversion, and the terms have the accuracy of float32. float64 stays float64.
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "plan.h"

@@ -1,11 +1,11 @@
-// The operators as every backend registers them: arguments checked, then handed to what the backend makes of them. Backend has
+// The operators as every backend registers them: Layer checks the arguments and calls the backend. Backend has
 //
 //   forward(terms, dtype)                                      the terms, in this dtype
-//   forward_sum(terms, dtype, shape, reduction)                their sums, shape: of the terms
-//   backward(terms, grad_output, gradients)                    grad_output of each term
-//   backward_sum(terms, grad_output, gradients, shape, reduction)      grad_output of the sums
+//   forward_sum(terms, dtype, shape, reduction)                their sums; shape is the shape of the terms
+//   backward(terms, grad_output, gradients)                    with one grad_output for each term
+//   backward_sum(terms, grad_output, gradients, shape, reduction)      with one grad_output for each sum
 //
-// Gradients go where the backend is told; those that are not wanted are undefined.
+// The backend writes into the tensors in gradients; those that are not wanted are undefined.
 #pragma once
 
 #include "memory.h"
@@ -19,12 +19,12 @@ using Settings = math::Settings<double>;
 
 // The terms of a formula.
 struct Terms {
-  // How many inputs there are that may have gradients.
+  // The number of inputs that may have gradients.
   size_t inputs() const { return operands.size() - (is_weighted ? 1 : 0); }
 
   int formula; // kFormula of math/formulas.h
   bool is_weighted;
-  NamedTensors operands; // the inputs, and behind them the weight
+  NamedTensors operands; // the inputs, then the weight
   Settings settings;
   at::Device device;
 };
@@ -38,8 +38,8 @@ inline c10::SmallVector<bool, 8> broadcast_dims(at::IntArrayRef input, at::IntAr
   return dims;
 }
 
-// The gradients of broadcast inputs are summed in the pass that computes them: one pass for each way of being broadcast, of which
-// there is hardly ever more than one; what is elementwise is written in the first.
+// The gradients of broadcast inputs are summed in the pass that computes them. Inputs that are broadcast along different
+// dimensions need a pass each, which is rare. The first pass also writes the elementwise gradients.
 struct SumPass {
   enum Role { kAbsent, kElementwise, kSummed };
 
@@ -72,7 +72,7 @@ inline c10::SmallVector<SumPass, 1> sum_passes(NamedTensors inputs, const Gradie
   return passes;
 }
 
-// Where the sums of a gradient go, which the backends write one behind the other.
+// The tensors that backends write sums into: always contiguous, and copied to the gradient where that is not.
 class SumTargets {
  public:
   const at::Tensor& add(const at::Tensor& gradient) {
@@ -138,7 +138,7 @@ struct Layer {
       for (size_t i = 0; i < inputs.size(); ++i) {
         const at::Tensor& gradient = gradients[i];
         if (gradient.defined()) {
-          // A kernel may write a number before it has read all that share its memory, and knows no negative bit.
+          // A kernel may write a number before it has read all that share its memory, and ignores the negative bit.
           const bool is_beside = gradient.is_neg() || std::any_of(read.begin(), read.end(), [&](const NamedTensor& argument) {
                                    return shares_memory(gradient, argument.tensor);
                                  });
@@ -151,7 +151,7 @@ struct Layer {
   }
 
  private:
-  // Where gradients are computed, and the tensors that were given for them, if any were.
+  // Where gradients are computed, and the caller's tensors for them in backward_out.
   struct Destinations {
     Gradients computed;
     Gradients given;
@@ -165,7 +165,7 @@ struct Layer {
     }
   };
 
-  // What a call's tensors are, once they have been looked at.
+  // The arguments of a call after all checks.
   struct Checked {
     Checked(const Call& call, const char* function)
         : terms{call.formula(), call.has_weight, call.tensors, settings_of(call), at::kCPU} {
@@ -196,7 +196,7 @@ struct Layer {
     return {call.clamp_min, call.clamp_max, d.scale, d.offset};
   }
 
-  // In the order of the sum, for the weighted mean; NaN where it is 0.
+  // The divisor of the weighted mean, added up in the order of the sum. NaN where it is 0.
   static at::Tensor sum_of_weights(const Checked& checked, at::ScalarType arithmetic, const Reduction& reduction) {
     constexpr double kInfinity = std::numeric_limits<double>::infinity();
     const Terms weights{math::kFormula<math::Weight>,

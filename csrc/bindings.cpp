@@ -45,7 +45,7 @@ bool read(PyObject* object, double& number) {
   return true;
 }
 
-// A bound of the clamp: None is the one that it is before, which is no bound.
+// A bound of the clamp. None leaves it at its default, which is no bound.
 bool read_bound(PyObject* object, double& bound) { return object == Py_None || read(object, bound); }
 
 bool read(PyObject* object, bool& flag) {
@@ -79,7 +79,7 @@ bool read(PyObject* object, std::optional<at::DimVector>& dims) {
   if (!PyTuple_CheckExact(object) && !PyList_CheckExact(object)) {
     return read(object, dims->emplace_back());
   }
-  // Of a list this is a copy, which no other thread can change.
+  // For a list this is a copy, which no other thread can change.
   const auto items = pybind11::reinterpret_steal<pybind11::object>(PySequence_Tuple(object));
   if (!items) {
     PyErr_Clear();
@@ -103,8 +103,8 @@ bool read(PyObject* object, std::optional<at::ScalarType>& dtype) {
   return true;
 }
 
-// torch.set_default_device and `with torch.device(...)` are modes as well. They concern functions that make tensors out of
-// nothing, so that they need not see a call of ours.
+// torch.set_default_device and `with torch.device(...)` are modes too. They only matter to functions that make tensors out of
+// nothing, so they need not see our calls.
 PyObject* type_of_default_device = nullptr; // null where torch has none
 
 // Whether a __torch_function__ mode is to see the call.
@@ -125,7 +125,7 @@ bool is_seen_by_a_mode() {
 // The arguments of a call, as values. They come in the order of the operator's schema.
 struct Values {
   std::array<std::optional<at::Tensor>, kl_ext::kMaxInputs> inputs;
-  std::array<std::optional<double>, kl_ext::kMaxInputs> numbers; // in the place of inputs that need not be given
+  std::array<std::optional<double>, kl_ext::kMaxInputs> numbers; // given in place of optional inputs
   std::optional<at::Tensor> weight;
   double clamp_min = -std::numeric_limits<double>::infinity();
   double clamp_max = std::numeric_limits<double>::infinity();
@@ -162,8 +162,8 @@ struct Values {
                           read(arguments[3], dtype));
   }
 
-  // 0-dim tensors for numbers, as kl_ext/functional.py makes them where torch.compile traces it: precise as the arithmetic,
-  // without weight in the promotion, on the device of the first input.
+  // Replaces numbers by 0-dim tensors, as kl_ext/functional.py does when torch.compile traces it: in the arithmetic dtype,
+  // without effect on type promotion, on the device of the first input.
   void replace_numbers(const kl_ext::Description& d) {
     if (std::none_of(numbers.begin(), numbers.end(), [](const auto& number) { return number.has_value(); })) {
       return;
@@ -181,7 +181,7 @@ struct Values {
     const auto arithmetic = kl_ext::arithmetic_type(tensors, dtype.value_or(at::kFloat));
     const bool all_scalars = std::all_of(tensors.begin(), tensors.end(), [](const auto& x) { return x.tensor.dim() == 0; });
     if (!dtype && all_scalars && !at::autocast::is_autocast_enabled(device.type())) {
-      dtype = kl_ext::result_type(tensors); // 0-dim tensors beside nothing else all have weight
+      dtype = kl_ext::result_type(tensors); // all are 0-dim, so all take part in promotion
     }
     for (size_t i = 0; i < d.most; ++i) {
       if (numbers[i]) {
@@ -190,7 +190,7 @@ struct Values {
     }
   }
 
-  // To be called while this lives.
+  // The call refers to this object and must not outlive it.
   kl_ext::Call to_call(const kl_ext::Operator& op) const {
     kl_ext::Call call(op);
     const auto& d = op.description;
@@ -276,7 +276,7 @@ PyMODINIT_FUNC PyInit__bindings() {
   PyErr_Clear();
   PyObject* const created = PyModule_Create(&module);
 #ifdef Py_GIL_DISABLED
-  PyUnstable_Module_SetGIL(created, Py_MOD_GIL_NOT_USED); // no state but what is set here
+  PyUnstable_Module_SetGIL(created, Py_MOD_GIL_NOT_USED); // the only state is what is set here
 #endif
   return created;
 }

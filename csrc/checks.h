@@ -1,5 +1,5 @@
-// Argument checks, with one style of message: `function: expected ARGUMENT to be WHAT, got WHAT CAME`. TypeError for what a
-// tensor is, ValueError for the value of a number, RuntimeError for shapes and devices, as torch has it.
+// Argument checks. All messages have one form: `function: expected ARGUMENT to be WHAT, got WHAT CAME`. As in torch, a wrong
+// kind of tensor is a TypeError, a wrong number a ValueError, a wrong shape or device a RuntimeError.
 #pragma once
 
 #include <ATen/ExpandUtils.h>
@@ -68,8 +68,7 @@ inline void check_weight(const char* function, const at::Tensor& weight) {
                    ": expected weight to be a strided tensor, got ", layout_name(weight.layout()));
 }
 
-// All on the device of the first that is not a 0-dim CPU tensor, which is returned: those go with tensors of any device, as in
-// torch.
+// Checks that all tensors are on one device and returns it. 0-dim CPU tensors go with tensors of any device, as in torch.
 inline at::Device check_devices(const char* function, NamedTensors arguments) {
   const NamedTensor* first = &arguments[0];
   for (const auto& argument : arguments) {
@@ -85,7 +84,7 @@ inline at::Device check_devices(const char* function, NamedTensors arguments) {
   return first->tensor.device();
 }
 
-// Of arguments that broadcast.
+// The common shape of arguments that are known to broadcast.
 inline at::DimVector broadcast_shape(NamedTensors arguments) {
   at::DimVector shape(arguments[0].tensor.sizes());
   for (const auto& argument : arguments.slice(1)) {
@@ -133,7 +132,7 @@ inline void check_weight_shape(const char* function, const at::Tensor& weight, a
               " of the terms, got shape ", weight.sizes());
 }
 
-// The gradient of a reduced result, on the inputs' device.
+// grad_output of a reduction: of the shape of the result, on the inputs' device.
 inline void check_grad_output(const char* function, NamedTensor grad_output, NamedTensors inputs, at::IntArrayRef shape) {
   check_tensors(function, grad_output);
   const NamedTensor both[] = {inputs[0], grad_output};
@@ -154,7 +153,7 @@ inline Overlap overlap_of(const at::Tensor& a, const at::Tensor& b) {
 
 inline bool shares_memory(const at::Tensor& a, const at::Tensor& b) { return overlap_of(a, b) != Overlap::kNone; }
 
-// A tensor that is to hold the gradient of an input.
+// A tensor that is to receive the gradient of an input.
 inline void check_gradient(const char* function, const at::Tensor& gradient, NamedTensor input) {
   const auto& [name, tensor] = input;
   TORCH_CHECK_TYPE(gradient.scalar_type() == tensor.scalar_type(), function, ": expected grad_", name, " to be ",
@@ -166,8 +165,8 @@ inline void check_gradient(const char* function, const at::Tensor& gradient, Nam
   at::assert_no_internal_overlap(gradient);
 }
 
-// The tensors that are to hold gradients, undefined where one is not wanted. As for torch.add(out=), a gradient may be the very
-// tensor of an argument. One that is summed over terms of a larger shape may not: it is written while they are read.
+// The tensors that are to receive gradients, undefined where one is not wanted. As with torch.add(out=), a gradient may be the
+// same tensor as an argument, unless it is a sum over terms of a larger shape: that is written while the arguments are read.
 // read: grad_output, the inputs and the weight.
 inline void check_gradients(const char* function, NamedTensors inputs, NamedTensors read, c10::ArrayRef<at::Tensor> gradients,
                             at::IntArrayRef shape) {

@@ -1,4 +1,4 @@
-// The schemas of the operators, the typed handles to call them, and what answers where no kernel does.
+// The schemas of the operators, the typed handles to call them, and the errors where no kernel exists.
 #include "signature.h"
 
 namespace kl_ext {
@@ -26,8 +26,8 @@ std::string layout_name(at::Layout layout) {
 
 namespace {
 
-// For tensors that no backend of ours takes: says which argument it is. What the tensors are comes before where they are, for a
-// sparse tensor comes here beside dense ones on a device that has kernels.
+// Refuses tensors that no backend of ours takes, and names the argument. Dtype and layout are checked before the device,
+// because a sparse tensor can come here together with dense ones on a device that has kernels.
 void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const std::string function = schema.name().substr(schema.name().find("::") + 2);
@@ -50,8 +50,8 @@ void refuse(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   TORCH_CHECK(false, function, ": expected tensors that hold their numbers, on ", devices);
 }
 
-// Inputs with the negative bit, for operators that write where they are told: torch's own fallback, which serves all others, fails
-// for those that return nothing. What is written to keeps its bit.
+// Resolves inputs that have the negative bit, for operators that write into given tensors. torch's own fallback serves all
+// other operators, but fails for those that return nothing. Tensors that are written to keep their bit.
 void resolve_negative_inputs(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
   for (size_t i = 0; i < arguments.size(); ++i) {

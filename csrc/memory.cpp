@@ -23,15 +23,15 @@ namespace {
 
 constexpr size_t kKiB = size_t{1} << 10;
 constexpr size_t kMiB = size_t{1} << 20;
-// Smaller results are the C library's, which keeps most of what is freed of them.
+// Smaller results come from the C library, which keeps most of the memory they free.
 constexpr size_t kSmallest = 128 * kKiB;
-// What blocks are made of: of units, and from one huge page on of huge pages.
+// Block sizes are multiples of kUnit, and from one huge page on multiples of kHugePage.
 constexpr size_t kUnit = 32 * kKiB;
 constexpr size_t kHugePage = 2 * kMiB;
-// A block that was made for more serves results that leave at most one part in so many of it unused.
+// A larger block serves a result if at most 1 / kPartsUnused of the block stays unused.
 constexpr size_t kPartsUnused = 4;
 
-// Kept by the process, where there is so much; what is kept beyond it, the system may take.
+// The process keeps this much to itself; the system may take back what is kept beyond it.
 constexpr size_t kNotOffered = 64 * kMiB;
 
 size_t environment(const char* name, size_t value) {
@@ -41,30 +41,30 @@ size_t environment(const char* name, size_t value) {
   return value;
 }
 
-// Read while the library is loaded and never again: a thread that sets a variable may move the environment, and another that
-// reads it then reads freed memory.
+// Read only while the library is loaded: a thread that sets a variable may move the environment, and another thread that reads
+// it then reads freed memory.
 std::atomic<size_t> most_kept = environment("KL_EXT_KEEP_MEMORY", 512) * kMiB;
 const bool kHugePages = environment("KL_EXT_HUGE_PAGES", 1) != 0;
 
 struct Block {
   char* data;
   size_t size;
-  bool is_offered = false; // to the system, which may take it, and does only where it must
+  bool is_offered = false; // the system may take it, and does only when memory runs short
 };
 
-// The size of the block that is made for so many bytes.
+// The size of the block that is made for a result of this many bytes.
 size_t rounded(size_t size) {
   const size_t unit = size < kHugePage ? kUnit : kHugePage;
   return (size + unit - 1) / unit * unit;
 }
 
-// Ordinary pages; none where the system has no memory.
+// Ordinary pages, or nullptr if the system has no memory.
 char* map(size_t size) {
   void* const mapped = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   return mapped == MAP_FAILED ? nullptr : static_cast<char*>(mapped);
 }
 
-// Huge pages where they are to be had, and aligned to them in any case.
+// Huge pages where they are available. Aligned to them in any case.
 char* map_huge(size_t size) {
   char* const start = map(size + kHugePage);
   if (start == nullptr) {
@@ -85,11 +85,11 @@ char* map_huge(size_t size) {
 
 void unmap(const Block& block) { munmap(block.data, block.size); }
 
-// The blocks that no tensor holds. Nobody waits for another thread here: who comes at the same moment does without.
+// The blocks that no tensor holds. No thread waits for the lock: one that finds it taken maps or unmaps memory instead.
 class Kept {
  public:
-  // The smallest block that is large enough and not too large, if there is one; of equal ones that given last, which may still
-  // be in a cache.
+  // The smallest block that is large enough and not too large, if there is one. Of equal ones, the one given last, which may
+  // still be in a cache.
   std::optional<Block> take(size_t size) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) {
@@ -122,15 +122,15 @@ class Kept {
   }
 
  private:
-  using Blocks = std::list<Block>;                        // the first was given first
-  using BySize = std::multimap<size_t, Blocks::iterator>; // of equal ones likewise
+  using Blocks = std::list<Block>;                        // in the order given
+  using BySize = std::multimap<size_t, Blocks::iterator>; // equal sizes in the order given
 
-  // Offers all but those given last to the system: offering a block and writing to it again costs what a small result does.
+  // Offers all but the last blocks to the system: offering a block and writing to it again costs as much as a small result.
   void offer() {
     while (recent_size_ > kNotOffered) {
       Block& block = recent_.front();
       block.is_offered = true;
-      madvise(block.data, block.size, MADV_FREE); // best effort here too
+      madvise(block.data, block.size, MADV_FREE); // best effort: an error changes nothing
       recent_size_ -= block.size;
       offered_.splice(offered_.end(), recent_, recent_.begin());
     }
@@ -147,14 +147,14 @@ class Kept {
 
   std::mutex mutex_;
   Blocks offered_;
-  Blocks recent_; // given after them
+  Blocks recent_; // given after the offered ones
   BySize by_size_;
-  size_t size_ = 0; // of all together
+  size_t size_ = 0; // of both lists
   size_t recent_size_ = 0;
 };
 
-// Never destroyed: tensors may outlive whatever ends with the process. Made while the library is loaded: the guard of a static
-// in a function is a lock, which a fork at the first call would leave held.
+// Never destroyed: tensors may outlive static objects. Made while the library is loaded: a static in a function is guarded by a
+// lock, which a fork during the first call would leave held.
 Kept& kept = *new Kept;
 
 struct Allocator final : c10::Allocator {
@@ -164,7 +164,7 @@ struct Allocator final : c10::Allocator {
       const size_t whole = rounded(size);
       char* const data = whole < kHugePage ? map(whole) : map_huge(whole);
       if (data == nullptr) {
-        return c10::GetCPUAllocator()->allocate(size); // which says what there is to say
+        return c10::GetCPUAllocator()->allocate(size); // which reports the error
       }
       block = Block{data, whole};
     }
@@ -183,8 +183,8 @@ struct Allocator final : c10::Allocator {
 
 Allocator allocator;
 
-// Whether so many bytes on the CPU are ours to allocate: many, and with torch's own allocator in charge. Where nothing is kept,
-// only huge pages are better than what the C library has.
+// Whether we allocate a result of this many bytes: it must be large, and torch's own allocator in charge. Where nothing is
+// kept, only huge pages are an improvement on the C library.
 bool is_ours(int64_t nbytes) {
   const auto size = static_cast<size_t>(nbytes);
   return size >= kSmallest && (size >= kHugePage || most_kept > 0) && c10::GetCPUAllocator() == c10::GetDefaultCPUAllocator();
@@ -217,7 +217,7 @@ at::Tensor allocate_like(const at::Tensor& tensor) {
 
 } // namespace kl_ext
 
-// Sets how many MiB are kept, and returns how many were: for benchmarks, which compare one with the other in one process.
+// Sets how many MiB are kept and returns the previous value. For benchmarks, which compare settings in one process.
 extern "C" __attribute__((visibility("default"))) std::uint64_t kl_ext_keep_memory(std::uint64_t mib) {
   return kl_ext::most_kept.exchange(mib * kl_ext::kMiB) / kl_ext::kMiB;
 }

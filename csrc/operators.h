@@ -1,5 +1,5 @@
-// The operators. Each is described once, below: its schemas, typed handles, registrations and fast binding follow from that
-// (signature.h).
+// The operators. Each is described once, below; its schemas, typed handles, registrations and fast binding follow from the
+// description (signature.h).
 //
 //   name(inputs, [weight], *, [clamp_min, clamp_max], [reduction, dim, keepdim], dtype) -> Tensor
 //   name_backward(grad_output, inputs, [clamp_min, clamp_max], [reduction, dim], output_mask, [keepdim, weight]) -> gradients
@@ -25,13 +25,13 @@ constexpr size_t kMaxInputs = 4;
 struct Description {
   const char* name;
   std::array<const char*, kMaxInputs> inputs;
-  size_t least; // so many inputs there are always; the others are given together or not at all
+  size_t least; // inputs that are required; the others are given together or not at all
   size_t most;
   bool clamps;  // has clamp_min and clamp_max
   bool reduces; // has weight, reduction, dim and keepdim
-  int of_least; // the formula of so many inputs: kFormula of math/formulas.h
+  int of_least; // the formula of `least` inputs: kFormula of math/formulas.h
   int of_most;
-  // What is returned of the formula's divergence.
+  // The operator returns scale * divergence + offset.
   double scale = 1;
   double offset = 0;
 };
@@ -92,13 +92,13 @@ using Mask = std::array<bool, kMaxInputs>;
 
 struct Operator;
 
-// The arguments of a call, but for grad_output and gradients. They belong to the caller.
+// The arguments of a call, except grad_output and gradients. The caller owns them.
 struct Call {
   explicit Call(const Operator& called) : op(&called) {}
 
   NamedTensors inputs() const { return NamedTensors(tensors).slice(0, tensors.size() - (has_weight ? 1 : 0)); }
 
-  // Null where there is none.
+  // Null if it was not given.
   const at::Tensor* input(size_t i) const {
     return is_given[i] ? &tensors[std::count(is_given.begin(), is_given.begin() + i, true)].tensor : nullptr;
   }
@@ -108,9 +108,9 @@ struct Call {
   int formula() const;
 
   const Operator* op;
-  c10::SmallVector<NamedTensor, kMaxInputs + 1> tensors; // the inputs that are given, and then the weight
+  c10::SmallVector<NamedTensor, kMaxInputs + 1> tensors; // the inputs that are given, then the weight
   bool has_weight = false;
-  std::array<bool, kMaxInputs> is_given{}; // of the inputs that there may be
+  std::array<bool, kMaxInputs> is_given{}; // for each input of the description
   double clamp_min = -std::numeric_limits<double>::infinity();
   double clamp_max = std::numeric_limits<double>::infinity();
   std::string_view reduction = "none";
@@ -119,14 +119,14 @@ struct Call {
   std::optional<at::ScalarType> dtype;
 };
 
-// A description, and the operators themselves: each goes through the dispatcher, so that autograd, autocast, vmap and fake tensors
+// A description and its operators. Each call goes through the dispatcher, so that autograd, autocast, vmap and fake tensors
 // apply.
 struct Operator {
   const Description& description;
   const char* backward_name;
   at::Tensor (*forward)(const Call& call);
   Gradients (*backward)(const at::Tensor& grad_output, const Call& call, Mask mask);
-  // The gradients that are given are overwritten, the others not computed.
+  // Overwrites the gradients that are given and computes no others.
   void (*backward_out)(const at::Tensor& grad_output, const Call& call, const Gradients& gradients);
 };
 
@@ -135,7 +135,7 @@ inline int Call::formula() const {
   return inputs().size() == d.most ? d.of_most : d.of_least;
 }
 
-// Of the inputs that need not be given, all are or none.
+// The optional inputs are given all together or not at all.
 inline void check_together(const char* function, const Call& call) {
   const Description& d = call.op->description;
   const auto first = call.is_given.begin() + d.least;

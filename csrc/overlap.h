@@ -1,5 +1,5 @@
-// Whether two strided tensors of one storage share memory, found exactly. torch's own check (ATen/MemoryOverlap.h) does not decide
-// for tensors with gaps, such as two halves of one tensor, and lets them pass.
+// Whether two strided tensors of one storage share memory, decided exactly. torch's own check (ATen/MemoryOverlap.h) gives no
+// answer for tensors with gaps, such as two halves of one tensor, and lets them pass.
 #pragma once
 
 #include <c10/util/ArrayRef.h>
@@ -12,11 +12,11 @@ namespace kl_ext {
 
 enum class Overlap { kNone, kFull, kPartial };
 
-// Where the numbers of a tensor are in its storage.
+// Where the elements of a tensor lie in its storage.
 struct Placement {
   c10::IntArrayRef sizes;
   c10::IntArrayRef strides;
-  int64_t offset; // in numbers, as the strides
+  int64_t offset; // in elements, like the strides
   int64_t itemsize;
 };
 
@@ -30,7 +30,7 @@ struct Multiples {
   int64_t largest() const { return stride * (count - 1); }
 };
 
-// Whether target is a sum of one multiple from each. Strides descend, so that few multiples of the first come into question.
+// Whether target is a sum of one multiple from each term. Strides descend, so only few multiples of the first can fit.
 inline bool is_sum(c10::ArrayRef<Multiples> terms, int64_t target) {
   if (terms.empty()) {
     return target == 0;
@@ -52,11 +52,11 @@ inline bool is_sum(c10::ArrayRef<Multiples> terms, int64_t target) {
 
 } // namespace overlap
 
-// kFull: number by number the same memory. A tensor that holds one number several times shares it with itself only in part.
+// kFull: each element has the same memory in both. A tensor with overlapping elements shares memory with itself only partially.
 inline Overlap overlap_of(const Placement& a, const Placement& b) {
   using overlap::Multiples;
-  // A byte of a and a byte of b are one where offset_a + sum i_d stride_d = offset_b + sum j_d stride_d. With every j counted
-  // from its end, all terms stand on one side with a positive sign.
+  // a and b share a byte where offset_a + sum i_d stride_d = offset_b + sum j_d stride_d. Counting every j from its end brings
+  // all terms to one side with a positive sign.
   c10::SmallVector<Multiples, 16> terms{{1, a.itemsize + b.itemsize - 1}};
   int64_t target = b.offset * b.itemsize - a.offset * a.itemsize + b.itemsize - 1;
   bool is_same = a.sizes == b.sizes && a.offset == b.offset && a.itemsize == b.itemsize;

@@ -1,5 +1,5 @@
 // From the arguments of an operator to an iteration over them: dtypes, the result's layout, and torch's own TensorIterator,
-// which broadcasts, orders and merges dimensions. One plan for CPU and CUDA alike.
+// which broadcasts, orders and merges dimensions. CPU and CUDA share it.
 #pragma once
 
 #include <ATen/ExpandUtils.h>
@@ -20,7 +20,7 @@ inline at::ScalarType arithmetic_type(NamedTensors arguments, at::ScalarType dty
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// torch's promotion.
+// The dtype of the result by torch's type promotion.
 inline at::ScalarType result_type(NamedTensors arguments) {
   bool same = true;
   for (const auto& argument : arguments) {
@@ -36,7 +36,7 @@ inline at::ScalarType result_type(NamedTensors arguments) {
   return at::native::result_type(state);
 }
 
-// Operand 0 is the result, allocated here with the strides that a pointwise operator of torch gives it.
+// Operand 0 is the result, allocated here with the strides that a pointwise operator of torch would give it.
 inline at::TensorIterator plan_forward(NamedTensors inputs, at::ScalarType dtype, at::Device device) {
   at::TensorIteratorConfig config;
   config.set_check_mem_overlap(false).check_all_same_dtype(false);
@@ -48,7 +48,7 @@ inline at::TensorIterator plan_forward(NamedTensors inputs, at::ScalarType dtype
   return config.build();
 }
 
-// Operands: the gradients that are defined, grad_output, and the others; all in one shape.
+// Operands: the gradients that are defined, grad_output, then the other operands, all expanded to one shape.
 inline at::TensorIterator plan_backward(const at::Tensor& grad_output, NamedTensors operands, at::TensorList gradients) {
   at::TensorIteratorConfig config;
   config.set_check_mem_overlap(false).check_all_same_dtype(false).resize_outputs(false);

@@ -1,5 +1,5 @@
-// The Python module kl_ext._C: what this build is, and nothing else. It links neither torch nor libkl_ext.so, so that it can be
-// imported, and a mismatch explained, before either is loaded.
+// The Python module kl_ext._C: facts about this build, and nothing else. It links neither torch nor libkl_ext.so, so that it
+// can be imported, and a mismatch explained, before either is loaded.
 #include <pybind11/pybind11.h>
 
 #include "build_facts.h"
@@ -15,7 +15,7 @@ py::object text_or_none(const char* text) { return *text == '\0' ? py::object(py
 
 } // namespace
 
-// Nothing here changes after import, so that it needs no GIL.
+// Nothing here changes after import, so it needs no GIL.
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.doc() = "What this build of kl_ext is.";
   module.attr("version") = KL_EXT_VERSION;

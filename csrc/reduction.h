@@ -17,13 +17,13 @@ namespace kl_ext {
 struct Reduction {
   c10::SmallVector<bool, 8> reduced; // for each dimension of the terms
   bool is_none = true;
-  bool divides = false; // by the number of terms of a sum, or by the first size for batchmean
+  bool divides = false; // by the number of terms, or for batchmean by the first size
   bool by_first = false;
 
-  // Whether the divisor is the sum of the weights: that of a mean of weighted terms is.
+  // Whether the divisor is the sum of the weights, as it is for the mean of weighted terms.
   bool divides_by_weights(bool is_weighted) const { return is_weighted && divides && !by_first; }
 
-  // Without the division.
+  // This reduction without its division.
   Reduction sum() const {
     Reduction result = *this;
     result.divides = false;
@@ -41,7 +41,7 @@ struct Reduction {
     return kept;
   }
 
-  // Shape is of int64_t or SymInt.
+  // The elements of shape are int64_t or SymInt.
   template <class Shape>
   auto divisor(const Shape& shape) const {
     std::decay_t<decltype(shape[0])> count = 1;
@@ -53,7 +53,7 @@ struct Reduction {
     return count;
   }
 
-  // A reduced gradient as the terms see it: dimensions of size 1 where they were reduced.
+  // A reduced tensor with dimensions of size 1 where it was reduced, so that it broadcasts with the terms.
   at::Tensor unsqueeze(at::Tensor reduced_tensor) const {
     for (size_t dim = 0; dim < reduced.size(); ++dim) {
       reduced_tensor = reduced[dim] ? reduced_tensor.unsqueeze(static_cast<int64_t>(dim)) : reduced_tensor;
@@ -61,7 +61,7 @@ struct Reduction {
     return reduced_tensor;
   }
 
-  // The same, expanded to the shape of the terms: one view instead of one for each dimension.
+  // A reduced tensor expanded to the shape of the terms: one view instead of one for each dimension.
   at::Tensor expand(const at::Tensor& reduced_tensor, at::IntArrayRef shape) const {
     at::DimVector strides;
     int64_t kept = 0;
@@ -86,7 +86,7 @@ inline Reduction parse_reduction(const char* function, std::string_view reductio
   result.divides = is_batchmean || reduction == "mean";
   result.by_first = is_batchmean;
   result.reduced.assign(rank, !is_none && (!dim || dim->empty()));
-  bool seen = false; // of 0-dim tensors, which have one dimension to name
+  bool seen = false; // for 0-dim tensors, which have one dimension to name
   for (const int64_t index : dim.value_or(at::IntArrayRef())) {
     TORCH_CHECK_INDEX(-std::max<int64_t>(rank, 1) <= index && index < std::max<int64_t>(rank, 1), function,
                       ": expected dim from ", -std::max<int64_t>(rank, 1), " to ", std::max<int64_t>(rank, 1) - 1, ", got ",
@@ -99,12 +99,12 @@ inline Reduction parse_reduction(const char* function, std::string_view reductio
   return result;
 }
 
-// Rounded once, as the operators divide: by a number, torch multiplies with its reciprocal on a GPU.
+// The quotient rounded once, as in the operators. On a GPU torch divides by a number by multiplying with its reciprocal.
 inline at::Tensor quotient(const at::Tensor& sum, const at::Scalar& count) {
   return sum.div(at::full({}, count, at::dtype(sum.scalar_type()).device(sum.device())));
 }
 
-// What a weighted mean is divided by: where the weights add up to 0 it is NaN, as the mean of nothing is.
+// The divisor of a weighted mean: NaN where the weights add up to 0, as the mean of nothing is.
 inline at::Tensor nan_for_zero(const at::Tensor& weights) {
   return at::where(weights == 0, std::numeric_limits<double>::quiet_NaN(), weights);
 }

@@ -1,5 +1,5 @@
-// How the functions of an operator follow from its description: their types, the handles to call them, and the registration of what
-// a layer does with a call.
+// How the functions of an operator follow from its description: their types, the handles to call them, and the registration of
+// a layer's kernels.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -57,7 +57,7 @@ using BackwardType = typename Types<d>::BackwardType;
 template <const Description& d>
 using BackwardOutType = typename Types<d>::BackwardOutType;
 
-// Set by find_handles while a library is loaded, so that no call takes a lock to find them.
+// Set by find_handles while the library is loaded, so that no call takes a lock to look them up.
 template <class Function>
 struct Handle {
   void find(const char* name, const char* overload) {
@@ -160,7 +160,7 @@ inline constexpr Operator kOperator = {d, kBackwardName<d>.data(), signature::fo
 
 namespace signature {
 
-// From the arguments of an operator to a call: they come in the order of its schema.
+// Turns the arguments of an operator, in the order of its schema, into a call.
 class Reader {
  public:
   explicit Reader(const Operator& op) : call(op), description_(op.description) {}
@@ -194,7 +194,7 @@ class Reader {
 
   Call call;
   Mask mask{};
-  c10::SmallVector<at::Tensor, kMaxInputs> gradients; // that are given
+  c10::SmallVector<at::Tensor, kMaxInputs> gradients; // the given ones
 
  private:
   void add_input(const at::Tensor& tensor) {
@@ -208,7 +208,7 @@ class Reader {
   bool is_behind_weight_ = false;
 };
 
-// The kernels that a layer registers: what it does with a call, in a function of the operator's own type.
+// The kernel that a layer registers: a function of the operator's own type that calls the layer.
 template <class Layer, const Description& d, class Function>
 struct Kernel;
 
@@ -252,7 +252,7 @@ void for_each_operator(OperatorList<descriptions...>, const Use& use) {
   (use.template operator()<descriptions>(), ...);
 }
 
-// To be called once the schemas are there, by every library that calls the operators.
+// Every library that calls the operators calls this once their schemas are defined.
 inline void find_handles() {
   for_each_operator(Operators(), []<const Description & d>() {
     const std::string name = c10::str("kl_ext::", d.name);
@@ -263,8 +263,8 @@ inline void find_handles() {
   });
 }
 
-// Registers what a layer has of forward(call), backward(grad_output, call, mask) and backward_out(grad_output, call, gradients),
-// for every operator.
+// Registers those of forward(call), backward(grad_output, call, mask) and backward_out(grad_output, call, gradients) that a
+// layer has, for every operator.
 template <class Layer>
 void register_layer(torch::Library& m) {
   for_each_operator(Operators(), [&]<const Description & d>() {

@@ -1,5 +1,5 @@
-// The batching of is_grads_batched, of functional.jacobian(vectorize=True) and of gradcheck: torch's first vmap, which has a
-// dispatch key of its own. torch.func.vmap is in kl_ext/_vmap.py.
+// Batching for is_grads_batched, functional.jacobian(vectorize=True) and gradcheck. They use torch's first vmap, which has its
+// own dispatch key. The rules for torch.func.vmap are in kl_ext/_vmap.py.
 #include <ATen/ExpandUtils.h>
 #include <ATen/LegacyVmapTransforms.h>
 
@@ -11,7 +11,7 @@ namespace kl_ext {
 namespace {
 
 struct LegacyBatching {
-  // A gradient for each example, of an input that the batch shares too.
+  // Returns a gradient for each example, also of an input that all examples share.
   static Gradients backward(const at::Tensor& grad_output, const Call& call, const Mask& mask) {
     // Batch dimensions in front, expanded to the whole batch, which costs no memory.
     std::vector<at::Tensor> logical{grad_output};
@@ -23,13 +23,13 @@ struct LegacyBatching {
     const at::DimVector shape = broadcast_shape(call.inputs());
     const Reduction how = parse_reduction(call.op->backward_name, call.reduction, call.dim, static_cast<int64_t>(shape.size()));
     at::Tensor grad = views[0].tensor();
-    at::DimVector dims; // that are reduced: they count from behind the batch
+    at::DimVector dims; // the reduced dimensions, counted with the batch dimensions
     for (size_t dim = 0; dim < how.reduced.size(); ++dim) {
       if (how.reduced[dim]) {
         dims.push_back(static_cast<int64_t>(dim) + batch_dims);
       }
     }
-    const bool is_single = !how.is_none && shape.empty(); // one term to an example: a dimension of size 1
+    const bool is_single = !how.is_none && shape.empty(); // one term per example: add a dimension of size 1
     if (is_single) {
       dims.push_back(batch_dims);
     }
@@ -37,7 +37,7 @@ struct LegacyBatching {
       grad = quotient(grad.to(arithmetic_type(call.tensors, grad.scalar_type())), how.divisor(at::IntArrayRef(shape)));
     }
 
-    // Ones behind the batch dimensions, so that the logical ones broadcast from the right.
+    // Insert ones after the batch dimensions, so that the logical ones broadcast from the right.
     const size_t rank = batch_dims + (how.is_none ? grad.dim() - batch_dims
                                       : is_single ? 1
                                                   : static_cast<int64_t>(shape.size()));

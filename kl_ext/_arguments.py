@@ -1,4 +1,4 @@
-"""Arguments that are not tensors, as torch's own functions take them, and what is said of those that torch would not take."""
+"""Converts arguments that are not tensors, as torch's own functions do, with errors for those that torch would not take."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def _refuse(function: str, name: str, expected: str, value: object) -> TypeError
 
 
 def check_are_tensors(function: str, **arguments: object) -> None:
-    """Each of them."""
+    """Checks that each argument is a Tensor."""
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise _refuse(function, name, "a Tensor", value)
 
 
 def as_number(function: str, name: str, value: object, expected: str = "a number or None") -> float:
-    """A number of any kind, NumPy's and 0-dim tensors included. Text is none, though Python would read it."""
+    """A number of any kind, including NumPy's and 0-dim tensors. Not text, though float() would take it."""
     if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
         return value  # type: ignore[return-value]  # symbols stay symbols
     if not isinstance(value, (str, bytes, bytearray)):
@@ -41,7 +41,7 @@ def as_number(function: str, name: str, value: object, expected: str = "a number
 
 
 def as_clamp(function: str, clamp_min: object, clamp_max: object) -> dict[str, float]:
-    """None is no bound, as in torch.clamp."""
+    """The bounds of the clamp. None is no bound, as in torch.clamp."""
     low = -math.inf if clamp_min is None else as_number(function, "clamp_min", clamp_min)
     high = math.inf if clamp_max is None else as_number(function, "clamp_max", clamp_max)
     if isinstance(low, float) and isinstance(high, float):  # a symbol may have no value yet
@@ -50,7 +50,7 @@ def as_clamp(function: str, clamp_min: object, clamp_max: object) -> dict[str, f
 
 
 def as_dims(function: str, dim: object) -> list[int] | None:
-    """What torch.sum takes: an integer of any kind but bool, or a tuple or list of them."""
+    """Dimensions as torch.sum takes them: an integer of any kind but bool, or a tuple or list of them."""
     if dim is None:
         return None
     dims = []
@@ -68,14 +68,14 @@ def as_dims(function: str, dim: object) -> list[int] | None:
 
 
 def as_flag(function: str, name: str, value: object) -> bool:
-    """True or False and nothing else, as torch has it."""
+    """True or False and nothing else, as in torch."""
     if not isinstance(value, bool):
         raise _refuse(function, name, "a bool", value)
     return value
 
 
 def as_dtype(function: str, dtype: object) -> torch.dtype | None:
-    """A dtype, or the Python type that torch takes for one."""
+    """A dtype, or a Python type that torch accepts as one."""
     for kind, meant in _TORCH_DTYPES.items():
         if dtype is kind:
             dtype = meant
@@ -86,7 +86,7 @@ def as_dtype(function: str, dtype: object) -> torch.dtype | None:
 
 
 def as_reduction(function: str, reduction: object, dims: list[int] | None) -> Reduction:
-    """The name of one."""
+    """The name of a reduction that exists and goes with the dims."""
     if not isinstance(reduction, str):
         raise _refuse(function, "reduction", "a string", reduction)
     check_reduction(function, reduction, dims)

@@ -18,7 +18,7 @@ def _named(dtype: torch.dtype) -> str:
 
 
 def check_tensors(function: str, tensors: Mapping[str, Tensor]) -> None:
-    """Their dtypes and layouts."""
+    """Checks dtypes and layouts."""
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise TypeError(
@@ -29,19 +29,19 @@ def check_tensors(function: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_clamp(function: str, clamp_min: float, clamp_max: float) -> None:
-    """The lower bound is not above the upper one."""
+    """Checks that the lower bound is not above the upper one."""
     if not clamp_min <= clamp_max:
         raise ValueError(f"{function}: expected clamp_min <= clamp_max, got {clamp_min:g} and {clamp_max:g}")
 
 
 def check_result_dtype(function: str, dtype: torch.dtype | None) -> None:
-    """One that the operators compute, or none."""
+    """Checks that the dtype is one that the operators compute, or None."""
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"{function}: expected dtype to be float16, bfloat16, float32 or float64, got {_named(dtype)}")
 
 
 def check_together(function: str, optional: Mapping[str, object]) -> None:
-    """All of them or none."""
+    """Checks that all optional inputs are given, or none."""
     given = [name for name, value in optional.items() if value is not None]
     if given and len(given) < len(optional):
         first, *_, last = optional
@@ -49,7 +49,7 @@ def check_together(function: str, optional: Mapping[str, object]) -> None:
 
 
 def check_weight(function: str, weight: Tensor) -> None:
-    """Its dtype and layout."""
+    """Checks the dtype and layout."""
     if weight.dtype not in (torch.bool, *DTYPES):
         got = _named(weight.dtype)
         raise TypeError(f"{function}: expected weight to be a bool, float16, bfloat16, float32 or float64 tensor, got {got}")
@@ -58,7 +58,7 @@ def check_weight(function: str, weight: Tensor) -> None:
 
 
 def check_weight_shape(function: str, weight: Tensor, shape: Sequence[int]) -> None:
-    """It broadcasts with the terms and never enlarges them."""
+    """Checks that the weight broadcasts with the terms and does not enlarge them."""
     if not _expands(weight.shape, shape):
         raise RuntimeError(
             f"{function}: expected weight to expand to the shape {list(shape)} of the terms, got shape {list(weight.shape)}"
@@ -70,7 +70,7 @@ def _expands(own: Sequence[int], shape: Sequence[int]) -> bool:
 
 
 def common_device(function: str, tensors: Mapping[str, Tensor]) -> torch.device:
-    """A 0-dim CPU tensor goes with tensors of any device."""
+    """The device of all tensors. A 0-dim CPU tensor goes with tensors of any device."""
     given = list(tensors.items())
     decisive = [(name, tensor) for name, tensor in given if tensor.dim() > 0 or tensor.device.type != "cpu"] or given[:1]
     first, device = decisive[0][0], decisive[0][1].device
@@ -81,7 +81,7 @@ def common_device(function: str, tensors: Mapping[str, Tensor]) -> torch.device:
 
 
 def common_shape(function: str, tensors: Mapping[str, Tensor]) -> torch.Size:
-    """What the shapes broadcast to."""
+    """The shape that all tensors broadcast to."""
     first, *others = tensors.items()
     shape = first[1].shape
     for name, tensor in others:
@@ -96,7 +96,7 @@ def common_shape(function: str, tensors: Mapping[str, Tensor]) -> torch.Size:
 
 
 def check_expand(function: str, grad_output: Tensor, inputs: Mapping[str, Tensor]) -> None:
-    """Each input to the shape of grad_output."""
+    """Checks that each input expands to the shape of grad_output."""
     shape = grad_output.shape
     for name, tensor in inputs.items():
         if not _expands(tensor.shape, shape):
@@ -107,7 +107,7 @@ def check_expand(function: str, grad_output: Tensor, inputs: Mapping[str, Tensor
 
 
 def check_grad_output(function: str, grad_output: Tensor, inputs: Mapping[str, Tensor], shape: Sequence[int]) -> None:
-    """The gradient of a reduced result, on the inputs' device."""
+    """Checks the gradient of a reduced result: its shape, and that it is on the inputs' device."""
     check_tensors(function, {"grad_output": grad_output})
     name, tensor = next(iter(inputs.items()))
     common_device(function, {name: tensor, "grad_output": grad_output})
@@ -116,7 +116,7 @@ def check_grad_output(function: str, grad_output: Tensor, inputs: Mapping[str, T
 
 
 def check_reduction(function: str, reduction: str, dim: Sequence[int] | None) -> None:
-    """One of the four, with a dim where it takes one."""
+    """Checks that the reduction exists, and takes a dim if one is given."""
     if reduction not in ("none", "sum", "mean", "batchmean"):
         shown = reduction.replace("\0", "\\0")
         raise ValueError(f'{function}: expected reduction to be "none", "sum", "mean" or "batchmean", got "{shown}"')
@@ -150,7 +150,7 @@ def kept_sizes(shape: torch.Size, reduced: Sequence[int], keepdim: bool) -> list
 
 
 def _overlap(a: Tensor, b: Tensor) -> int:
-    """0: no memory is shared; 1: it is the same, number by number; 2: some. Symbolic sizes are taken to share none."""
+    """0: no memory is shared; 1: it is the same, number by number; 2: some. With symbolic sizes, none is assumed."""
     if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
         return 0
     placements = [(tuple(x.shape), x.stride(), x.storage_offset(), x.itemsize) for x in (a, b)]
@@ -166,7 +166,7 @@ def check_gradients(
     gradients: Mapping[str, Tensor],
     shape: Sequence[int],
 ) -> None:
-    """The tensors that are to hold gradients of inputs, for terms of a shape, made of all that is read."""
+    """Checks the tensors that are to receive gradients, for terms of this shape."""
     for name, gradient in gradients.items():
         like = inputs[name]
         if gradient.dtype != like.dtype:

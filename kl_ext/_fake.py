@@ -24,19 +24,19 @@ from ._operators import OPERATORS, Call, Operator
 
 
 def result_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """As torch promotes: 0-dim tensors count only where there are no others, and bool nowhere beside floating numbers."""
+    """The dtype by torch's promotion: 0-dim tensors count only if there are no others, bool never beside floats."""
     floating = [tensor for tensor in tensors if tensor.dtype != torch.bool]
     dtypes = [tensor.dtype for tensor in floating if tensor.dim() > 0] or [tensor.dtype for tensor in floating]
     return functools.reduce(torch.promote_types, dtypes)
 
 
 def arithmetic_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """In which the operators compute: float64 if a tensor is, else float32."""
+    """The dtype of the arithmetic: float64 if any tensor is, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def _is_one(size: int) -> bool:
-    """Whether a size is 1. One that is known only at run time counts as another: torch's own operators assume so too."""
+    """Whether a size is 1. A size known only at run time is assumed not to be, as in torch's own operators."""
     if isinstance(size, int):
         return size == 1
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # loads sympy
@@ -113,7 +113,7 @@ def _backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
 
 
 def _backward_out(operator: Operator) -> Callable[..., None]:
-    """Nothing is returned, but everything is checked."""
+    """Checks everything and returns nothing."""
 
     def fake(*args: Any, **kwargs: Any) -> None:
         call = operator.read(operator.backward_out, args, kwargs)

@@ -53,7 +53,7 @@ class _Ragged:
         self._like = like
 
     def _full(self, dense: Tensor) -> Tensor:
-        """With ones in front, as broadcasting sees it."""
+        """The tensor with ones in front, as broadcasting sees it."""
         return dense.reshape((1,) * (self.rank - dense.dim()) + dense.shape)
 
     def _is_broadcast(self, dense: Tensor) -> bool:
@@ -63,7 +63,7 @@ class _Ragged:
         return shape[self.dim] == 1 and (shape[0] == 1 or shape[0] == self.batch)
 
     def is_by_sequence(self, x: Tensor) -> bool:
-        """Whether it is dense and has numbers of its own for each sequence."""
+        """Whether x is dense and has its own numbers for each sequence."""
         return not isinstance(x, NestedTensor) and self._full(x).shape[0] != 1
 
     def _sequence_of_row(self) -> Tensor:
@@ -71,10 +71,10 @@ class _Ragged:
         return torch.repeat_interleave(sequences, self.offsets.diff(), output_size=self.rows)
 
     def packed(self, x: Tensor) -> Tensor:
-        """Dimension d of the jagged tensor, but for the batch, becomes dimension d - 1."""
+        """The packed rows: dimension d of the jagged tensor, except the batch, becomes dimension d - 1."""
         if isinstance(x, NestedTensor):
             return x._values
-        if x.dim() == 0:  # remains so: it has no weight in the promotion
+        if x.dim() == 0:  # stays 0-dim, so that it does not take part in promotion
             return x
         if not self.is_by_sequence(x):
             return self._full(x).squeeze(0)
@@ -86,11 +86,11 @@ class _Ragged:
 
     def _longest(self) -> int:
         if self._like._maybe_max_seqlen is None and is_fake(self.offsets):
-            return self.rows  # of a graph in the making nobody can ask
+            return self.rows  # unknown while a graph is traced
         return self._like._get_max_seqlen() if self.batch else 0
 
     def _places(self) -> Tensor:
-        """[1, longest]: the places of a sequence."""
+        """The positions in a sequence: [1, longest]."""
         return torch.arange(self._longest(), device=self.offsets.device).unsqueeze(0)
 
     def mask(self, x: NestedTensor) -> Tensor:
@@ -99,7 +99,7 @@ class _Ragged:
         return mask.reshape(self.batch, *(1,) * (dim - 1), mask.shape[1], *(1,) * (x.dim() - dim - 1))
 
     def padded(self, x: Tensor) -> Tensor:
-        """Behind its end, a sequence is filled with its last row."""
+        """The padded tensor. Padding repeats the last row of a sequence."""
         if not isinstance(x, NestedTensor):
             return x
         rows = self.offsets[:-1].unsqueeze(1) + self._places()
@@ -109,19 +109,19 @@ class _Ragged:
         return padded.movedim(dim, 0)
 
     def masked(self, x: Tensor) -> Tensor:
-        """The same with zeros. A gradient may have fewer dimensions than the inputs."""
+        """The tensor padded with zeros. A gradient may have fewer dimensions than the inputs."""
         if isinstance(x, NestedTensor):
             return torch.where(self.mask(x), self.padded(x), x._values.new_zeros(()))
         return x
 
     def weight(self, weight: Tensor | None) -> Tensor:
-        """Padded, and zero in the padding."""
+        """The weight, padded, with zeros in the padding; a mask if there is none."""
         if weight is None or isinstance(weight, NestedTensor):
             return self.mask(self._like) if weight is None else self.masked(weight)
         return torch.where(self.mask(self._like), weight, weight.new_zeros(()))
 
     def unpadded(self, padded: Tensor) -> Tensor:
-        """The rows of the sequences, packed."""
+        """The packed rows of a padded tensor."""
         sequence = self._sequence_of_row()
         place = torch.arange(self.rows, device=sequence.device) - self.offsets[sequence]
         width = padded.shape[self.dim]
@@ -135,7 +135,7 @@ def _shown(x: Tensor) -> str:
 
 @dataclass
 class _Call:
-    """One call of an operator: its arguments by name, those of them that are p and q, and what is ragged about them."""
+    """One call of an operator: its arguments by name, its inputs, and their ragged structure."""
 
     function: str
     given: dict[str, Any]
@@ -175,7 +175,7 @@ class _Call:
         return {**self.given, **tensors, **weight}
 
     def packed(self) -> dict[str, Any]:
-        """Those of the call on packed tensors, in which batchmean is a sum still."""
+        """The arguments of the call on packed tensors, in which batchmean is still a sum."""
         tensors = {name: self.ragged.packed(x) for name, x in self.present([*self.inputs, "weight"]).items()}
         how: dict[str, Any] = {}
         if self.reduction == "batchmean":
@@ -202,7 +202,7 @@ def _forward(op: Callable[..., Tensor], call: _Call) -> Tensor:
 
 
 def _backward(op: Callable[..., Any], call: _Call) -> list[Tensor | None]:
-    """In up to two calls: a gradient that needs the sequences apart comes from padded tensors, every other from packed ones."""
+    """Makes up to two calls: gradients that need the sequences apart come from padded tensors, all others from packed ones."""
     _check_grad_output(call)
     ragged, mask = call.ragged, call.given["output_mask"]
     inputs = [x if is_wanted else None for x, is_wanted in zip((call.given[name] for name in call.inputs), mask)]
@@ -245,7 +245,7 @@ def _packed_grad_output(call: _Call) -> Tensor:
 
 
 def _rule(operator: Operator, op: OpOverload) -> Callable[..., Any]:
-    """What torch calls where an argument is jagged, below autograd."""
+    """The function that torch calls, below autograd, if an argument is jagged."""
     function = op._schema.name.partition("::")[2]
     inputs = list(operator.inputs)
     places = [argument.name for argument in op._schema.arguments if argument.alias_info is not None]

@@ -1,4 +1,4 @@
-"""The operators as their schemas describe them (csrc/operators.h), and their calls with every argument under its name."""
+"""The operators as their schemas describe them (csrc/operators.h), and calls of them with named arguments."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Overload = torch._ops.OpOverload
 
 @dataclass
 class Call:
-    """The arguments of an operator or of its backward: those that it has not are as they are here."""
+    """The arguments of an operator or of its backward; those that it does not have keep their defaults."""
 
-    inputs: dict[str, Tensor]  # those that are given
+    inputs: dict[str, Tensor]  # the given ones
     weight: Tensor | None = None
     clamp: dict[str, float] = field(default_factory=dict)
     reduction: str = "none"
@@ -28,7 +28,7 @@ class Call:
     dtype: torch.dtype | None = None
     grad_output: Tensor | None = None
     output_mask: Sequence[bool] = ()
-    gradients: dict[str, Tensor] = field(default_factory=dict)  # given to be written, by their inputs
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # given to be written to, by the names of their inputs
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -42,7 +42,7 @@ class Operator:
 
     name: str
     inputs: tuple[str, ...]
-    optional: tuple[str, ...]  # of the inputs, those that are given together or not at all
+    optional: tuple[str, ...]  # inputs that are given together or not at all
     clamps: bool
     reduces: bool
 
@@ -62,7 +62,7 @@ class Operator:
         return overload
 
     def read(self, overload: Overload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """What an overload is called with, once the types of it are checked."""
+        """The arguments of an overload as a call, with their types checked."""
         values = {**defaults_of(overload), **dict(zip(names_of(overload), args)), **kwargs}
         function = self.name if overload is self.forward else f"{self.name}_backward"
         check_together(function, {name: values[name] for name in self.optional})
@@ -81,7 +81,7 @@ class Operator:
         return call
 
     def run(self, call: Call, inputs: Sequence[Tensor], weight: Tensor | None, **how: Any) -> Tensor:
-        """The operator with the arguments of a call but for its tensors, and whatever else is given."""
+        """Calls the operator on these tensors, with the clamp and dtype of the call and the arguments in `how`."""
         padded = [*inputs, *[None] * (len(self.inputs) - len(inputs)), weight] if self.reduces else inputs
         result: Tensor = self.forward(*padded, **call.clamp, **{"dtype": call.dtype, **how})
         return result
@@ -89,7 +89,7 @@ class Operator:
     def run_backward(
         self, call: Call, grad_output: Tensor, inputs: Sequence[Tensor], weight: Tensor | None, **how: Any
     ) -> tuple[Tensor | None, ...]:
-        """Likewise its backward, of the inputs that the call has."""
+        """Calls the backward operator on these tensors, with the clamp and mask of the call and the arguments in `how`."""
         padded = [*inputs, *[None] * (len(self.inputs) - len(inputs))]
         arguments: list[Any] = [grad_output, *padded, *call.clamp.values()]
         if self.reduces:
@@ -102,7 +102,7 @@ class Operator:
 
 
 def divided(x: Tensor, count: int) -> Tensor:
-    """Rounded once, as the operators divide: by a number, torch multiplies with its reciprocal on a GPU."""
+    """The quotient rounded once, as in the operators: on a GPU torch divides by a number by multiplying with its reciprocal."""
     return x / x.new_full((), count)
 
 
@@ -111,13 +111,13 @@ _PLAIN = ("weight", "reduction", "dim", "keepdim", "dtype", "grad_output", "outp
 
 @functools.cache
 def names_of(overload: Overload) -> tuple[str, ...]:
-    """Of the arguments of an overload."""
+    """The names of the arguments of an overload."""
     return tuple(argument.name for argument in overload._schema.arguments)
 
 
 @functools.cache
 def defaults_of(overload: Overload) -> dict[str, Any]:
-    """Of its arguments, where they have one."""
+    """The default values of those arguments that have one."""
     return {a.name: a.default_value for a in overload._schema.arguments if a.has_default_value()}
 
 

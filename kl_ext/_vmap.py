@@ -21,20 +21,20 @@ def _example(tensor: Tensor, dim: int | None) -> Tensor:
 
 
 def _batched(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
-    """With the batch dimension in front: expanded, which costs no memory, where the batch shares the tensor."""
+    """The tensor with the batch dimension in front. One that the batch shares is expanded, which costs no memory."""
     return tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def _aligned(tensor: Tensor, rank: int) -> Tensor:
-    """Ones behind the batch dimension, so that the others broadcast from the right."""
+    """The tensor with ones after the batch dimension, so that the other dimensions broadcast from the right."""
     return tensor.reshape(tensor.shape[:1] + (1,) * (rank + 1 - tensor.dim()) + tensor.shape[1:])
 
 
 def _reduction_behind_the_batch(call: Call, reduced: Sequence[int]) -> dict[str, Any]:
-    """The batch is never reduced: dimensions count from behind it. What "batchmean" divides by is left to the caller."""
+    """The reduction with dimensions counted after the batch, which is never reduced. The caller divides for "batchmean"."""
     if call.reduction == "none":
         return {}
-    if not reduced:  # one term to an example: a dimension of size 1
+    if not reduced:  # one term per example: a dimension of size 1
         return {"reduction": call.reduction, "dim": [1]}
     reduction = "sum" if call.reduction == "batchmean" else call.reduction
     return {"reduction": reduction, "dim": [index + 1 for index in reduced], "keepdim": call.keepdim}
@@ -73,7 +73,7 @@ def _forward(operator: Operator) -> Callable[..., tuple[Tensor, int]]:
 
 def _backward(operator: Operator) -> Callable[..., tuple[Gradients, tuple[int | None, ...]]]:
     def rule(info: Any, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Gradients, tuple[int | None, ...]]:
-        """A gradient for each example, of an input that the batch shares too."""
+        """Returns a gradient for each example, also of an input that the batch shares."""
         call = operator.read(operator.backward, args, kwargs)
         assert call.grad_output is not None
         dims: BatchDims = dict(zip(names_of(operator.backward), in_dims))

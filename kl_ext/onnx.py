@@ -78,7 +78,7 @@ def _translation(schema: torch.FunctionSchema, terms_of: Callable[..., _Value]) 
 
 
 def _dtype_of_result(tensors: Sequence[_Value], dtype: int | None) -> onnx_ir.DataType:
-    """As torch promotes. torch.onnx gives a dtype as ONNX numbers it, and -1 for none."""
+    """The dtype by torch's promotion. torch.onnx gives a dtype by its ONNX number, and -1 for none."""
     if dtype not in (None, -1):
         return onnx_ir.DataType(dtype)
     to_torch, from_torch = onnx_ir.tensor_adapters.to_torch_dtype, onnx_ir.tensor_adapters.from_torch_dtype
@@ -127,13 +127,13 @@ class _Arithmetic:
         return op.Where(op.Less(op.Abs(x), one), near, op.Sub(op.Sub(op.Exp(x), one), x))
 
     def clamped(self, x: _Value, bounds: tuple[float, float]) -> _Value:
-        """NaN stays. Clip does not say what becomes of it."""
+        """The clamped x. NaN stays; Clip does not specify what becomes of it."""
         low, high = (self.number(bound) for bound in bounds)
         x = op.Where(op.Less(x, low), low, x)
         return op.Where(op.Greater(x, high), high, x)
 
     def twice_divergence(self, mu_p: _Value, log_var_p: _Value, *more: Any) -> _Value:
-        """Of p from q, or without q from the standard normal."""
+        """Twice the divergence of p from q, or from the standard normal without q."""
         *q, bounds = more
         log_var_p = self.clamped(log_var_p, bounds)
         if not q:

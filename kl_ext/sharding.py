@@ -84,7 +84,7 @@ class _Call:
         return [dim if size == self.shape[dim] else None for dim, size in enumerate(shape, new)]
 
     def axes_of_reduced(self) -> Axes:
-        """Those of the terms after their reduction."""
+        """The axes of the terms after their reduction."""
         dims = range(len(self.shape))
         if self.arguments["keepdim"]:
             return [None if dim in self.reduced else dim for dim in dims]
@@ -102,7 +102,7 @@ class _Call:
         return max(numbers, key=numbers.__getitem__, default=None)
 
     def _placements(self, axes: Axes, otherwise: Placement) -> list[Placement]:
-        """Of a tensor beside the terms; `otherwise` where they are sharded along a dimension that it does not have."""
+        """The placements of a tensor with these axes; `otherwise` where the terms are sharded along a dimension it lacks."""
         return [Replicate() if dim is None else Shard(axes.index(dim)) if dim in axes else otherwise for dim in self.sharded]
 
     def is_split(self) -> bool:
@@ -110,7 +110,7 @@ class _Call:
         return any(dim in self.reduced for dim in self.sharded)
 
     def local(self) -> dict[str, Any]:
-        """This rank's arguments."""
+        """The arguments of this rank."""
         moved = {
             name: tensor.redistribute(self.mesh, self._placements(self.axes[name], Replicate())).to_local()
             for name, tensor in self.tensors.items()
@@ -118,16 +118,16 @@ class _Call:
         return {**self.arguments, **moved}
 
     def run(self, arguments: Mapping[str, Any]) -> Any:
-        """The operator."""
+        """Calls the operator."""
         return _run(self.operator, arguments)
 
     def whole(self, local: Tensor, axes: Axes, like: Tensor) -> DTensor:
-        """One tensor from what the ranks have computed: their sum where it lacks the dimension that is sharded."""
+        """One tensor from the results of the ranks: their sum if it lacks the sharded dimension."""
         placements = self._placements(axes, Partial())
         return DTensor.from_local(local, self.mesh, placements, shape=like.shape, stride=like.stride())
 
     def divided(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """By what "mean" and "batchmean" divide the whole sum by, given this rank's weights."""
+        """x divided as "mean" and "batchmean" divide the whole sum, given the weights of this rank."""
         if self.reduction == "batchmean":
             count = self.shape[0]
         else:
@@ -141,7 +141,7 @@ class _Call:
         return x / divisor
 
     def _sum_of_weights(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Over those reduced dimensions that the whole weight has, in the shape of the result."""
+        """The sum over those reduced dimensions that the whole weight has, in the shape of the result."""
         weight = weight.reshape((1,) * (len(self.shape) - weight.dim()) + weight.shape)
         total = weight.sum(list(self.reduced), keepdim=self.arguments["keepdim"], dtype=dtype)
         is_part = [dim in self.reduced and dim in self.axes["weight"] for dim in self.sharded]
@@ -224,7 +224,7 @@ def _backward(
 
 
 def _backward_out(cls: type, operator: OpOverload, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """By way of the gradients: copies of them are sharded as the tensors are that they are written into."""
+    """Computes the gradients and copies them, sharded like the tensors that they are written to."""
     arguments = _by_name(operator, args, kwargs)
     backward = getattr(torch.ops.kl_ext, operator._schema.name.removeprefix("kl_ext::")).default
     whole = _without_numbers({name: x for name, x in arguments.items() if isinstance(x, Tensor)})

@@ -1,7 +1,7 @@
-// Derivatives of every kind of every operator: reverse mode, forward mode, second order.
+// All derivatives of every operator: reverse mode, forward mode, second order.
 //
-// First derivatives of any kind come from the backward operator, so that they have the same bits in reverse and forward mode,
-// with and without create_graph; second ones from the curvature (formulas.h), and higher ones from differentiating that.
+// First derivatives always come from the backward operator, so they have the same bits in reverse and forward mode, with and
+// without create_graph. Second derivatives come from the curvature (formulas.h), and higher ones from differentiating that.
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/new_zeros.h>
@@ -24,7 +24,7 @@ bool any_defined(const Tensors& tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) { return tensor.defined(); });
 }
 
-// The forward-mode tangents, undefined where there is none, and the tensors without them.
+// The forward-mode tangents, undefined where an argument has none, and the tensors without them.
 Tensors tangents_of(NamedTensors arguments) {
   Tensors tangents;
   for (const auto& [name, tensor] : arguments) {
@@ -46,7 +46,7 @@ Tensors primals_of(NamedTensors arguments) {
   return primals;
 }
 
-// "KlDivSingleLossBackward" of kl_div_single_loss; of an operator that takes q or not, "StandardGaussianKlDivBackward" without.
+// "KlDivSingleLossBackward" for kl_div_single_loss; "StandardGaussianKlDivBackward" for gaussian_kl_div without q.
 std::string node_name(const Options& options, size_t inputs) {
   const Description& d = options.op->description;
   std::string name = inputs < d.most ? "Standard" : "";
@@ -103,8 +103,8 @@ struct BackwardNode : SavingNode {
     }
     Tensors tensors = unpack();
     for (size_t i = 0; i < inputs(); ++i) {
-      if (!tensors[i].defined()) { // no wanted gradient depends on it, but for the shape of the terms: any number does
-        // Of grad_output, not of its device, which compiled autograd does not know yet.
+      if (!tensors[i].defined()) { // the wanted gradients depend only on its shape, so any number will do
+        // From grad_output itself, not from its device, which compiled autograd does not know yet.
         tensors[i] = grad_output.new_zeros({}, dtypes[i]).expand_symint(shape);
       }
     }
@@ -116,7 +116,7 @@ struct BackwardNode : SavingNode {
     return result;
   }
 
-  // Edges to what pairs of inputs are halves of, after those to the inputs.
+  // Adds edges to the tensors that pairs of inputs are halves of, after the edges to the inputs.
   void add_edges_of_halves(NamedTensors arguments) {
     for (size_t pair = 0; pair < arguments.size() / 2; ++pair) {
       const size_t i = 2 * pair;
@@ -130,7 +130,7 @@ struct BackwardNode : SavingNode {
   std::array<std::optional<Halves>, kMaxInputs / 2> halves;
 
  private:
-  // Writes the gradients of halves into that of the whole, where nobody can tell; false if there are none.
+  // Writes the gradients of halves into that of the whole tensor, where nobody can tell; returns false if it wrote none.
   bool apply_to_halves(const at::Tensor& grad_output, const Call& call, const Mask& mask, variable_list& result) {
     if (num_outputs() == inputs() || is_result_observed(*this) || at::GradMode::is_enabled() ||
         at::areAnyTensorSubclassLike({grad_output}) || grad_output._fw_grad(/*level=*/0).defined()) {
@@ -170,8 +170,8 @@ struct BackwardNode : SavingNode {
   }
 };
 
-// The inputs that the gradients of those that require one depend on. All of them where one is jagged: what stands in for an input
-// that is not saved cannot be given a ragged shape.
+// The inputs that the wanted gradients depend on. All inputs if one is jagged: the stand-in for an input that is not saved
+// cannot be given a ragged shape.
 Mask needed_by_gradients(const Call& call) {
   const NamedTensors inputs = call.inputs();
   const bool any_jagged =
@@ -289,7 +289,7 @@ struct Autograd {
     return gradients;
   }
 
-  // What has no derivatives: as torch's own operators with an out argument.
+  // Not differentiable, like torch's own operators with an out argument.
   static void backward_out(const at::Tensor& grad_output, const Call& call, const Gradients& gradients) {
     const auto requires_grad = [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
     const bool records = at::GradMode::is_enabled() && (requires_grad(grad_output) || any_requires_grad(call.inputs()) ||

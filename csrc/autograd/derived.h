@@ -1,4 +1,4 @@
-// First derivatives in a direction, and second ones, of a call: in differentiable operators.
+// Directional and second derivatives of a call, in differentiable operators.
 #pragma once
 
 #include <ATen/ExpandUtils.h>
@@ -15,7 +15,7 @@ namespace kl_ext::autograd {
 
 inline at::Tensor sum_of(const at::Tensor& a, const at::Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a + b; }
 
-// Of what is differentiated: the inputs and the weight of a call, and what the call says of them.
+// Derives from the inputs and the weight of a call, and its options.
 class Derived {
  public:
   // tensors: the inputs and the weight.
@@ -25,7 +25,7 @@ class Derived {
     weight_ = options.has_weight ? tensors.back() : at::Tensor();
   }
 
-  // That of grad_output, unless it is reduced: then all inputs are there to tell.
+  // The shape of grad_output, unless it is reduced: then all inputs are available to compute the shape from.
   c10::SymDimVector shape_of_terms(const at::Tensor& grad_output) const {
     c10::SymDimVector shape((reduces() ? inputs_[0] : grad_output).sym_sizes());
     for (const auto& input : inputs_) {
@@ -34,8 +34,8 @@ class Derived {
     return shape;
   }
 
-  // The derivative of the result in the direction v: the sum over i of v_i dterm/dinput_i, reduced as the terms are. Like: a tensor
-  // of the result's dtype and device.
+  // The derivative of the result in the direction v: the sum over i of v_i dterm/dinput_i, reduced like the terms. `like` is a
+  // tensor of the result's dtype and device.
   at::Tensor directional(const Tensors& v, const at::Tensor& like) const {
     const auto shape = shape_of_terms(like);
     const auto arithmetic = arithmetic_type(named(), like.scalar_type());
@@ -84,7 +84,7 @@ class Derived {
     return rows;
   }
 
-  // The gradients of the inputs from that of the result.
+  // The gradients of the inputs from the gradient of the result.
   Gradients backward(const at::Tensor& grad_output, const Mask& mask) const {
     const Tensors all = tensors();
     return options_.op->backward(grad_output, options_.call(all), mask);
@@ -112,7 +112,7 @@ class Derived {
     return arguments;
   }
 
-  // From the gradient of each term.
+  // The gradients of the inputs from the gradient of each term.
   Gradients backward_of_terms(const at::Tensor& grad_terms, const Tensors& expanded, const Mask& mask) const {
     Tensors all = expanded;
     if (weight_.defined()) {
@@ -125,12 +125,12 @@ class Derived {
     return options_.op->backward(grad_terms, call, mask);
   }
 
-  // A term that is left out is 0, whatever its inputs and their directions are.
+  // The terms with 0 in place of those that the weight leaves out, whatever their inputs and directions are.
   at::Tensor without_left_out(const at::Tensor& terms, c10::SymIntArrayRef shape) const {
     return weight_.defined() ? at::where(weight_ != 0, terms.expand_symint(shape), 0.0) : terms;
   }
 
-  // The same for inputs: no NaN may come from what is left out, which a derivative would multiply with 0.
+  // The input with a harmless number where the weight leaves a term out: a derivative would multiply a NaN there by 0.
   at::Tensor harmless(const at::Tensor& input, double number, c10::SymIntArrayRef shape) const {
     return weight_.defined() ? at::where(weight_ != 0, input.expand_symint(shape), number) : input;
   }
@@ -150,7 +150,7 @@ class Derived {
     return dims;
   }
 
-  // By what a mean is divided, for terms that keep their reduced dimensions with size 1 or not.
+  // The sum divided as for a mean, if it is one. keepdim: whether reduced dimensions are kept with size 1.
   at::Tensor quotient_of(const at::Tensor& sum, const Reduction& how, c10::SymIntArrayRef shape, at::ScalarType arithmetic,
                          bool keepdim) const {
     if (!how.divides) {
@@ -175,7 +175,7 @@ class Derived {
     return quotient_of(sum, how, shape, arithmetic, options_.keepdim);
   }
 
-  // The gradient of the terms, broadcasting with them.
+  // The gradient of the terms, in a shape that broadcasts with them.
   at::Tensor unreduce(const at::Tensor& grad_output, c10::SymIntArrayRef shape, at::ScalarType arithmetic) const {
     if (!reduces()) {
       return grad_output;

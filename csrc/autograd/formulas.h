@@ -1,4 +1,4 @@
-// What differentiation knows of each formula: which gradient needs which input, and the second derivatives, in differentiable
+// What autograd needs to know of each formula: which gradient needs which input, and the second derivatives, in differentiable
 // operators.
 #pragma once
 
@@ -11,13 +11,13 @@
 
 namespace kl_ext::autograd {
 
-// Where the clamp lets a gradient pass.
+// The gradient where the clamp lets it pass, else 0.
 inline at::Tensor inside(const at::Tensor& row, const at::Tensor& log_var, const Options& options) {
   return at::where((log_var >= options.clamp_min).logical_and(log_var <= options.clamp_max), row, 0.0);
 }
 
-// The log-variance that is used. Not by at::clamp, whose own derivatives at the bounds are 0 from torch 2.14 on: here they pass
-// in every version and every order.
+// The clamped log-variance. Not at::clamp, whose own derivatives at the bounds are 0 from torch 2.14 on: here they pass in
+// every version and every order.
 inline at::Tensor clamped(const at::Tensor& log_var, const Options& options) {
   return at::where(log_var < options.clamp_min, options.clamp_min,
                    at::where(log_var > options.clamp_max, options.clamp_max, log_var));
@@ -40,8 +40,8 @@ struct Derivatives<math::StandardDivergence> {
   }
 };
 
-// KL(p||q). With D = mu_p - mu_q, w = e^-lq and e = e^(lp - lq), its gradient is (D w, (e - 1) / 2, -D w, (1 - e - D^2 w) / 2) in
-// the order of the inputs. Its derivative in the direction v, with v_D the difference of the means' directions:
+// KL(p||q). With D = mu_p - mu_q, w = e^-lq and e = e^(lp - lq), its gradient is (D w, (e - 1) / 2, -D w, (1 - e - D^2 w) / 2)
+// in the order of the inputs. This is its derivative in the direction v; v_D is the difference of the means' directions:
 template <>
 struct Derivatives<math::Divergence> {
   static constexpr bool kNeeds[kMaxInputs][kMaxInputs] = {
@@ -67,7 +67,7 @@ struct Derivatives<math::Divergence> {
   }
 };
 
-// Against N(0, 1), from a standard deviation. The Hessian is diagonal: 1 for the mean, 1 + 1 / p^2 for the deviation p.
+// From standard deviations, against N(0, 1). The Hessian is diagonal: 1 for the mean, 1 + 1 / p^2 for the deviation p.
 template <>
 struct Derivatives<math::StandardNormalDivergence> {
   static constexpr bool kNeeds[kMaxInputs][kMaxInputs] = {{true, false}, {false, true}};
@@ -113,7 +113,7 @@ struct Derivatives<math::NormalDivergence> {
 struct AnyDerivatives {
   const bool (&needs)[kMaxInputs][kMaxInputs]; // whether the gradient of input i needs input j
   const double (&harmless)[kMaxInputs];        // inputs at which everything is finite
-  // Row by row, the Hessian of the term times v; undefined where it is zero.
+  // The Hessian of the term times v, one row for each input; undefined where it is zero.
   Tensors (*curvature)(const Options& options, const Tensors& inputs, const Tensors& v);
 };
 

@@ -21,7 +21,7 @@ using torch::autograd::generated::SliceBackward0;
 using torch::autograd::generated::SplitBackward0;
 using torch::autograd::generated::SplitWithSizesBackward0;
 
-// The numbers [begin, end) of a tensor along a dimension.
+// The elements [begin, end) of a tensor along a dimension.
 struct Part {
   c10::SymIntArrayRef sizes; // of the tensor
   int64_t dim;
@@ -29,7 +29,7 @@ struct Part {
   int64_t end;
 };
 
-// The dimension that a node names and its size, where that is a plain number.
+// The dimension that a node cuts and its size, if that is a plain number.
 template <class Cut>
 std::optional<std::pair<int64_t, int64_t>> dim_and_size(const Cut& node) {
   const auto rank = static_cast<int64_t>(node.self_sym_sizes.size());
@@ -80,12 +80,12 @@ std::optional<Part> part_of(const SliceBackward0& node) {
   if (!begin || !end) {
     return std::nullopt;
   }
-  // As a slice does: negative numbers count from the end, and those beyond it mean the end.
+  // Like a slice: negative indices count from the end, and those beyond it mean the end.
   const auto place = [size = size](int64_t i) { return std::clamp<int64_t>(i < 0 ? i + size : i, 0, size); };
   return Part{node.self_sym_sizes, dim, place(*begin), place(*end)};
 }
 
-// What a node cuts out of one tensor, if that is what it does. Its type says so: a name may be anybody's.
+// What a node cuts out of one tensor, if it does. Decided by its type, since any node may have any name.
 std::optional<Part> part_of(const Edge& edge) {
   const Node& node = *edge.function;
   const std::type_info& type = typeid(node);
@@ -101,7 +101,7 @@ std::optional<Part> part_of(const Edge& edge) {
   return std::nullopt;
 }
 
-// Whether autograd takes such a gradient at an edge as it is.
+// Whether autograd accepts this gradient at an edge without changing it.
 bool is_expected(const at::Tensor& gradient, const Edge& edge) {
   const auto& metadata = edge.function->input_metadata(edge.input_nr);
   return metadata.is_same_shape(gradient) && metadata.grad_dtype() == gradient.scalar_type() &&
@@ -114,7 +114,7 @@ std::array<at::Tensor, 3> Halves::allocate(const at::Tensor& mu) const {
   at::DimVector sizes(mu.sizes());
   sizes[dim] *= 2;
   const at::Tensor whole = kl_ext::allocate(sizes, mu.options(), mu.suggest_memory_format());
-  const at::AutoDispatchBelowADInplaceOrView guard; // only written through, these are no views for autograd to know of
+  const at::AutoDispatchBelowADInplaceOrView guard; // hides these views from autograd: they are only written through
   const auto part = [&](int64_t start) { return whole.as_strided(mu.sizes(), whole.strides(), start * whole.stride(dim)); };
   const int64_t half = mu.size(dim);
   return {whole, part(mu_is_first ? 0 : half), part(mu_is_first ? half : 0)};
@@ -150,7 +150,7 @@ bool are_unchanged(const at::Tensor& mu, const at::Tensor& log_var, const Edge& 
 
 bool is_observed(Node& half) {
   const auto* const executed = torch::autograd::get_current_graph_task_exec_info();
-  if (executed == nullptr) { // not the engine, which would tell
+  if (executed == nullptr) { // not called by the engine, which would tell
     return true;
   }
   const auto info = executed->find(&half);

@@ -1,5 +1,5 @@
-// What the nodes of every operator share, and the only place that knows how torch versions differ: a Node is counted by
-// shared_ptr up to torch 2.12 and by intrusive_ptr after it, and from 2.14 on hooks want to hear of each one made.
+// What the nodes of all operators share. Only this file knows how torch versions differ: a Node is counted by shared_ptr up to
+// torch 2.12 and by intrusive_ptr after it, and from 2.14 on hooks are told of each node that is made.
 #pragma once
 
 #include <torch/csrc/autograd/function.h>
@@ -50,7 +50,7 @@ auto make_node(NamedTensors tensors) {
   return Counted<T>::make(std::move(edges));
 }
 
-// Makes a node the one that results come from.
+// Makes a node the grad_fn of results.
 template <class Pointer>
 void record(at::TensorList results, const Pointer& node) {
   for (const auto& result : results) {
@@ -66,7 +66,7 @@ inline bool any_requires_grad(NamedTensors tensors) {
                                                    [](const NamedTensor& argument) { return argument.tensor.requires_grad(); });
 }
 
-// What a node knows of a call but for its tensors.
+// What a node knows of a call besides its tensors.
 struct Options {
   Options() = default;
 
@@ -83,7 +83,7 @@ struct Options {
     keepdim = call.keepdim;
   }
 
-  // The call again, on its inputs and weight.
+  // The call rebuilt, on these inputs and weight.
   Call call(const Tensors& tensors) const {
     Call call(*op);
     const size_t inputs = tensors.size() - (has_weight ? 1 : 0);
@@ -121,7 +121,7 @@ struct Options {
   bool keepdim = false;
 };
 
-// A node with the tensors of a call, some of which may be left out.
+// A node that saves the tensors of a call, some of which may be left out.
 struct SavingNode : Node {
   using Node::Node;
 
@@ -132,7 +132,7 @@ struct SavingNode : Node {
     }
   }
 
-  // Compiled autograd: what the node holds, and the node applied to stand-ins for it.
+  // For compiled autograd: what the node holds, and how to apply it to stand-ins for that.
   void compiled_args(CompiledNodeArgs& args) const override {
     for (size_t i = 0; i < saved.size(); ++i) {
       args.collect(saved[i], /*is_output=*/false);
@@ -155,7 +155,7 @@ struct SavingNode : Node {
     return result;
   }
 
-  // The next tensor.
+  // Saves the next tensor.
   void save(const at::Tensor& tensor, bool is_needed) {
     dtypes.push_back(tensor.scalar_type());
     is_needed ? void(saved.emplace_back(tensor, /*is_output=*/false)) : void(saved.emplace_back());
@@ -181,7 +181,7 @@ struct SavingNode : Node {
   Options options;
   c10::SmallVector<SavedVariable, 3> saved;
   c10::SmallVector<at::ScalarType, kMaxTensors> dtypes;
-  std::vector<c10::SymInt> shape; // of the terms, where grad_output and what is saved may not tell
+  std::vector<c10::SymInt> shape; // of the terms, if grad_output and the saved tensors may not determine it
 };
 
 } // namespace kl_ext::autograd

@@ -20,7 +20,7 @@ const Kernels& choose() {
 #endif
 }
 
-// Chosen while the library is loaded: beside a call, another thread may be changing the environment.
+// Chosen while the library is loaded: later, another thread may be changing the environment.
 const Kernels& chosen = choose();
 
 } // namespace

@@ -11,14 +11,14 @@
 
 namespace kl_ext::cpu {
 
-// Of the backward of a pair: four gradients, grad_output, four inputs, their weight, and what is prepared of q.
+// The most operands, in the backward of a pair: four gradients, grad_output, four inputs, the weight, what is prepared from q.
 constexpr int kMaxOperands = 11;
 // The bytes of an operand in one block: ten of them fit the first-level cache.
 constexpr int64_t kBlockBytes = 4096;
 // Rows at least this long are cut into blocks one by one; shorter ones are gathered, several to a block.
 constexpr int64_t kLongRow = 256;
 
-// Of the instruction set that torch itself uses.
+// The kernels of the instruction set that torch itself uses.
 const Kernels& kernels();
 
 inline const FormulaKernels& kernels_of(const Terms& terms) {
@@ -55,19 +55,19 @@ inline int64_t block_numel(Arithmetic arithmetic) { return kBlockBytes / size_of
 // Whether the kernels for any clamp are needed.
 bool is_wide(const Settings& settings, Arithmetic arithmetic);
 
-// Which operand is log_var_q, for the kernels that are given what only q decides where rows share it; no operand, if negative.
+// Which operand is log_var_q, for kernels that take precomputed values of q where rows share it; negative if none is.
 struct GivenQ {
   int log_var_q = -1;
   PrepareQ prepare = nullptr;
   Settings settings{};
 };
 
-// What only q decides, in the blocks of a thread. The numbers of a block that comes back are those of before.
+// The precomputed values of q, for the blocks of a thread. They are kept as long as the same log_var_q comes back.
 class PreparedQ {
  public:
   explicit PreparedQ(const GivenQ& given) : given_(given) {}
 
-  // Of the tile of log_var_q at `data`, with its numbers one behind the other; null where rows do not share it.
+  // The values for the tile of log_var_q at `data`, which is contiguous in `numbers`; null where rows do not share q.
   const void* find(const char* data, const Tile& tile, const void* numbers, bool rows_share_it) {
     if (given_.log_var_q < 0 || !rows_share_it) {
       return nullptr;
@@ -89,16 +89,16 @@ class PreparedQ {
   alignas(64) char buffer_[kBlockBytes];
 };
 
-// Operands with numbers one behind the other: a block of one row.
+// Contiguous operands as a block of one row.
 inline Block contiguous(void* const* pointers, int64_t numel) {
   static constexpr std::int64_t kNoStrides[kMaxOperands] = {};
   return {pointers, kNoStrides, numel, 1};
 }
 
-// One operand of an iteration, as a thread sees it: finds the numbers of each block in the arithmetic type.
+// One operand of an iteration, as a thread sees it: provides each block in the arithmetic type.
 class Operand {
  public:
-  // buffer: of kBlockBytes.
+  // buffer: kBlockBytes bytes.
   Operand(at::ScalarType dtype, Arithmetic arithmetic, bool is_output, char* buffer)
       : buffer_(buffer),
         element_size_(static_cast<int64_t>(c10::elementSize(dtype))),

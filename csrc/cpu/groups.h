@@ -1,13 +1,13 @@
-// How the loops of the formulas read and write numbers: in groups, each of numbers beside each other in memory. A group of
-// float16, float32 or float64 is one number. That of bfloat16 is a word of two, each of which is widened and narrowed where it
-// stands: a vector of words becomes two vectors of numbers, and nothing crosses their lanes.
+// How the loops of the formulas read and write numbers: in groups of neighbours in memory. A group of float16, float32 or
+// float64 is one number. A group of bfloat16 is a word of two, each of which is widened and narrowed in place: a vector of
+// words becomes two vectors of numbers, and nothing crosses their lanes.
 #pragma once
 
 #include "../math/half.h"
 
-// No iteration depends on another.
+// Tells the compiler that no iteration depends on another.
 #define KL_EXT_LOOP _Pragma("GCC ivdep")
-// As a call would.
+// Inlines a lambda.
 #define KL_EXT_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace kl_ext::cpu::KL_EXT_CPU_CAPABILITY {
@@ -51,7 +51,7 @@ KL_EXT_INLINE void read_group(float (&numbers)[2], const math::BFloat16* from) {
   numbers[kUpper] = math::from_bits<float>(word & kUpperHalf);
 }
 
-// Of numbers computed from bfloat16 numbers: a selection for other NaN would take a tenth of a loss.
+// For numbers computed from bfloat16 numbers: their NaN need no check, which would take a tenth of a loss.
 KL_EXT_INLINE void write_group(math::BFloat16* to, const float (&numbers)[2]) {
   const std::uint32_t lower = math::round_to_bfloat16(numbers[kLower]) >> 16;
   const std::uint32_t upper = math::round_to_bfloat16(numbers[kUpper]);
@@ -63,7 +63,7 @@ KL_EXT_INLINE void write_group(math::BFloat16* to, const float (&numbers)[2]) {
 template <int kNumbers>
 struct Count {};
 
-// Calls run(Count<n>(), i) for the n numbers from number i on: for each group, and for a number that is left over.
+// Calls run(Count<n>(), i) with the index i of the first of n numbers: for each group, and for a number that is left over.
 template <class S, class Run>
 KL_EXT_INLINE void for_each_group(std::int64_t numel, const Run& run) {
   constexpr int kNumbers = kGroup<S>;
@@ -80,8 +80,8 @@ KL_EXT_INLINE void for_each_group(std::int64_t numel, const Run& run) {
   }
 }
 
-// Of a bit operation and a maximum of what it gives, GCC makes for AVX-512 a comparison and the bit operation once more, under
-// a mask: three times as slow. Subtracting a zero that GCC does not know comes between the two, and changes no number.
+// If a maximum follows a bit operation, GCC makes a comparison for AVX-512 and the bit operation once more, under a mask: three
+// times as slow. Subtracting a zero that GCC does not know separates the two, and changes no number.
 template <class T>
 class Detach {
  public:

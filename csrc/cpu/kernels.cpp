@@ -1,6 +1,6 @@
-// The loops, compiled once per instruction set: KL_EXT_CPU_CAPABILITY names it. The compiler vectorises them (contraction and
-// fast-math stay off: the arithmetic is what math/ writes, on every instruction set the same). Those here go
-// term by term; sums.h and numbers.h have the others.
+// The loops, compiled once per instruction set: KL_EXT_CPU_CAPABILITY names it. The compiler vectorises them; contraction and
+// fast-math stay off, so the arithmetic is as math/ writes it on every instruction set. The loops here go term by term; sums.h
+// and numbers.h have the others.
 #include "kernels.h"
 
 #include "numbers.h"
@@ -29,7 +29,7 @@ void forward(const Block& block, Settings given) {
   }
 }
 
-// grad(row)(numbers, i): those of grad_output; the inputs are the operands from first_input on.
+// grad(row)(numbers, i) reads grad_output; the inputs are the operands from first_input on.
 template <class F, Range range, class S, class Grad>
 KL_EXT_INLINE void backward_of(const Block& block, const Grad& grad, int first_input, Settings given) {
   using T = typename ArithmeticOf<S>::Type;
@@ -76,7 +76,7 @@ void backward(const Block& block, Settings given) {
 template <class F, Range range, class S>
 void backward_of_one(const Block& block, double grad_output, Settings given) {
   using T = typename ArithmeticOf<S>::Type;
-  const T any_nan = static_cast<T>(__builtin_nan("")); // whose lower bits write_group can do without
+  const T any_nan = static_cast<T>(__builtin_nan("")); // its lower bits are 0, as write_group requires
   const T one = grad_output == grad_output ? static_cast<T>(grad_output) : any_nan;
   const auto grad = [one](std::int64_t) {
     return [one](auto& numbers, std::int64_t) KL_EXT_INLINE_LAMBDA {
@@ -89,7 +89,7 @@ void backward_of_one(const Block& block, double grad_output, Settings given) {
   backward_of<F, range, S>(block, grad, F::kGradients, given);
 }
 
-// F: given q, which has the last two of its gradients.
+// F takes precomputed values of q, whose gradients are the last two.
 template <class F, Range range, class T>
 void backward_to_lanes(const Block& block, void* lanes_of_mu, void* lanes_of_log_var, int lanes, double grad_output,
                        Settings given) {
@@ -128,7 +128,7 @@ void prepare_q(void* out, const void* log_var_q, std::int64_t numel, Settings gi
 
 // The tables of kernels.h.
 
-// What works on numbers of the arithmetic type. Under a mask that is read as it is there are sums only.
+// Kernels on numbers of the arithmetic type. With a mask that is read as bools there are only sums.
 template <class F, Range range, class T>
 constexpr void add_arithmetic(FormulaKernels& kernels, Storage storage, Arithmetic arithmetic) {
   constexpr bool kWide = range == Range::kWide;
@@ -156,7 +156,7 @@ constexpr void add_given_q(FormulaKernels& kernels, Arithmetic arithmetic) {
   }
 }
 
-// What works on rows of tensors, of any dtype.
+// Kernels on rows of tensors, of any dtype.
 template <class F, Range range, class S>
 constexpr void add_rows(FormulaKernels& kernels, Storage storage) {
   constexpr bool kWide = range == Range::kWide;

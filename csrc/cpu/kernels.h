@@ -1,6 +1,6 @@
-// The interface of the CPU kernels, compiled once per instruction set: plain loops over rows of contiguous numbers. Shapes,
-// buffers and threads are the caller's. Neither this header nor what kernels.cpp includes knows torch: an inline function that
-// two instruction sets share would be merged by the linker.
+// The interface of the CPU kernels, compiled once per instruction set: plain loops over rows of contiguous numbers. The caller
+// takes care of shapes, buffers and threads. Neither this header nor the includes of kernels.cpp include torch: the linker
+// would merge an inline function that two instruction sets share.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace kl_ext::cpu {
 
-// The dtypes of tensors, bool only of weights; and those of the arithmetic.
+// The dtypes of tensors (bool is for weights only), and those of the arithmetic.
 enum Storage { kFloat16, kBFloat16, kFloat32, kFloat64, kStorages, kBool = kStorages, kReadable };
 enum Arithmetic { kSingle, kDouble, kArithmetics };
 
@@ -23,8 +23,8 @@ struct Tile {
   std::int64_t row_stride;
 };
 
-// Rows of contiguous numbers in several operands: where the first row of each begins, and the bytes from one row to the next,
-// which may be zero or negative.
+// Rows of contiguous numbers in several operands: the start of each operand's first row, and the bytes from one row to the
+// next, which may be zero or negative.
 struct Block {
   void* const* pointers;
   const std::int64_t* row_strides;
@@ -32,41 +32,42 @@ struct Block {
   std::int64_t rows;
 };
 
-// Operands: the result; the inputs. All of one storage. Given q (GivenQ of math/gaussian.h), one more input; with a weight, that
-// behind them, of bools for the masked ones.
+// Operands: the result, then the inputs, all of one storage. Kernels given q (GivenQ of math/gaussian.h) have one more input.
+// Weighted ones have the weight last, which is bool for masked ones.
 using ForwardKernel = void (*)(const Block& block, Settings settings);
 // Operands: the gradients, one for each input; grad_output; the inputs.
 using BackwardKernel = void (*)(const Block& block, Settings settings);
-// The same from one grad_output for all, which is no operand.
+// A backward with one grad_output for all terms, as a number. Operands: the gradients; the inputs.
 using BackwardOfOne = void (*)(const Block& block, double grad_output, Settings settings);
-// The same given a q that the rows share. Operands: the gradients of p; the inputs. Those of q are added to the lanes of each,
-// [lanes, columns], a row to a lane, and after the last to the first again.
+// BackwardOfOne for a q that the rows share. Operands: the gradients of p; the inputs. The gradients of q are added to lanes,
+// [lanes, columns] each: one row to each lane in turn.
 using BackwardToLanes = void (*)(const Block& block, void* lanes_of_mu, void* lanes_of_log_var, int lanes, double grad_output,
                                  Settings settings);
-// Between a tile of any storage and contiguous numbers of the arithmetic type; Store rounds to nearest even.
+// Copy between a tile of any storage and contiguous numbers of the arithmetic type; Store rounds to nearest even.
 using Load = void (*)(void* contiguous, const void* strided, const Tile& tile);
 using Store = void (*)(void* strided, const void* contiguous, const Tile& tile);
 
-// For sums in the order of math/summation.h, all of contiguous numbers of the arithmetic type but for the inputs of SumChunks.
+// For sums in the order of math/summation.h. All numbers are contiguous and of the arithmetic type, but for SumChunks' inputs.
 // lanes: [64, columns].
 using AddToLanes = void (*)(void* lanes, const void* terms, int first, std::int64_t rows, std::int64_t columns);
 using FoldLanes = void (*)(void* lanes, int in_use, std::int64_t columns);
-// The same with terms computed on the way: lanes: [64]; term i goes to lane (first + i) % 64.
+// AddToLanes with terms that are computed from inputs. lanes: [64]; term i goes to lane (first + i) % 64.
 using Accumulate = void (*)(void* lanes, const void* const* inputs, int first, std::int64_t numel, Settings settings);
-// partials[..] from the chunks of 1024 terms, the last of which may be shorter, from term number begin, which begins one, to end.
-// Operands: the inputs.
+// Writes to partials[..] the sums of the chunks of terms begin to end: 1024 terms each, the last may be shorter. begin is the
+// start of a chunk. Operands: the inputs.
 using SumChunks = void (*)(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Settings settings);
-// The same where every row is a sum of its own, with chunks of its own: partials[rows, chunks of a row].
+// SumChunks where every row is a sum of its own, with its own chunks: partials[rows, chunks of a row].
 using SumRowChunks = SumChunks;
-// sums[row] from the at most 1024 terms of each row.
+// sums[row] from the terms of each row, at most 1024.
 using SumRows = void (*)(void* sums, const void* terms, std::int64_t rows, std::int64_t columns);
-// out[i] from the log_var_q[i] of contiguous numbers, for the kernels that are given q.
+// out[i] from log_var_q[i], both contiguous, for the kernels that are given q.
 using PrepareQ = void (*)(void* out, const void* log_var_q, std::int64_t numel, Settings settings);
 // numbers[i] /= divisor.
 using Divide = void (*)(void* numbers, std::int64_t numel, std::int64_t divisor);
 
-// Of one formula, [wide] or by range. A null is a kernel that there is not: of weighted terms those for half types and for one
-// gradient, those of a narrow range where a formula has but one, and those given q where nothing depends on q alone.
+// The kernels of one formula, [wide] or by range. Null where there is none: weighted terms have none for half types and one
+// grad_output, formulas with a single range none for the narrow one, and those with nothing that depends on q alone none given
+// q.
 struct FormulaKernels {
   ForwardKernel forward[2][kStorages];
   BackwardKernel backward[2][kStorages];

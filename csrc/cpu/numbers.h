@@ -1,4 +1,4 @@
-// The loops over plain numbers: from tiles of tensors to buffers and back, and for sums of terms that are there already.
+// The loops over plain numbers: between tiles of tensors and buffers, and sums of terms that are already computed.
 #pragma once
 
 #include "../math/half.h"
@@ -66,7 +66,7 @@ void fold_lanes(void* lanes, int in_use, std::int64_t columns) {
   math::fold_lanes(static_cast<T*>(lanes), in_use, columns);
 }
 
-// Rows of at most kInUse terms, a term to a lane.
+// For rows of at most kInUse terms, one term to a lane.
 template <int kInUse, class T>
 void sum_short_rows(T* sums, const T* row, std::int64_t rows, std::int64_t columns) {
   for (std::int64_t i = 0; i < rows; ++i, row += columns) {

@@ -1,4 +1,4 @@
-// The operators on the CPU: which kernel, over what iteration.
+// The operators on the CPU: which kernel runs in which iteration.
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 
@@ -16,7 +16,7 @@ namespace {
 
 at::ScalarType dtype_of(Arithmetic arithmetic) { return arithmetic == kDouble ? at::kDouble : at::kFloat; }
 
-// The inputs of a block as the kernels that are given q have them: what is prepared of q is the last, but for a weight.
+// Copies the inputs of a block for the kernels that are given q: the inputs, what is prepared from q, the weight.
 void copy_inputs(void** to, void* const* operands, const Terms& terms, const void* prepared_q) {
   to = std::copy_n(operands, terms.inputs(), to);
   if (prepared_q != nullptr) {
@@ -53,7 +53,7 @@ struct BlockForward {
     kernels.accumulate_given_q[arithmetic](lanes, given, first, numel, terms.settings);
   }
 
-  // For operands of which the first is the result, and the others the inputs.
+  // For an iteration with the result as operand 0, followed by the inputs.
   GivenQ given_q() const {
     const PrepareQ prepare = cpu::kernels().formulas[terms.formula].prepare_q[arithmetic];
     return prepare == nullptr || wide ? GivenQ{} : GivenQ{4, prepare, terms.settings};
@@ -76,7 +76,7 @@ at::Tensor forward(const Terms& terms, at::ScalarType result) {
   return iterator.output();
 }
 
-// In the order of the sum and with one division, then rounded once.
+// Sums in the defined order, divides once, then rounds once.
 at::Tensor forward_sum(const Terms& terms, at::ScalarType result, at::IntArrayRef shape, const Reduction& reduction) {
   if (auto sums = sum_by_rows(terms, result, shape, reduction)) {
     return *std::move(sums);
@@ -97,11 +97,11 @@ at::Tensor forward_sum(const Terms& terms, at::ScalarType result, at::IntArrayRe
   return sums;
 }
 
-// A gradient of sums is divided whole where there are so many times as many terms.
+// The grad_output of a sum is divided as a whole if there are at least this many terms for each of its numbers.
 constexpr int64_t kLeastShare = 16;
 
-// A gradient kernel over blocks of at most block_numel numbers, with grad_output divided first where there is a divisor: dividing
-// it whole could take as much memory as an input.
+// A gradient kernel over blocks of at most block_numel numbers. If there is a divisor, it divides grad_output block by block:
+// the whole quotient could take as much memory as an input.
 struct BlockBackward {
   BlockBackward(const Terms& of, Arithmetic in, std::optional<int64_t> by)
       : terms(of), arithmetic(in), kernels(kernels_of(of)), wide(is_wide(of.settings, in)), divisor(by) {}
@@ -110,7 +110,7 @@ struct BlockBackward {
   template <class Output>
   void operator()(const Output& output, void* const* operands, const void* prepared_q, int64_t numel) const {
     alignas(64) char divided[kBlockBytes];
-    // The kernels compute every gradient; one that is not wanted stays behind here.
+    // The kernels compute every gradient; those that are not wanted go here.
     alignas(64) char scratch[kBlockBytes];
     void* all[kMaxOperands];
     const size_t gradients = terms.inputs();
@@ -130,7 +130,7 @@ struct BlockBackward {
     kernel(contiguous(all, numel), terms.settings);
   }
 
-  // grad_output: which operand it is.
+  // grad_output: its index among the operands.
   GivenQ given_q(size_t grad_output) const {
     const PrepareQ prepare = cpu::kernels().formulas[terms.formula].prepare_q_of_backward[arithmetic];
     return prepare == nullptr || wide ? GivenQ{} : GivenQ{static_cast<int>(grad_output) + 4, prepare, terms.settings};
@@ -143,7 +143,7 @@ struct BlockBackward {
   std::optional<int64_t> divisor;
 };
 
-// One pass, in which some gradients are summed.
+// One pass that sums some of the gradients.
 void run_pass(const SumPass& pass, const BlockBackward& kernel, const at::Tensor& grad_output, const Gradients& gradients) {
   const auto shape = grad_output.sizes();
   c10::SmallVector<SumOperand, kMaxOperands> operands;
@@ -173,7 +173,7 @@ void run_pass(const SumPass& pass, const BlockBackward& kernel, const at::Tensor
   targets.hand_over();
 }
 
-// Whether all numbers of a tensor are one.
+// Whether all elements of a tensor are one number in memory.
 bool is_one_number(const at::Tensor& tensor) {
   for (int64_t d = 0; d < tensor.dim(); ++d) {
     if (tensor.size(d) != 1 && tensor.stride(d) != 0) {
@@ -201,7 +201,7 @@ bool are_all_wanted(const Terms& terms, const Gradients& gradients) {
                      [](const at::Tensor& gradient) { return gradient.defined(); });
 }
 
-// From a grad_output that is one number, to be divided; all gradients.
+// Computes all gradients from a grad_output that is one number, yet to be divided.
 bool backward_of_one(const Terms& terms, const at::Tensor& grad_output, const Gradients& gradients, at::IntArrayRef shape,
                      std::optional<int64_t> divisor) {
   const Arithmetic arithmetic = arithmetic_of(terms.operands, grad_output.scalar_type());
@@ -211,7 +211,7 @@ bool backward_of_one(const Terms& terms, const at::Tensor& grad_output, const Gr
   return backward_of_one_by_rows(terms, divided_number(grad_output, divisor, arithmetic), gradients, shape);
 }
 
-// grad_output: in the shape of the terms, to be divided.
+// grad_output: in the shape of the terms, yet to be divided.
 void backward_divided(const Terms& terms, const at::Tensor& grad_output, const Gradients& gradients,
                       std::optional<int64_t> divisor) {
   const auto shape = grad_output.sizes();

@@ -16,9 +16,9 @@ namespace {
 using math::kChunk;
 using math::kLanes;
 
-// Tiles of fewer columns would waste vectors.
+// Tiles with fewer columns would waste vectors.
 constexpr int64_t kNarrowest = 32;
-// Terms a thread should have at least.
+// The least number of terms for a thread.
 constexpr int64_t kGrain = 32768;
 
 // A dimension, or several that every operand walks as one.
@@ -66,7 +66,7 @@ class Summation {
     for (auto& axis : merged_axes(shape, reduced, operands)) {
       (axis.reduced ? reduced_ : kept_).push_back(std::move(axis));
     }
-    for (auto* axes : {&reduced_, &kept_}) { // a single term or a single sum: an axis of one
+    for (auto* axes : {&reduced_, &kept_}) { // a single term or a single sum: add an axis of size 1
       if (axes->empty()) {
         axes->push_back({1, axes == &reduced_, c10::SmallVector<int64_t, kMaxOperands>(operands.size(), 0)});
       }
@@ -112,13 +112,13 @@ class Summation {
       }
     }
 
-    alignas(64) char buffers[kMaxOperands][kBlockBytes]; // of operands, or of the terms of a sum
+    alignas(64) char buffers[kMaxOperands][kBlockBytes]; // for operands, or for the terms of a sum
     std::array<std::optional<Operand>, kMaxOperands> operands;
     std::array<std::unique_ptr<char[]>, kMaxOperands> lanes;
     PreparedQ prepared;
   };
 
-  // Divides and rounds sums, which are overwritten, and puts them where they belong.
+  // Divides and rounds sums in place, and writes them to their destination.
   void write_sums(const SumOperand& operand, char* sums, int64_t first, int64_t count) const {
     if (operand.divisor) {
       kernels().divide[arithmetic_](sums, count, *operand.divisor);
@@ -128,7 +128,7 @@ class Summation {
                                                             Tile{count, 1, element_size, 0});
   }
 
-  // Whether the last kept axis is walked in smaller steps than the last reduced one, by most of the operands.
+  // Whether most of the operands have a smaller stride along the last kept axis than along the last reduced one.
   bool kept_is_fast() const {
     int votes = 0;
     for (size_t i = 0; i < operands_.size(); ++i) {
@@ -139,7 +139,7 @@ class Summation {
     return votes > 0 && kept_.back().size > 1;
   }
 
-  // Adds the offsets of the coordinates that `rank` stands for in the row-major order of the first `count` axes.
+  // Adds the offsets of the coordinates with number `rank` in the row-major order of the first `count` axes.
   void add_offsets(const Axes& axes, size_t count, int64_t rank, Offsets& offsets) const {
     for (size_t axis = count; axis-- > 0;) {
       const int64_t coordinate = rank % axes[axis].size;
@@ -150,8 +150,8 @@ class Summation {
     }
   }
 
-  // How many of the next terms, at most `limit`, make a tile: rows of the last reduced axis, and how long each is. Of short
-  // ones there are several, of the axis before the last. By columns every term is a row of its own.
+  // The size of the next tile, with at most `limit` terms: the number of rows of the last reduced axis, and their length. If
+  // they are short, a tile has several, along the axis before the last. By columns, every term is a row of its own.
   std::pair<int64_t, int64_t> rows_from(int64_t term, int64_t limit, bool by_columns) const {
     const int64_t inner = reduced_.back().size;
     const int64_t left = std::min(inner - term % inner, limit);
@@ -165,7 +165,7 @@ class Summation {
     return {std::min(rows - term / inner % rows, limit / inner), inner};
   }
 
-  // Computes the terms of a tile, [rows, columns] of the given axes; with a first lane, adds them to those of the only sum.
+  // Computes the terms of a tile, [rows, columns] of the given axes. With a first lane, adds them to the lanes of the only sum.
   void compute_tile(Workspace& workspace, const Offsets& offsets, const Axis& row_axis, int64_t rows, const Axis& column_axis,
                     int64_t columns, int first_lane = kNoLane) const {
     void* pointers[kMaxOperands];
@@ -193,7 +193,7 @@ class Summation {
     }
   }
 
-  // Several short rows to a block.
+  // Runs several short rows to a block.
   void run_short_rows() {
     const Axis& rows = kept_.back();
     const int64_t height = block_numel(arithmetic_) / terms_;
@@ -221,14 +221,14 @@ class Summation {
     });
   }
 
-  // Of the columns that are summed beside each other: fewer where there are fewer pieces of work than threads.
+  // How many columns are summed at once: fewer if there are fewer pieces of work than threads.
   int64_t width_of_tiles(int64_t columns, int64_t pieces) const {
     const int64_t wanted = ceil_divide(at::get_num_threads(), pieces);
     const int64_t narrow = ceil_divide(ceil_divide(columns, wanted), kNarrowest) * kNarrowest;
     return std::min({columns, kColumns, terms_ * columns > kGrain ? narrow : columns});
   }
 
-  // Chunk by chunk, each of which leaves a partial sum for every column.
+  // Runs chunk by chunk; each leaves a partial sum for every column.
   void run_chunks(bool by_columns) {
     const Axis& column_axis = by_columns ? kept_.back() : reduced_.back();
     const Axis& row_axis = reduced_[std::max<size_t>(reduced_.size(), 2) - 2];

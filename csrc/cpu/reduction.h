@@ -11,8 +11,8 @@
 
 namespace kl_ext::cpu {
 
-// An operand over the full shape of the terms, strides in bytes. A summed one is contiguous, in the row-major order of the kept
-// coordinates; its sums are divided by `divisor`, if there is one, and then rounded.
+// An operand over the full shape of the terms, with strides in bytes. A summed output is contiguous, in the row-major order of
+// the kept coordinates; its sums are divided by `divisor`, if there is one, and then rounded.
 struct SumOperand {
   enum Role { kInput, kElementwiseOutput, kSummedOutput };
 
@@ -28,11 +28,11 @@ struct SumOperand {
 
 using AddTerms = c10::function_ref<void(void* lanes, void* const* inputs, const void* prepared_q, int first, int64_t numel)>;
 
-// Calls compute(pointers, prepared_q, numel) for blocks of every term there is, the pointers in the order of the operands; what it
-// writes for a summed output are the terms. `reduced` has a flag for each dimension of the shape.
+// Calls compute(pointers, prepared_q, numel) for blocks of all terms, with pointers in the order of the operands; for a summed
+// output it writes the terms. `reduced` has a flag for each dimension of the shape.
 //
-// accumulate(lanes, inputs, prepared_q, first, numel), where the only output is one sum, adds the terms to lanes as it computes them
-// (kernels.h).
+// accumulate(lanes, inputs, prepared_q, first, numel), for a single sum as the only output, adds the terms to lanes as it
+// computes them (kernels.h).
 void sum_terms(at::IntArrayRef shape, c10::ArrayRef<bool> reduced, c10::ArrayRef<SumOperand> operands, Arithmetic arithmetic,
                const GivenQ& given, Compute compute, std::optional<AddTerms> accumulate = std::nullopt);
 

@@ -1,5 +1,5 @@
-// Tensors as rows of contiguous numbers: most are one row whole, halves of a tensor have rows with gaps between, and what is
-// broadcast along the first dimensions is one row for all.
+// Tensors as rows of contiguous numbers: a contiguous tensor is a single row, halves of a tensor have rows with gaps between,
+// and a tensor that is broadcast along the first dimensions is one row that all share.
 #pragma once
 
 #include <optional>
@@ -8,12 +8,12 @@
 
 namespace kl_ext::cpu {
 
-// Rows that are shorter, with gaps between, are better gathered in buffers.
+// Shorter rows with gaps between are better gathered in buffers.
 constexpr int64_t kShortestRow = 16;
 
-// The rows of a shape: its last dimensions, from the given one on, make up a row.
+// A shape as rows: its last dimensions, from `dim` on, make up a row.
 struct Shape {
-  // One row.
+  // The whole tensor as one row.
   explicit Shape(const at::Tensor& tensor) : sizes(tensor.sizes()), columns(tensor.numel()) {}
 
   Shape(at::IntArrayRef shape, size_t first) : sizes(shape), dim(first), columns(1) {
@@ -28,7 +28,7 @@ struct Shape {
   int64_t columns;
 };
 
-// From where on the dimensions of a tensor are contiguous.
+// The first dimension from which on a tensor is contiguous.
 inline size_t first_contiguous_dim(const at::Tensor& tensor) {
   if (tensor.is_contiguous()) {
     return 0;
@@ -43,7 +43,7 @@ inline size_t first_contiguous_dim(const at::Tensor& tensor) {
   return 0;
 }
 
-// From where on a tensor is expanded from single numbers: one that is not, from behind its last dimension on.
+// The first dimension from which on a tensor is expanded from single numbers; its rank if it is not.
 inline size_t first_expanded_dim(const at::Tensor& tensor) {
   size_t first = tensor.dim();
   for (size_t d = tensor.dim(); d-- > 0 && (tensor.stride(d) == 0 || tensor.size(d) == 1);) {
@@ -52,7 +52,7 @@ inline size_t first_expanded_dim(const at::Tensor& tensor) {
   return first;
 }
 
-// The numbers between the beginnings of a tensor's rows, if they are the same throughout.
+// The distance in numbers between the beginnings of a tensor's rows, if it is the same throughout.
 inline std::optional<int64_t> row_stride_of(const at::Tensor& tensor, const Shape& shape) {
   std::optional<int64_t> stride;
   int64_t next = 0;
@@ -69,7 +69,7 @@ inline std::optional<int64_t> row_stride_of(const at::Tensor& tensor, const Shap
   return stride.value_or(shape.columns);
 }
 
-// From where on a contiguous tensor has the dimensions of a shape, being broadcast along the others, if it is.
+// If a contiguous tensor has the last dimensions of a shape and is broadcast along the others: the first dimension it has.
 inline std::optional<size_t> first_shared_dim(const at::Tensor& tensor, at::IntArrayRef shape) {
   at::IntArrayRef sizes = tensor.sizes();
   while (!sizes.empty() && sizes.front() == 1) {
@@ -80,10 +80,10 @@ inline std::optional<size_t> first_shared_dim(const at::Tensor& tensor, at::IntA
   return is_shared ? std::optional(first) : std::nullopt;
 }
 
-// The rows of several tensors: first what they have in common, then where each has them.
+// The rows of several tensors: their common shape, and the place of each tensor's rows.
 class Rows {
  public:
-  // Made of the dimensions from `first` on, or of fewer.
+  // A row consists of the dimensions from `first` on, or of fewer.
   explicit Rows(NamedTensors arguments, size_t first = 0)
       : arguments_(arguments), dtype_(arguments[0].tensor.scalar_type()), shape_(arguments[0].tensor) {
     for (const auto& argument : arguments) {
@@ -99,13 +99,13 @@ class Rows {
     }
   }
 
-  // The next operand: contiguous numbers, which may have their place later.
+  // Adds an operand of contiguous numbers, whose place may be given later.
   void add_contiguous(const void* data = nullptr) {
     pointers_[count_] = const_cast<void*>(data);
     strides_[count_++] = shape_.columns * element_size();
   }
 
-  // The last operand: weights of so many bytes each, which have the shape of the rows where they are, or in a buffer.
+  // Adds the last operand: weights of `size` bytes each, in the shape of the rows, at their own place or in a buffer.
   void add_weights(int64_t size) {
     pointers_[count_] = nullptr;
     strides_[count_++] = shape_.columns * size;
@@ -113,7 +113,7 @@ class Rows {
 
   void place(int operand, void* data) { pointers_[operand] = data; }
 
-  // The next operand. Rows that overlap or lie in another order are not taken for some.
+  // Adds an operand. Rows that overlap, or lie in memory in another order, make this object invalid.
   void add(const at::Tensor& tensor, const void* data) {
     if (tensor.is_contiguous()) {
       return add_contiguous(data);
@@ -124,13 +124,13 @@ class Rows {
     strides_[count_++] = stride.value_or(0) * element_size();
   }
 
-  // The next operand: one row for all.
+  // Adds an operand with one row that all share.
   void add_shared(const void* row) {
     pointers_[count_] = const_cast<void*>(row);
     strides_[count_++] = 0;
   }
 
-  // The arguments that the rows were found in.
+  // Adds the tensors that this object was constructed with.
   void add_arguments() {
     for (const auto& argument : arguments_) {
       const void* const data = argument.tensor.const_data_ptr();
@@ -138,7 +138,7 @@ class Rows {
     }
   }
 
-  // Whether the tensors have such rows.
+  // Whether all tensors have such rows.
   explicit operator bool() const { return is_valid_; }
 
   at::ScalarType dtype() const { return dtype_; }
@@ -147,17 +147,17 @@ class Rows {
 
   int64_t numel() const { return shape_.rows * shape_.columns; }
 
-  // All of the operands.
+  // All rows of all operands.
   Block block() const { return {pointers_.data(), strides_.data(), shape_.columns, shape_.rows}; }
 
-  // The same with another place of the last operand; pointers: room for all.
+  // block() with another place for the last operand. pointers: room for all operands.
   Block block_with_last(void** pointers, const void* last) const {
     std::copy_n(pointers_.begin(), count_, pointers);
     pointers[count_ - 1] = const_cast<void*>(last);
     return {pointers, strides_.data(), shape_.columns, shape_.rows};
   }
 
-  // Calls run(block, first_row) for the numbers from begin to end: for at most so many whole rows, and for parts of others.
+  // Calls run(block, first_row) for the numbers from begin to end: up to most_rows whole rows at a time, or part of one row.
   template <class Run>
   void for_range(int64_t begin, int64_t end, int64_t most_rows, const Run& run) const {
     while (begin < end) {
@@ -172,7 +172,7 @@ class Rows {
     }
   }
 
-  // Calls run(block) for so many whole rows from the given one on, and of these for some columns.
+  // Calls run(block) for `rows` whole rows from `row` on, restricted to some of their columns.
   template <class Run>
   void for_part(int64_t row, int64_t rows, int64_t column, int64_t columns, const Run& run) const {
     void* pointers[kMaxOperands];

@@ -18,10 +18,10 @@ namespace {
 
 using math::kChunk;
 
-// Where every row has a gradient of its own, which is a call of a kernel for each, shorter ones are better gathered in buffers.
+// If every row has its own grad_output, a kernel is called for each row; rows shorter than this are better gathered in buffers.
 constexpr int64_t kShortestRowOfOne = 64;
 
-// The dimension where the rows begin that share a q of [D], or [1, D], if they do and the kernels can be given it.
+// The dimension where the rows begin that share a q of [D] or [1, D]; nothing if none do or the kernels cannot use it.
 std::optional<size_t> first_dim_sharing_q(const Terms& terms, at::IntArrayRef shape) {
   const NamedTensors inputs = terms.operands.slice(0, terms.inputs());
   const Arithmetic arithmetic = arithmetic_of(inputs);
@@ -38,7 +38,7 @@ std::optional<size_t> first_dim_sharing_q(const Terms& terms, at::IntArrayRef sh
   return is_shared ? first : std::nullopt;
 }
 
-// The operands of q for all rows, and what is prepared of it, which comes back to be kept.
+// Adds q's operands for all rows and what is prepared from q, and returns the latter, which the caller has to keep.
 std::unique_ptr<char[]> add_q(Rows& rows, const Terms& terms, PrepareQ prepare) {
   const at::Tensor& mu = terms.operands[2].tensor;
   const void* const log_var = terms.operands[3].tensor.const_data_ptr();
@@ -50,8 +50,8 @@ std::unique_ptr<char[]> add_q(Rows& rows, const Terms& terms, PrepareQ prepare) 
   return prepared;
 }
 
-// The kernel, for so many terms at once that their weights fit a buffer. The last operand of the rows has its place there, unless
-// the weights can be read where they are.
+// Calls the kernel for as many terms at a time as have their weights in one buffer. The buffer is the last operand of the rows,
+// unless the weights can be read in place.
 template <class FirstTerm>
 void sum_weighted_chunks(SumChunks kernel, char* partials, const Rows& rows, const Settings& settings, const Weights& weights,
                          int64_t size, int64_t begin, int64_t end, const FirstTerm& first_term) {
@@ -70,7 +70,7 @@ void sum_weighted_chunks(SumChunks kernel, char* partials, const Rows& rows, con
       ++next;
     }
     weights.load(buffer, first, first_term(next) - first, loaded);
-    // Where the weight of the first term of all would be.
+    // Where the weight of the very first term would be.
     const auto start = reinterpret_cast<std::uintptr_t>(buffer) - static_cast<std::uintptr_t>(first * weights.size());
     const Block block = rows.block_with_last(pointers, reinterpret_cast<const void*>(start));
     kernel(partials + partial * size, block, first, first_term(next), settings);
@@ -78,7 +78,7 @@ void sum_weighted_chunks(SumChunks kernel, char* partials, const Rows& rows, con
   }
 }
 
-// The sum of all rows, or of each. shape: of the terms.
+// The sum of all rows, or of each row. shape: of the terms.
 at::Tensor sum_chunks(SumChunks kernel, const Rows& rows, const Terms& terms_of, Arithmetic arithmetic, at::ScalarType result,
                       at::IntArrayRef shape, const Reduction& reduction) {
   const auto weights = terms_of.is_weighted
@@ -88,7 +88,7 @@ at::Tensor sum_chunks(SumChunks kernel, const Rows& rows, const Terms& terms_of,
   const int64_t size = size_of(arithmetic);
   const int64_t sums = c10::multiply_integers(kept);
   const int64_t terms = rows.numel() / sums;         // of each sum
-  const int64_t chunks = ceil_divide(terms, kChunk); // likewise
+  const int64_t chunks = ceil_divide(terms, kChunk); // of each sum
 
   constexpr int64_t kFew = 16;
   alignas(64) char few[kFew * sizeof(double)] = {};
@@ -204,7 +204,7 @@ bool backward_by_rows(const Terms& terms, const at::Tensor& grad_output, const G
   if (terms.is_weighted || arithmetic != arithmetic_of(inputs, grad_output.scalar_type()) || grad_output.numel() == 0) {
     return false;
   }
-  // Expanded from single numbers, grad_output is no operand of the kernels.
+  // If grad_output is expanded from single numbers, it is passed as a number and is not an operand.
   const size_t expanded = first_expanded_dim(grad_output);
   const bool is_expanded = expanded < static_cast<size_t>(grad_output.dim());
   Rows rows(inputs, is_expanded ? expanded : 0);

@@ -1,4 +1,4 @@
-// Sums in the order of math/summation.h, of terms that are computed on the way.
+// Sums of terms, computed on the fly, in the order of math/summation.h.
 #pragma once
 
 #include "../math/summation.h"
@@ -7,11 +7,11 @@
 namespace kl_ext::cpu::KL_EXT_CPU_CAPABILITY {
 namespace {
 
-// Lanes lie beside each other here if the numbers that go to them have the same place in a group: so many for each place.
+// Lanes whose numbers have the same place in a group are stored beside each other: this many for each place.
 template <class S>
 constexpr int kLanesOfPlace = math::kLanes / kGroup<S>;
 
-// Adds the terms of at most a turn of contiguous inputs to the lanes `first` and on, which is the first of a group.
+// Adds the terms of contiguous inputs, at most 64, to the lanes from `first` on, which is the first of a group.
 template <class F, Range range, class S, class T>
 KL_EXT_INLINE void add_groups(T* lanes, int first, const Inputs<F, S>& inputs, std::int64_t numel,
                               const math::Settings<T>& settings) {
@@ -32,8 +32,8 @@ KL_EXT_INLINE void add_turn(T* lanes, const Inputs<F, S>& inputs, const math::Se
   add_groups<F, range>(lanes, 0, inputs, math::kLanes, settings);
 }
 
-// Adds the terms of contiguous inputs to the lanes `first` and on. Called and not inlined: it has the formula six times, and a
-// compiler that copied it into all its callers would take minutes longer.
+// Adds the terms of contiguous inputs to the lanes from `first` on. Not inlined: it contains the formula six times, and copying
+// it into all callers would take the compiler minutes longer.
 template <class F, Range range, class S, class T>
 [[gnu::noinline]] void accumulate_row(T* lanes, const Inputs<F, S>& inputs, int first, std::int64_t numel,
                                       const math::Settings<T>& settings) {
@@ -69,7 +69,7 @@ void accumulate(void* lanes, const void* const* inputs, int first, std::int64_t 
   if (before > 0) {
     accumulate_row<F, range>(into, all, first, before, settings);
   }
-  alignas(64) T own[math::kLanes]; // which stay in registers, turn after turn
+  alignas(64) T own[math::kLanes]; // stay in registers throughout
   __builtin_memcpy(own, into, sizeof(own));
   std::int64_t i = before;
   for (; i + math::kLanes <= numel; i += math::kLanes) {
@@ -81,7 +81,7 @@ void accumulate(void* lanes, const void* const* inputs, int first, std::int64_t 
   }
 }
 
-// In the order of math/summation.h: the lanes of each place among themselves, and at last those that are left.
+// Folds in the order of math/summation.h: first the lanes of each place, then those that are left.
 template <class S, int kInUse, class T>
 KL_EXT_INLINE T fold(T (&lanes)[kInUse]) {
   T sums[kGroup<S>];
@@ -94,7 +94,7 @@ KL_EXT_INLINE T fold(T (&lanes)[kInUse]) {
   return sums[0];
 }
 
-// The beginning of it: until so many lanes are left.
+// Begins a fold, until kLeft lanes are left.
 template <class S, int kLeft, class T>
 KL_EXT_INLINE void begin_fold(T (&left)[kLeft], T (&lanes)[math::kLanes]) {
   constexpr int kLeftOfPlace = kLeft / kGroup<S>;
@@ -107,7 +107,7 @@ KL_EXT_INLINE void begin_fold(T (&left)[kLeft], T (&lanes)[math::kLanes]) {
   }
 }
 
-// The terms of a block, row after row from a given one on.
+// The terms of a block, row by row from a given one on.
 template <class F, Range range, class S>
 class Terms {
  public:
@@ -118,8 +118,8 @@ class Terms {
 
   KL_EXT_INLINE std::int64_t left_of_row() const { return block_.columns - column_; }
 
-  // Adds the next terms, at most a chunk, to lanes. Where rows consist of whole turns, so does every chunk, and the lanes stay
-  // in registers.
+  // Adds the next terms, at most a chunk, to lanes. If the row length is a multiple of 64, so is every chunk, and the lanes
+  // stay in registers.
   KL_EXT_INLINE void add_to(T (&lanes)[math::kLanes], std::int64_t numel) {
     if (block_.columns % math::kLanes == 0) {
       for (std::int64_t done = 0; done < numel; done += math::kLanes) {
@@ -135,7 +135,7 @@ class Terms {
   }
 
  private:
-  // The inputs of the next terms, which must be those of one row.
+  // The inputs of the next terms, which must lie in one row.
   KL_EXT_INLINE Inputs<F, S> next(std::int64_t numel) {
     const Inputs<F, S> inputs(block_, 0, row_, column_);
     column_ += numel;
@@ -162,7 +162,7 @@ void sum_chunks(void* partials, const Block& block, std::int64_t begin, std::int
   }
 }
 
-// Folding takes as long as a short row: each step waits for the one before. The last ones are taken for some chunks in a row.
+// Folding takes as long as a short row: each step waits for the last. So the final steps of several chunks are done together.
 template <class F, Range range, class S>
 void sum_row_chunks(void* partials, const Block& block, std::int64_t begin, std::int64_t end, Settings given) {
   using T = typename ArithmeticOf<S>::Type;

@@ -13,11 +13,11 @@
 
 namespace kl_ext::cpu {
 
-// The gradients of p into their rows, and the sums over the rows of those of q.
+// Writes the gradients of p into their rows, and sums those of q over the rows.
 //
-// The work is cut into pieces: a chunk of rows, some of its columns (a tile), and, where there are fewer of these than threads, a
-// part of the lanes, with every row that goes to one of them. What a piece leaves of a sum is one row of numbers, its lanes folded,
-// or where the lanes of a chunk are in several parts, a row for each lane.
+// The work is cut into pieces: a chunk of rows, some of its columns (a tile), and, if there are fewer of these than threads, a
+// part of the lanes, with every row that goes to one of them. For each sum a piece leaves one row of numbers, its lanes folded,
+// or, if the lanes of a chunk are in several parts, a row for each lane.
 class SumsOverRows {
  public:
   SumsOverRows(const Rows& rows, Arithmetic arithmetic)
@@ -53,7 +53,7 @@ class SumsOverRows {
     });
   }
 
-  // Once, when everything has run. sums: of the gradients of mu_q and of log_var_q.
+  // Called once, after all pieces. sums: of the gradients of mu_q and of log_var_q.
   void finish(const std::array<void*, 2>& sums) {
     for (size_t i = 0; i < left_.size(); ++i) {
       char* const of_chunks = left_[i].get();
@@ -83,7 +83,7 @@ class SumsOverRows {
   int64_t pieces() const { return chunks_ * tiles_ * parts_; }
   int lanes() const { return lanes_in_use_ / parts_; } // of a piece
   int64_t kept_lanes() const { return parts_ == 1 ? 1 : lanes_in_use_; }
-  // A kernel puts consecutive rows into consecutive lanes. All lanes are one turn; a part of them skips the rows of the others.
+  // A kernel puts consecutive rows into consecutive lanes. A turn fills all lanes; a part of them skips the rows of the others.
   int64_t rows_of_turn() const { return parts_ == 1 ? math::kChunk : lanes(); }
   int64_t rows_between_turns() const { return parts_ == 1 ? math::kChunk : math::kLanes; }
 

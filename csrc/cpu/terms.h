@@ -1,4 +1,4 @@
-// What the loops of the formulas read, and the terms that they make of it.
+// The inputs that the loops of the formulas read, and the terms computed from them.
 #pragma once
 
 #include <type_traits>
@@ -23,7 +23,7 @@ KL_EXT_INLINE S* row_of(const Block& block, int operand, std::int64_t row) {
   return reinterpret_cast<S*>(static_cast<char*>(block.pointers[operand]) + row * block.row_strides[operand]);
 }
 
-// What the loops read: the numbers of each input, in the arithmetic type.
+// The inputs of a loop: the numbers of each, in the arithmetic type.
 template <class F, class S>
 struct Inputs {
   using T = typename ArithmeticOf<S>::Type;
@@ -36,7 +36,7 @@ struct Inputs {
     }
   }
 
-  // The operands from the given one on.
+  // The operands from `operand` on.
   KL_EXT_INLINE Inputs(const Block& block, int operand, std::int64_t row, std::int64_t column = 0) {
     for (int input = 0; input < kOfStorage; ++input) {
       data[input] = row_of<const S>(block, operand + input, row) + column;
@@ -79,7 +79,7 @@ struct Inputs {
 
   const S* data[kOfStorage];
   struct None {};
-  [[no_unique_address]] std::conditional_t<F::kIsMasked, const math::Bool*, None> mask{}; // the last input, if it is one
+  [[no_unique_address]] std::conditional_t<F::kIsMasked, const math::Bool*, None> mask{}; // the last input, if it is a mask
   Detach<T> detach;
 };
 

@@ -1,5 +1,5 @@
-// The weights of consecutive terms: read where they are, whatever their dtype and however they are broadcast, a few chunks at a time.
-// Bools stay bools, for the masked kernels; all others become the arithmetic type.
+// The weights of consecutive terms, a few chunks at a time: read in place, whatever their dtype and broadcasting. Bools stay
+// bools for the masked kernels; all others are converted to the arithmetic type.
 #pragma once
 
 #include <cstring>
@@ -26,7 +26,7 @@ inline void load_bytes(void* contiguous, const void* strided, const Tile& tile) 
 
 class Weights {
  public:
-  // The bytes of each, as the kernels read it.
+  // The bytes of each weight, as the kernels read it.
   static int64_t size_of(const at::Tensor& weight, Arithmetic arithmetic) {
     return weight.scalar_type() == at::kBool ? 1 : cpu::size_of(arithmetic);
   }
@@ -53,16 +53,16 @@ class Weights {
 
   int64_t size() const { return size_; }
 
-  // Where all of them are, if they are one behind the other as the kernels read them.
+  // The weights in place, if they are contiguous and of the type that the kernels read; else null.
   const void* contiguous() const { return axes_.size() == 1 && axes_[0].stride == size_ && is_direct_ ? data_ : nullptr; }
 
-  // What a buffer holds.
+  // What a buffer currently holds.
   struct Loaded {
     const char* from = nullptr;
     Tile tile{};
   };
 
-  // Those of `count` terms from the first on, one behind the other. loaded: what was there before.
+  // Loads the weights of `count` terms from `first` on, contiguously. loaded: what the buffer held before.
   void load(char* to, int64_t first, int64_t count, Loaded& loaded) const {
     bool is_first = true;
     while (count > 0) {
@@ -98,7 +98,7 @@ class Weights {
   }
 
  private:
-  // Copies a row that repeats, since that takes less time than to read it again.
+  // Copies a row that repeats, which takes less time than reading it again.
   void load_tile(char* to, const char* from, const Tile& tile) const {
     const bool is_one_row = tile.row_stride == 0;
     load_(to, from, is_one_row ? Tile{tile.columns, 1, tile.column_stride, 0} : tile);
@@ -108,7 +108,7 @@ class Weights {
     }
   }
 
-  // Some dimensions that are walked as one; the last come first.
+  // Dimensions that are walked as one; the last come first.
   struct Axis {
     int64_t size;
     int64_t stride; // in bytes

@@ -1,12 +1,12 @@
-// How a thread of an elementwise kernel reads and writes its numbers: vectors of 16 bytes, or one by one with any strides and
-// dtypes. Access is Vectors or Strided, and Access::Thread<kOperands> a thread's view of the operands in its plan:
+// How a thread of an elementwise kernel reads and writes its numbers: in vectors of 16 bytes, or one by one with any strides
+// and dtypes. Access is Vectors or Strided; Access::Thread<kOperands> is a thread's view of the operands in its plan:
 //
 //   kItems                              the numbers of each operand that a thread works on
-//   load(first, loaded, ...)            of consecutive operands: every load is issued before any number is used
+//   load(first, loaded, ...)            loads consecutive operands; all loads are issued before any number is used
 //   get<T>(loaded, operand, item)       one number, widened to the arithmetic type T
-//   store<S>(first, results)            into consecutive operands, rounded; those without data are left out
+//   store<S>(first, results)            rounds and stores consecutive operands; those without data are left out
 //
-// S is the dtype of the operands, which Strided knows at run time only.
+// S is the dtype of the operands, which Strided only knows at run time.
 #pragma once
 
 #include "convert.cuh"
@@ -16,13 +16,13 @@ namespace kl_ext::cuda {
 
 constexpr std::uint32_t kThreads = 256;
 
-// A vector of each operand per thread, the last of which may be short. kInRows: at most two dimensions, and no splats.
+// One vector of each operand per thread; the last one may be short. kInRows: at most two dimensions, and no splats.
 template <int kNumbers, bool kInRows>
 struct Vectors {
   static constexpr int kItems = kNumbers;
   static constexpr int kDims = kInRows ? 2 : kMaxVectorDims;
 
-  // What is not in memory is zero bits: a splat's pack, a vector's splat.
+  // One of the two is zero bits: the pack for a splat, the splat for a vector.
   template <class S>
   struct Loaded {
     Held<S, kItems> pack;
@@ -57,7 +57,7 @@ struct Vectors {
 
     template <class... S, int... kCounts>
     KL_EXT_INLINE void load(int first, Loaded<S> (&... loaded)[kCounts]) const {
-      // One branch for all operands: the loads follow each other.
+      // One branch for all operands, so that the loads follow each other.
       if (is_whole_) {
         (load_each<true>(first, loaded), ...);
       } else {
@@ -71,7 +71,7 @@ struct Vectors {
       if constexpr (kInRows) {
         return value;
       } else {
-        // Bits, and not a condition, for which the compiler would write the whole arithmetic twice.
+        // Combined by bits: for a condition the compiler would write the whole arithmetic twice.
         const T splat = widened(loaded.splat);
         return math::from_bits<T>(math::to_bits(value) | math::to_bits(splat));
       }
@@ -105,7 +105,7 @@ struct Vectors {
    private:
     KL_EXT_INLINE bool is_splat(int operand) const { return !kInRows && plan_.operand[operand].is_splat; }
 
-    // operand: of the first, and then of what comes after the last.
+    // operand: the index of the first; left at the one after the last.
     template <bool whole, class S, int kCount>
     KL_EXT_INLINE void load_each(int& operand, Loaded<S> (&loaded)[kCount]) const {
       for (int i = 0; i < kCount; ++i, ++operand) {
@@ -125,7 +125,7 @@ struct Vectors {
       }
     }
 
-    // Where the thread's unit of an operand lies.
+    // The address of the thread's unit of an operand.
     template <class Unit>
     KL_EXT_INLINE Unit* at(int operand) const {
       const auto& [data, strides, splat] = plan_.operand[operand];
@@ -177,7 +177,7 @@ KL_EXT_INLINE typename math::Format<T>::Bits bits_at(const char* place, Storage 
                      : *reinterpret_cast<const typename math::Format<T>::Bits*>(place);
 }
 
-// Two numbers of each operand per thread, a block's width apart. Dtypes at run time: float64 among them only if T is double.
+// Two numbers of each operand per thread, a block's width apart. Dtypes are known at run time; float64 only if T is double.
 template <class T, bool with_bool = false>
 struct Strided {
   static constexpr int kItems = 2;
@@ -253,7 +253,7 @@ struct Strided {
     }
 
    private:
-    // operand: of the first, and then of what comes after the last.
+    // operand: the index of the first; left at the one after the last.
     template <class L, int kCount>
     KL_EXT_INLINE void load_each(int& operand, L (&loaded)[kCount]) const {
       for (int i = 0; i < kCount; ++i, ++operand) {

@@ -1,4 +1,4 @@
-// The conversions of math/half.h (any NaN for any NaN) on the device, where they are single instructions.
+// The conversions of math/half.h on the device, where they are single instructions. NaN payloads may differ.
 #pragma once
 
 #include "../math/half.h"
@@ -17,14 +17,14 @@ KL_EXT_INLINE auto widened(S x) {
   return math::widen(x);
 }
 
-// Two at a time, as the instructions have it.
+// Two numbers at a time, as the instructions do.
 template <class S, class T>
 KL_EXT_INLINE void narrow_pair(S& first, S& second, T x, T y) {
   math::narrow(first, x);
   math::narrow(second, y);
 }
 
-// Rounds numbers to a dtype that is known at run time, and stores them: as many as are valid, `stride` apart.
+// Rounds numbers to a dtype that is known at run time, and stores the valid ones, `stride` apart.
 template <class T, int kItems>
 KL_EXT_INLINE void store_rounded(void* to, Storage dtype, std::int64_t first, std::int64_t stride, std::int64_t valid,
                                  const T (&numbers)[kItems]) {

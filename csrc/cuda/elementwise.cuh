@@ -1,4 +1,4 @@
-// The kernels that are elementwise, and which of them an iteration takes. F: math/formulas.h; Access: access.cuh.
+// The elementwise kernels, and which of them an iteration takes. F: math/formulas.h; Access: access.cuh.
 #pragma once
 
 #include "../math/gaussian.h"
@@ -7,9 +7,9 @@
 
 namespace kl_ext::cuda {
 
-// The blocks that are to fit a multiprocessor, for __launch_bounds__: 4 leave a thread 64 registers; 3 and 2 leave the kernels
-// that hold most numbers 80 and 128, which those would else keep in local memory. A wide range takes registers of its own.
-// Without this bound the compiler sinks loads below the arithmetic.
+// The blocks per multiprocessor, for __launch_bounds__: 4 leave a thread 64 registers; 3 and 2 leave 80 and 128, for the
+// kernels that hold most numbers and would otherwise spill to local memory. A wide range needs more registers. Without any
+// bound the compiler sinks loads below the arithmetic.
 constexpr int blocks_per_processor(math::Range range, int numbers) {
   const int weight = range == math::Range::kWide ? 2 * numbers : numbers;
   return weight > 128 ? 2 : weight > 64 ? 3 : 4;
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(range, (F::kInp
 template <class F>
 constexpr int kBackwardOperands = F::kGradients + 1 + F::kInputs;
 
-// Every gradient is computed; those not wanted are not written.
+// Computes every gradient and writes those that are wanted.
 template <class F, math::Range range, class T, class Input, class Output, class Access>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor(range, kBackwardOperands<F>* Access::kItems))
     backward(const typename Access::template Plan<kBackwardOperands<F>> plan, const math::Settings<T> settings) {
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(range, kBackwar
   thread.template store<Input>(0, results);
 }
 
-// What the choice of a kernel has to know of the two.
+// What the choice of a kernel needs to know of forward and backward.
 template <class Of>
 struct Forward {
   using F = Of;
@@ -114,11 +114,11 @@ math::Settings<T> to_settings(const Settings& settings) {
 
 constexpr std::uint32_t blocks_for(std::uint32_t threads) { return (threads + kThreads - 1) / kThreads; }
 
-// Whether the range is the one that a formula nearly always has.
+// Whether the range is the usual one for the formula.
 template <class F, math::Range range>
 constexpr bool kIsUsual = range == math::Range::kNarrow || !F::kRanges;
 
-// Launches a vector kernel if the operands' dtypes and layouts let it.
+// Launches a vector kernel, if the operands' dtypes and layouts allow it.
 template <class Direction, math::Range range, class T, class Input, class Output>
 bool run_vectors(const Iteration& iteration, const Settings& settings, CUstream_st* stream) {
   constexpr int kItems = kVectorBytes / (sizeof(Input) < sizeof(Output) ? sizeof(Input) : sizeof(Output));
@@ -136,7 +136,7 @@ bool run_vectors(const Iteration& iteration, const Settings& settings, CUstream_
   for_each_piece(iteration, kMaxVectorDims, fits, [&](const Iteration& piece) {
     const auto plan = plan_vectors<Direction::kOperands>(piece, kItems);
     const std::uint32_t blocks = blocks_for(plan.vectors + (plan.tail > 0 ? 1 : 0));
-    // A wide clamp is rare enough to do without kernels of its own for operands in rows.
+    // A wide clamp is rare: it has no kernels of its own for operands in rows.
     if constexpr (kIsUsual<typename Direction::F, range>) {
       if (is_in_rows(piece)) {
         constexpr auto kernel = Direction::template kKernel<range, T, Input, Output, Vectors<kItems, true>>;
@@ -164,14 +164,14 @@ void run_strided(const Iteration& iteration, const Settings& settings, CUstream_
 template <class Direction, math::Range range, class T>
 void run_range(const Iteration& iteration, const Settings& settings, CUstream_st* stream) {
   bool done = false;
-  // Weights have dtypes of their own, and mostly are broadcast in other ways than the inputs.
+  // Weights have their own dtypes, and are mostly broadcast along other dimensions than the inputs.
   if constexpr (!Direction::F::kIsWeighted) {
     done = run_vectors<Direction, range, T, T, T>(iteration, settings, stream);
   }
   if constexpr (!Direction::F::kIsWeighted && sizeof(T) == sizeof(float)) {
     done = done || run_vectors<Direction, range, T, math::BFloat16, math::BFloat16>(iteration, settings, stream);
     done = done || run_vectors<Direction, range, T, math::Half, math::Half>(iteration, settings, stream);
-    // Under autocast.
+    // For autocast.
     done = done || run_vectors<Direction, range, T, math::BFloat16, float>(iteration, settings, stream);
     done = done || run_vectors<Direction, range, T, math::Half, float>(iteration, settings, stream);
   }
@@ -180,7 +180,7 @@ void run_range(const Iteration& iteration, const Settings& settings, CUstream_st
   }
 }
 
-// Calls run<range>().
+// Calls run<range>() with the range that the clamp needs.
 template <class F, class T, class Run>
 void with_range(const Settings& settings, const Run& run) {
   if constexpr (F::kRanges) {

@@ -1,5 +1,5 @@
-// Lanes folded among threads, in the order of math/summation.h: lane l takes lane l + h, for h halved from half the lanes to 1.
-// Every thread of a warp, or of the block, comes here together.
+// Folds lanes across threads, in the order of math/summation.h: lane l takes lane l + h, for h from half the lanes down to 1,
+// halved each time. All threads of a warp, or of the block, must call these together.
 #pragma once
 
 #include "access.cuh"
@@ -16,8 +16,8 @@ KL_EXT_INLINE void fold_items(T (&lanes)[kItems]) {
   }
 }
 
-// Threads `width` beside each other hold consecutive lanes each (neighbours), or lane = thread + width * item. The sum is left
-// with all of them.
+// Each of `width` neighbouring threads holds consecutive lanes (neighbours), or the lanes thread + width * item. All of them
+// get the sum.
 template <bool neighbours, class T, int kItems>
 KL_EXT_DEVICE T fold_among_neighbours(T (&lanes)[kItems], std::uint32_t width) {
   if constexpr (!neighbours) {
@@ -34,7 +34,7 @@ KL_EXT_DEVICE T fold_among_neighbours(T (&lanes)[kItems], std::uint32_t width) {
   return lanes[0];
 }
 
-// Threads `width` apart hold the lanes of a column. The sums are left with lane 0. exchange: kItems numbers for every second
+// Threads `width` apart hold the lanes of a column. Lane 0 gets the sums. exchange: room for kItems numbers for every second
 // thread of the block.
 template <class T, int kItems, class Exchange>
 KL_EXT_DEVICE void fold_across_block(T (&lanes)[kItems], Exchange exchange, std::uint32_t lane, std::uint32_t lane_count,
@@ -47,7 +47,7 @@ KL_EXT_DEVICE void fold_across_block(T (&lanes)[kItems], Exchange exchange, std:
       }
       continue;
     }
-    // Of 2 * distance threads beside each other, a power of two, the upper half speaks.
+    // Of 2 * distance neighbouring threads, a power of two, the upper half writes.
     const std::uint32_t place = (threadIdx.x / 2 & ~(distance - 1)) | (threadIdx.x & (distance - 1));
     const bool is_upper = (lane & half) != 0;
     __syncthreads();

@@ -1,4 +1,4 @@
-// The small kernels beside those that sum: what sums up partial sums, and the division of the gradient of a mean.
+// The small kernels after those that sum: adding up partial sums, and dividing the gradient of a mean.
 #include <algorithm>
 
 #include "exchange.cuh"
@@ -7,11 +7,11 @@
 namespace kl_ext::cuda {
 namespace {
 
-// A group of partial sums is for a team of threads beside each other, which loads all of its numbers before it uses any.
+// A group of partial sums belongs to a team of neighbouring threads, which loads all its numbers before it uses any.
 template <int kGroup>
 constexpr std::uint32_t kTeam = kGroup == math::kLanes ? 16 : 32;
 
-// S of a group of at most kGroup numbers `stride` apart; all teams of a warp come here together.
+// S of a group of at most kGroup numbers `stride` apart. All teams of a warp must call it together.
 template <int kGroup, class T, class Numbers>
 KL_EXT_DEVICE T sum_group(Numbers numbers, std::int64_t count, std::int64_t stride) {
   constexpr int kItems = math::kLanes / kTeam<kGroup>;
@@ -32,8 +32,8 @@ KL_EXT_DEVICE T sum_group(Numbers numbers, std::int64_t count, std::int64_t stri
   return fold_among_neighbours<false>(lanes, kTeam<kGroup>);
 }
 
-// numbers: [count, outputs, sums], of which kGroup are a group: of chunks, or of lanes. What kMaxGroups groups add up to goes to
-// parts, or to the results where that is all. A column is for 2^log_teams teams beside each other; where there are more groups
+// numbers: [count, outputs, sums], where kGroup of them, chunks or lanes, are a group. The sums of kMaxGroups groups each go to
+// parts, or to the results if that is everything. A column belongs to 2^log_teams neighbouring teams; if there are more groups
 // than teams, it has the block to itself.
 template <class T, int kGroup>
 __global__ void __launch_bounds__(kThreads)
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
-  // Every team of a column computes the same sum; here a team may have another size, which is why all of them come.
+  // Every team of a column computes the same sum. Teams may have another size here, so all of them must call sum_group.
   T sum[1];
   sum[0] = groups <= math::kLanes ? sum_group<math::kLanes, T>(of_column, groups, 1)
                                   : sum_group<kMaxGroups, T>(of_column, groups, 1);

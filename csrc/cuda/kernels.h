@@ -1,5 +1,5 @@
-// The interface of the CUDA kernels: an iteration over operands in device memory, handed over by the host code that knows
-// torch. Neither this header nor any file compiled by nvcc includes torch.
+// The interface of the CUDA kernels: an iteration over operands in device memory, passed by the host code that includes torch.
+// Neither this header nor any file compiled by nvcc includes torch.
 #pragma once
 
 #include "../math/formulas.h"
@@ -8,7 +8,7 @@ struct CUstream_st;
 
 namespace kl_ext::cuda {
 
-// The dtypes of tensors, bool only of weights.
+// The dtypes of tensors; bool is for weights only.
 enum Storage : std::int32_t { kFloat16, kBFloat16, kFloat32, kFloat64, kBool };
 
 KL_EXT_INLINE constexpr std::int64_t size_of(Storage dtype) {
@@ -19,14 +19,14 @@ constexpr int kMaxDims = 64;     // torch's own limit
 constexpr int kMaxOperands = 10; // of the backward of a weighted pair
 constexpr int kMaxOutputs = 4;
 
-// A tensor as the iteration walks it: strides in bytes, any of them may be zero.
+// A tensor as the iteration walks it. Strides are in bytes; any of them may be zero.
 struct Operand {
   char* data = nullptr; // null for a gradient that is not wanted
   Storage dtype = kFloat32;
   std::int64_t strides[kMaxDims] = {};
 };
 
-// At least one dimension, the fastest first; no size is 0. Operands in the order of the kernels below.
+// At least one dimension, the fastest first; no size is 0. Operands are in the order of the kernels below.
 struct Iteration {
   int ndim = 0;
   int operands = 0;
@@ -34,8 +34,8 @@ struct Iteration {
   Operand operand[kMaxOperands];
 };
 
-// An iteration of which outputs are summed over some dimensions, in the order of math/summation.h: that of the logical
-// coordinates, so the dimensions are those of the logical shape, the last first. An output that is summed has no data, and the
+// An iteration whose outputs are summed over some dimensions, in the order of math/summation.h. That is the order of the
+// logical coordinates, so the dimensions are those of the logical shape, the last first. A summed output has no data, and the
 // dtype of the arithmetic.
 struct Summation {
   Iteration terms;
@@ -44,13 +44,13 @@ struct Summation {
   std::int64_t divisor = 1;      // of the sums
 };
 
-// What is left of a sum of many chunks: the sums of the chunks; or of lanes of chunks, 64 for each 1024 chunks.
+// What a kernel leaves of a sum of many chunks: the sums of the chunks, or of lanes of chunks, 64 for each 1024 chunks.
 struct Partials {
   std::int64_t count;
   bool are_lanes;
 };
 
-// Where the sums of the summed outputs go, in their order: [kept coordinates], contiguous, each rounded once.
+// Where the sums of the summed outputs go, in order: [kept coordinates], contiguous, each rounded once.
 struct SumResults {
   void* data[kMaxOutputs];
   Storage dtype[kMaxOutputs];
@@ -60,8 +60,8 @@ using Settings = math::Settings<double>;
 
 namespace kernels {
 
-// Of a formula F; cmake/cuda.cmake says which there are. Operands: the result; the inputs. Arithmetic is in float64 if an
-// operand is float64, else in float32; each result is rounded once. All of it is put on the stream: nothing waits.
+// For a formula F; cmake/cuda.cmake lists the formulas. Operands: the result; the inputs. Arithmetic is in float64 if an
+// operand is float64, else in float32; each result is rounded once. Everything is put on the stream: nothing waits.
 template <class F>
 void forward(const Iteration& iteration, const Settings& settings, CUstream_st* stream);
 
@@ -69,8 +69,8 @@ void forward(const Iteration& iteration, const Settings& settings, CUstream_st* 
 template <class F>
 void backward(const Iteration& iteration, const Settings& settings, CUstream_st* stream);
 
-// The same operands. scratch: as many numbers of the arithmetic type as scratch_numel (sum_layout.h) says. There is at least
-// one term.
+// The sums of forward, with the same operands. scratch: as many numbers of the arithmetic type as scratch_numel (sum_layout.h)
+// says. There is at least one term.
 template <class F>
 void forward_sum(const Summation& summation, const Settings& settings, const SumResults& results, void* scratch,
                  CUstream_st* stream);
@@ -78,14 +78,14 @@ template <class F>
 void backward_sum(const Summation& summation, const Settings& settings, const SumResults& results, void* scratch,
                   CUstream_st* stream);
 
-// Sums each column of numbers [partials.count, outputs, sums]; scratch: of as many numbers for
-// each 2^20 chunks or 2^16 lanes, where there are more than those.
+// Sums each column of numbers [partials.count, outputs, sums]. scratch: a number for each output and sum, for each 2^20 chunks
+// or 2^16 lanes, if there are more than those.
 void finish_sums(const float* numbers, Partials partials, int outputs, std::int64_t sums, std::int64_t divisor,
                  const SumResults& results, float* scratch, CUstream_st* stream);
 void finish_sums(const double* numbers, Partials partials, int outputs, std::int64_t sums, std::int64_t divisor,
                  const SumResults& results, double* scratch, CUstream_st* stream);
 
-// quotients[i] = numbers[i] / divisor with IEEE's rounding, which torch's division by a number does not have on CUDA.
+// quotients[i] = numbers[i] / divisor, rounded as IEEE says, which torch's division by a number on CUDA is not.
 void divide(const void* numbers, Storage dtype, std::int64_t numel, std::int64_t divisor, float* quotients,
             CUstream_st* stream);
 void divide(const void* numbers, Storage dtype, std::int64_t numel, std::int64_t divisor, double* quotients,

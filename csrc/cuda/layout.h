@@ -1,11 +1,11 @@
-// From an iteration to what one launch of a kernel takes: whether 16-byte vectors will do, and pieces small enough for 32-bit
+// Turns an iteration into kernel launches: decides whether 16-byte vectors will do, and cuts pieces small enough for 32-bit
 // indices. Host code, except for the divider.
 #pragma once
 
 #include "kernels.h"
 
-// What signed 32-bit indices count. An emulation of CUDA on the host makes it less, so that small tensors are cut as large
-// ones.
+// The range of signed 32-bit indices. An emulation of CUDA on the host makes it smaller, so that small tensors are cut like
+// large ones.
 #if !defined(KL_EXT_INDICES)
 #define KL_EXT_INDICES (std::int64_t{1} << 31)
 #endif
@@ -16,8 +16,8 @@ constexpr std::int64_t kVectorBytes = 16;
 constexpr int kMaxVectorDims = 4;
 constexpr int kMaxStridedDims = 25;
 
-// Divides by a number fixed on the host, for dividends below 2^31: n / d = (n * (2^32 + magic) >> 32) >> log_divisor (Granlund and
-// Montgomery, Division by Invariant Integers using Multiplication, 1994).
+// Divides by a number fixed on the host, for dividends below 2^31: n / d = (n * (2^32 + magic) >> 32) >> log_divisor (Granlund
+// and Montgomery, Division by Invariant Integers using Multiplication, 1994).
 struct Divider {
   std::uint32_t divisor = 1;
   std::uint32_t magic = 1;
@@ -69,7 +69,7 @@ struct StridedPlan {
   Operand operand[kOperands];
 };
 
-// Whether the arithmetic is.
+// Whether the arithmetic is in float64.
 inline bool is_double(const Iteration& iteration) {
   bool any = false;
   for (int i = 0; i < iteration.operands; ++i) {
@@ -96,7 +96,7 @@ inline std::int64_t extent_of(const Iteration& iteration, const Operand& operand
   return extent;
 }
 
-// Whether an operand is read vector by vector, and not as a splat.
+// Whether an operand is read vector by vector, not as a splat.
 inline bool is_vector(const Operand& operand) { return operand.strides[0] == size_of(operand.dtype); }
 
 // The bytes of a vector of `items` numbers, or of the single number of a splat.
@@ -104,7 +104,7 @@ inline std::int64_t unit_of(const Operand& operand, int items) {
   return (is_vector(operand) ? items : 1) * size_of(operand.dtype);
 }
 
-// Whether every operand consists of aligned vectors of `items` numbers or is a splat. Dtypes are the caller's to look at.
+// Whether every operand consists of aligned vectors of `items` numbers or is a splat. The caller has to check dtypes.
 inline bool fits_vectors(const Iteration& iteration, int items, int outputs) {
   if (iteration.ndim > kMaxVectorDims || (iteration.ndim > 1 && iteration.sizes[0] % items != 0)) {
     return false;
@@ -128,7 +128,7 @@ inline bool fits_vectors(const Iteration& iteration, int items, int outputs) {
   return true;
 }
 
-// Whether the operands, which fit vectors, are rows of them: how far apart is each operand's own matter.
+// Whether the operands, which fit vectors, are rows of them; the distance of rows may differ between operands.
 inline bool is_in_rows(const Iteration& iteration) {
   bool in_rows = iteration.ndim <= 2;
   for (int i = 0; i < iteration.operands; ++i) {
@@ -144,7 +144,7 @@ VectorPlan<kOperands> plan_vectors(const Iteration& iteration, int items) {
   plan.vectors = static_cast<std::uint32_t>(numel / items);
   plan.tail = static_cast<std::uint32_t>(numel % items);
   plan.ndim = iteration.ndim;
-  plan.sizes[0] = Divider(std::int64_t{plan.vectors} + 1); // with the tail: all of them are in the first row
+  plan.sizes[0] = Divider(std::int64_t{plan.vectors} + 1); // with the tail, since all of them are in the first row
   for (int dim = 0; dim + 1 < iteration.ndim; ++dim) {
     plan.sizes[dim] = Divider(dim == 0 ? iteration.sizes[0] / items : iteration.sizes[dim]);
   }
@@ -204,8 +204,8 @@ inline int dim_to_cut(const Iteration& iteration) {
   return chosen;
 }
 
-// Calls run(piece) for the pieces of an iteration, of which a tensor of ordinary size makes but one: each has at most max_dims
-// dimensions and satisfies fits(piece). Cuts are at powers of two, so that what was aligned and divisible stays so.
+// Calls run(piece) for the pieces of an iteration; a tensor of ordinary size is a single piece. Each has at most max_dims
+// dimensions and satisfies fits(piece). Cuts are at powers of two, which keeps alignment and divisibility.
 template <class Fits, class Run>
 void for_each_piece(const Iteration& iteration, int max_dims, const Fits& fits, const Run& run) {
   if (iteration.ndim > max_dims) {
@@ -239,7 +239,7 @@ inline bool fits_vector_indices(const Iteration& iteration, int items) {
   return fits;
 }
 
-// Whether byte offsets and the number of elements do.
+// Whether byte offsets and the number of elements stay within 32 bits.
 inline bool fits_strided_indices(const Iteration& iteration) {
   bool fits = numel_of(iteration) < KL_EXT_INDICES;
   for (int i = 0; i < iteration.operands; ++i) {

@@ -31,7 +31,7 @@ inline Storage storage_of(at::ScalarType dtype) {
   }
 }
 
-// The value of a 0-dim CPU tensor goes to the device as an argument of a kernel: there is no copy to wait for.
+// A 0-dim CPU tensor on the device. Its value is passed as a kernel argument: there is no copy to wait for.
 inline at::Tensor on_device(const at::Tensor& tensor, at::Device device) {
   return tensor.is_cpu() ? at::empty({}, tensor.options().device(device)).fill_(tensor.item()) : tensor;
 }
@@ -56,7 +56,7 @@ class OnDevice {
   c10::SmallVector<NamedTensor, 5> arguments_;
 };
 
-// Operand i of the result is operand operands[i] of the iterator, or a gradient not wanted where that is negative.
+// Operand i of the result is operand operands[i] of the iterator, or a gradient that is not wanted if that is negative.
 inline Iteration to_iteration(const at::TensorIterator& iterator, c10::ArrayRef<int> operands) {
   Iteration iteration;
   iteration.ndim = std::max(iterator.ndim(), 1);
@@ -71,14 +71,14 @@ inline Iteration to_iteration(const at::TensorIterator& iterator, c10::ArrayRef<
       const auto strides = iterator.strides(operands[i]);
       std::copy(strides.begin(), strides.end(), operand.strides);
       if (iterator.numel() == 1) {
-        operand.strides[0] = size_of(operand.dtype); // whatever it was: a single number is contiguous
+        operand.strides[0] = size_of(operand.dtype); // whatever the stride was: a single number is contiguous
       }
     }
   }
   return iteration;
 }
 
-// Terms of the given shape, to be summed over the dimensions with a flag: operands are added in the order of kernels.h.
+// Terms of the given shape, to be summed over the flagged dimensions. Operands are added in the order of kernels.h.
 class Sum {
  public:
   Sum(at::IntArrayRef shape, c10::ArrayRef<bool> reduced, at::ScalarType arithmetic) : shape_(shape), arithmetic_(arithmetic) {
@@ -91,7 +91,7 @@ class Sum {
     }
   }
 
-  // An output whose sums go to a contiguous tensor of the kept coordinates.
+  // Adds an output whose sums go to a contiguous tensor of the kept coordinates.
   void add_sum(const at::Tensor& result) {
     const int output = summation_.terms.operands++;
     summation_.summed[output] = true;
@@ -102,10 +102,10 @@ class Sum {
     tensors_.push_back(result);
   }
 
-  // An output that is elementwise; a gradient that is not wanted, or not in this pass, if the tensor is undefined.
+  // Adds an elementwise output. If the tensor is undefined, a gradient that is not wanted, or not in this pass.
   void add_output(const at::Tensor& tensor, at::ScalarType dtype) {
     if (tensor.defined()) {
-      tensor.mutable_data_ptr(); // which makes a lazily copied tensor one of its own
+      tensor.mutable_data_ptr(); // materialises a lazily copied tensor
     }
     add(tensor, dtype);
   }
@@ -123,7 +123,7 @@ class Sum {
     }
   }
 
-  // The sums are divided by the divisor.
+  // Launches the sum; the sums are divided by the divisor.
   void run(LaunchSum launch, const Settings& settings, int64_t divisor, at::Device device) {
     if (count_ == 0) {
       for (const auto& result : tensors_) {
@@ -145,7 +145,7 @@ class Sum {
   at::IntArrayRef shape_;
   at::ScalarType arithmetic_;
   SumResults results_{};
-  c10::SmallVector<at::Tensor, kMaxOutputs> tensors_; // that the results go to
+  c10::SmallVector<at::Tensor, kMaxOutputs> tensors_; // for the results
   int64_t count_ = 1;                                 // terms of a sum
   int64_t sums_ = 1;
 };

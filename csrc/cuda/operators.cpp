@@ -1,5 +1,5 @@
-// The operators on CUDA devices, as torch sees them: allocation and the current stream; kernels.h does the rest. Nothing here
-// waits for the device, but for the gradient of an input that is on the CPU.
+// The operators on CUDA devices: allocation and the current stream; kernels.h does the rest. Nothing here waits for the device,
+// except for the gradient of an input that is on the CPU.
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAGuard.h>
 
@@ -65,7 +65,7 @@ at::Tensor forward_sum(const Terms& terms, at::ScalarType result, at::IntArrayRe
   return sums;
 }
 
-// One pass, in which some gradients are summed. operands: on the device.
+// One pass that sums some of the gradients. operands: on the device.
 void run_pass(const SumPass& pass, const Terms& terms, const at::Tensor& grad_output, NamedTensors operands,
               const Gradients& gradients) {
   Sum sum(grad_output.sizes(), pass.reduced, arithmetic_type(operands, grad_output.scalar_type()));

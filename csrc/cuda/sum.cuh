@@ -1,5 +1,5 @@
-// The kernels that sum terms in the order of math/summation.h, and which of them a summation takes. Each leaves the sum of a
-// chunk of at most 1024 terms, or of a lane of chunks; finish.cu sums up the lanes. Gradients that are not summed are written
+// The kernels that sum terms in the order of math/summation.h, and which of them a summation takes. Each computes the sum of a
+// chunk of at most 1024 terms, or of a lane of chunks; finish.cu adds up the lanes. Gradients that are not summed are written
 // in the same pass.
 #pragma once
 
@@ -12,14 +12,14 @@
 
 namespace kl_ext::cuda {
 
-// As blocks_per_processor in elementwise.cuh. Half types are bound by their arithmetic, which more warps keep busier.
+// Like blocks_per_processor in elementwise.cuh. Half types are bound by their arithmetic, which more warps keep busier.
 template <class Direction, math::Range range, class T, class Access>
 constexpr int sum_blocks_per_processor() {
   constexpr bool kIsWeighted = Direction::F::kIsWeighted;
   if (sizeof(T) == sizeof(double) && (Direction::kIsBackward || kIsWeighted) && range == math::Range::kWide) {
     return 1;
   }
-  if (!Access::kNeighbours && (Direction::kIsBackward || kIsWeighted)) { // offsets of many operands
+  if (!Access::kNeighbours && (Direction::kIsBackward || kIsWeighted)) { // for the offsets of many operands
     return 2;
   }
   if (sizeof(T) == sizeof(double) || Direction::kOutputs * Access::kItems > 16) {
@@ -28,11 +28,11 @@ constexpr int sum_blocks_per_processor() {
   return Access::kIsWhole && Access::kItems == 8 ? 4 : 3;
 }
 
-// Whether the chunks that take turns in a lane, 16 of them, fit a block together: it has kThreads * kItems / 64.
+// Whether the 16 chunks that take turns in a lane fit a block together, which holds kThreads * kItems / 64 chunks.
 template <class Access>
 constexpr bool kChunksTakeTurns = Access::kNeighbours && kThreads * Access::kItems >= math::kChunk;
 
-// The sum of the chunks in the block's places from this one on, for the first of them.
+// For the first of the chunks that take turns: the sum of the chunks in the block's places from this one on.
 template <class T, class Shared>
 KL_EXT_DEVICE T add_turns(T of_chunk, Shared of_chunks, std::uint32_t place, bool speaks, bool adds, std::uint32_t turns) {
   if (speaks) {
@@ -42,13 +42,13 @@ KL_EXT_DEVICE T add_turns(T of_chunk, Shared of_chunks, std::uint32_t place, boo
   T sum = T(0);
   if (speaks && adds) {
     for (std::uint32_t turn = 0; turn < turns; ++turn) {
-      sum += of_chunks[place + turn]; // a sum is never -0: adding +0 for a chunk that there is not leaves it as it is
+      sum += of_chunks[place + turn]; // a sum is never -0: adding +0 for a missing chunk does not change it
     }
   }
   return sum;
 }
 
-// What a kernel leaves of the sums in columns `gap` apart: partial sums, or the sums themselves, divided but for gradients.
+// Writes a kernel's results, in columns `gap` apart: partial sums, or the sums themselves, divided unless they are gradients.
 template <class Direction, class T, int kItems>
 KL_EXT_INLINE void leave(const SumShape<T>& shape, int output, std::int64_t partial, std::int64_t column, std::int64_t gap,
                          std::int64_t valid, T (&sums)[kItems]) {
@@ -70,9 +70,9 @@ KL_EXT_INLINE void leave(const SumShape<T>& shape, int output, std::int64_t part
   store_rounded(shape.results.data[output], shape.results.dtype[output], column, gap, valid, sums);
 }
 
-// Rows: the reduced dimensions are the fast ones. A chunk is for `width` threads beside each other, a power of two; they take
-// as many lanes as there are numbers in all their hands: lane = items * thread + item where those are neighbours, else thread +
-// width * item. In sums of more than 64 chunks, those that take turns in a lane are beside each other in a block.
+// Rows: the reduced dimensions are the fast ones. A chunk belongs to `width` neighbouring threads, a power of two; together
+// they have one lane for each of their items: lane = items * thread + item for neighbours, else thread + width * item. In sums
+// of more than 64 chunks, those that take turns in a lane are beside each other in a block.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access>
 __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access>())
     sum_rows(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,
@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   }
 }
 
-// Columns: the kept dimensions are the fast ones. A lane is a thread, which works on as many columns as it has items; `width`
-// threads beside each other have columns beside each other; a block has as many chunks as fit.
+// Columns: the kept dimensions are the fast ones. A thread has one lane of as many columns as it has items; `width`
+// neighbouring threads have neighbouring columns; a block has as many chunks as fit.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access>
 __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access>())
     sum_columns(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
     return
         typename Access::template Thread<Direction::kOperands>(plan, (first_term + term) * shape.columns + column, gap, valid);
   };
-  const auto all = [](std::int32_t) { return kItems; }; // columns that there are not are not written
+  const auto all = [](std::int32_t) { return kItems; }; // missing columns are computed but not written
   T lanes[Direction::kOutputs][kItems] = {};
   Q<Direction, T, Access> q;
   if constexpr (Direction::kSharesQ) {
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   }
 }
 
-// Launches a kernel on the layout, and returns what it leaves of a sum; plan: of its access.
+// Launches a kernel on the layout, and returns what it leaves of a sum. plan: of the kernel's Access.
 
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class Plan>
 Partials launch_columns(const SumLayout& layout, const Plan& plan, SumShape<T> shape, const Settings& settings,
@@ -200,12 +200,12 @@ Partials launch_rows(const SumLayout& layout, const Plan& plan, SumShape<T> shap
   const bool take_turns = kChunksTakeTurns<Access> && layout.chunks > math::kLanes && threads == kThreads;
   const std::int64_t turns = take_turns ? next_power_of_two(turns_of(layout.chunks)) : 1;
   const Partials partials{take_turns ? lanes_of(layout.chunks) : layout.chunks, take_turns};
-  const std::int64_t items = partials.count * turns; // of a row
+  const std::int64_t items = partials.count * turns; // for each row
   shape.threads = static_cast<std::uint32_t>(threads);
   shape.log_width = log2_of(width);
   shape.log_turns = log2_of(turns);
   shape.divider = Divider(items);
-  const std::int64_t rows = (KL_EXT_INDICES - kThreads) / width / items; // of a launch
+  const std::int64_t rows = (KL_EXT_INDICES - kThreads) / width / items; // in one launch
   for (shape.first = 0; shape.first < layout.sums; shape.first += rows) {
     shape.items = static_cast<std::uint32_t>(std::min(rows, layout.sums - shape.first) * items);
     const std::int64_t blocks = ceil_divide(shape.items * width, threads);
@@ -216,7 +216,7 @@ Partials launch_rows(const SumLayout& layout, const Plan& plan, SumShape<T> shap
   return partials;
 }
 
-// By columns or by rows, as the layout has it: RowTerms are for rows only, and what shares q for columns.
+// Launches by columns or by rows, as the layout says. RowTerms only exist for rows, directions that share q only for columns.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class Plan>
 Partials launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shape, const Settings& settings,
                      CUstream_st* stream) {
@@ -233,7 +233,7 @@ Partials launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shap
   }
 }
 
-// Nothing, where the operands' dtypes and layouts do not let it.
+// Returns nothing if the operands' dtypes and layouts do not allow vectors.
 template <class Direction, math::Range range, class T, class Input, class Output>
 std::optional<Partials> run_vector_sums(const SumLayout& layout, const SumShape<T>& shape, const Settings& settings,
                                         CUstream_st* stream) {
@@ -249,7 +249,7 @@ std::optional<Partials> run_vector_sums(const SumLayout& layout, const SumShape<
       !fits_vector_indices(layout.terms, kItems)) {
     return std::nullopt;
   }
-  if constexpr (!Direction::kIsBackward) { // a gradient is summed only where an operand is broadcast, in rows a splat
+  if constexpr (!Direction::kIsBackward) { // gradients are summed where an operand is broadcast: in rows, a splat
     if (!layout.by_columns && is_in_rows(layout.terms) && layout.terms.sizes[0] % kItems == 0) {
       const auto plan = plan_rows<Direction::kOperands>(layout.terms, kItems);
       return launch_sums<Direction, range, T, Input, Output, RowTerms<kItems>>(layout, plan, shape, settings, stream);
@@ -274,13 +274,13 @@ Partials run_sums(const SumLayout& layout, const SumShape<T>& shape, const Setti
       partials = run_vector_sums<Direction, range, T, Input, Output>(layout, shape, settings, stream);
     }
   };
-  // A wide clamp is rare enough to do without vectors; weights: run_range in elementwise.cuh.
+  // A wide clamp is rare: it has no vector kernels. For weights see run_range in elementwise.cuh.
   if constexpr (kIsUsual<F, range> && !F::kIsWeighted) {
     run.template operator()<T, T>();
     if constexpr (sizeof(T) == sizeof(float)) {
       run.template operator()<math::BFloat16, math::BFloat16>();
       run.template operator()<math::Half, math::Half>();
-      if constexpr (Direction::kIsBackward) { // of a mean
+      if constexpr (Direction::kIsBackward) { // the gradient of a mean
         run.template operator()<math::BFloat16, float>();
         run.template operator()<math::Half, float>();
       }

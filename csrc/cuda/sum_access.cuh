@@ -1,9 +1,9 @@
-// How a thread of a kernel that sums reads its terms: as access.cuh has it, from the rank of the first of them.
+// How a thread of a summing kernel reads its terms: as in access.cuh, but by the rank of the first of them.
 //
 //   kItems          the numbers of each operand that a thread works on at a time
-//   kNeighbours     whether they are beside each other; else they are as far apart as the threads that work together are many
+//   kNeighbours     whether they are beside each other; else their distance is the number of threads that work together
 //   kIsWhole        whether there are always kItems of them
-//   Thread(plan, first, gap, valid)   rank of the first, ranks from one to the next, how many of them there are
+//   Thread(plan, first, gap, valid)   the rank of the first number, the ranks between two, the number of those that exist
 #pragma once
 
 #include "access.cuh"
@@ -27,8 +27,8 @@ struct VectorTerms : Vectors<kNumbers, false> {
   };
 };
 
-// 16 bytes of each operand, in rows of whole vectors: without splats and with one division it takes fewer instructions, which
-// is what half types wait for.
+// 16 bytes of each operand, in rows of whole vectors. Without splats and with a single division it takes fewer instructions,
+// which half types are bound by.
 template <int kNumbers>
 struct RowTerms {
   static constexpr int kItems = kNumbers;
@@ -70,7 +70,7 @@ struct RowTerms {
   };
 };
 
-// Any strides, dtypes at run time: float64 among them only if T is double.
+// Any strides and dtypes, known at run time; none is float64 unless T is double.
 template <class T, bool with_bool = false>
 struct StridedTerms {
   static constexpr int kItems = 2;
@@ -90,7 +90,7 @@ struct StridedTerms {
   template <int kOperands>
   class Thread {
    public:
-    // Items that there are not read the first and are not written.
+    // Missing items read the first one and are not written.
     KL_EXT_INLINE Thread(const Plan<kOperands>& plan, std::int64_t first, std::int32_t gap, std::int64_t valid) : plan_(plan) {
       std::int64_t rest[kItems];
       for (int item = 0; item < kItems; ++item) {
@@ -146,7 +146,7 @@ struct StridedTerms {
     }
 
    private:
-    // operand: of the first, and then of what comes after the last.
+    // operand: the index of the first; left at the one after the last.
     template <class L, int kCount>
     KL_EXT_INLINE void load_each(int& operand, L (&loaded)[kCount]) const {
       for (int i = 0; i < kCount; ++i, ++operand) {

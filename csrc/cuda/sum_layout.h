@@ -1,5 +1,4 @@
-// From terms to be summed to what one launch takes: the order of the dimensions, the chunks of a sum, how threads share them.
-// Host code.
+// Turns a summation into kernel launches: the order of the dimensions, the chunks of a sum, how threads share them. Host code.
 #pragma once
 
 #include <algorithm>
@@ -7,23 +6,23 @@
 #include "../math/summation.h"
 #include "layout.h"
 
-// A launch that sums with no more threads than these has small blocks, so that every multiprocessor has some. An emulation of
-// CUDA on the host makes it less, so that small tensors are summed as large ones.
+// A launch that sums with at most this many threads has small blocks, so that every multiprocessor gets some. An emulation of
+// CUDA on the host makes it smaller, so that small tensors are summed like large ones.
 #if !defined(KL_EXT_FEW_THREADS)
 #define KL_EXT_FEW_THREADS (std::int64_t{1} << 17)
 #endif
 
 namespace kl_ext::cuda {
 
-// The threads of a block, for a launch of threads * count of them or more.
+// The threads per block, for a launch of threads * count of them or more.
 inline std::int64_t block_of(std::int64_t threads, std::int64_t count) {
   return count <= KL_EXT_FEW_THREADS / threads ? 64 : 256;
 }
 
-// What merges to more has at least 2^36 terms. Kernel parameters end at 4 KiB.
+// A tensor that merges to more dimensions has at least 2^36 terms. Kernel parameters are limited to 4 KiB.
 constexpr int kMaxSumDims = 36;
 constexpr std::int64_t kMaxTerms = std::int64_t{1} << 35; // of a sum: the chunks of one fit a launch
-// The groups that one block sums up in the end: of 1024 chunks each, with 64 lanes again.
+// The most groups that one block finally sums up, of 1024 chunks each, again by 64 lanes.
 constexpr int kMaxGroups = math::kChunk;
 
 KL_EXT_INLINE constexpr std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -56,9 +55,9 @@ inline std::int64_t turns_of(std::int64_t chunks) {
   return ceil_divide(std::min<std::int64_t>(chunks, math::kChunk), math::kLanes);
 }
 
-// A partial sum is a chunk, or a lane of chunks where those take turns: its first one.
+// The first chunk of a partial sum, which is a chunk, or a lane of chunks if they take turns.
 KL_EXT_INLINE std::int64_t chunk_of(std::uint32_t partial, std::int32_t log_turns) {
-  constexpr std::uint32_t kBetween = math::kChunk - math::kLanes; // chunks that are no first ones, in a group
+  constexpr std::uint32_t kBetween = math::kChunk - math::kLanes; // chunks of a group that are not the first of a lane
   return static_cast<std::int64_t>(partial) + (log_turns > 0 ? partial / math::kLanes * std::int64_t{kBetween} : 0);
 }
 
@@ -66,14 +65,14 @@ struct SumLayout {
   // Either the reduced dimensions come first, or the kept ones. Ranks among both are row-major.
   Iteration terms;
   bool by_columns;
-  int fast_dims;          // of those that come first
+  int fast_dims;          // the number of those that come first
   std::int64_t count = 1; // terms of a sum
   std::int64_t sums = 1;  // of an output
-  int outputs = 0;        // that are summed
+  int outputs = 0;        // summed ones
   std::int64_t chunks;    // of a sum
 };
 
-// The reduced or the kept dimensions, merged where every operand walks two as one.
+// The reduced or the kept dimensions, with two merged where every operand walks them as one.
 inline Iteration merged(const Summation& summation, bool reduced) {
   const Iteration& terms = summation.terms;
   Iteration result;
@@ -100,7 +99,7 @@ inline Iteration merged(const Summation& summation, bool reduced) {
   return result;
 }
 
-// Whether most operands walk the fastest kept dimension in smaller steps than the fastest reduced one.
+// Whether most operands have a smaller stride along the fastest kept dimension than along the fastest reduced one.
 inline bool kept_is_fast(const Iteration& kept, const Iteration& reduced) {
   int votes = 0;
   for (int i = 0; kept.ndim > 0 && reduced.ndim > 0 && i < kept.operands; ++i) {
@@ -151,7 +150,7 @@ inline SumLayout lay_out(const Summation& summation) {
   return layout;
 }
 
-// Whether every column of a pair's terms has a q of its own, whose gradients are sums, while p's are not. slots: SumShape's.
+// Whether every column of a pair's terms has its own q, whose gradients are sums while those of p are not. slots: see SumShape.
 inline bool shares_q(const SumLayout& layout, const std::int32_t (&slots)[kMaxOutputs]) {
   const Iteration& terms = layout.terms;
   bool shares = layout.by_columns && slots[0] < 0 && slots[1] < 0;
@@ -164,18 +163,18 @@ inline bool shares_q(const SumLayout& layout, const std::int32_t (&slots)[kMaxOu
   return shares;
 }
 
-// The numbers of the arithmetic type that a sum keeps between its launches, at most: its partial sums, and what finish_sums
-// adds up of them before it is done.
+// The most numbers of the arithmetic type that a sum keeps between its launches: its partial sums, and what finish_sums makes
+// of them before it is done.
 inline std::int64_t scratch_numel(const Summation& summation) {
   const SumLayout layout = lay_out(summation);
   const std::int64_t parts = ceil_divide(layout.chunks, std::int64_t{kMaxGroups} * math::kChunk);
   return layout.chunks > 1 ? (layout.chunks + parts) * layout.outputs * layout.sums : 0;
 }
 
-// What a kernel knows of the sums. `width` threads beside each other share a chunk (rows), or have a column each (columns).
+// The parameters of a summing kernel. `width` neighbouring threads share a chunk (rows), or have a column each (columns).
 template <class T>
 struct SumShape {
-  T* partials;           // [partial sums, summed outputs, sums]; null where a sum is but one chunk
+  T* partials;           // [partial sums, summed outputs, sums]; null if a sum is a single chunk
   SumResults results;    // by output
   std::int64_t pitch;    // of the partial sums
   std::int64_t count;    // terms of a sum
@@ -187,11 +186,11 @@ struct SumShape {
   std::int32_t log_width;
   std::int32_t log_lanes;          // columns: the threads of a column
   std::int32_t log_turns;          // rows: the items that take turns in a lane
-  std::int32_t slots[kMaxOutputs]; // the place of an output among those that are summed, or -1
+  std::int32_t slots[kMaxOutputs]; // the index of an output among the summed ones, or -1
   T divisor;
 };
 
-// Operands of a launch that sums terms in rows: the vectors of a row, and of each operand those from one row to the next.
+// Operands of a launch that sums terms in rows: the number of vectors in a row, and each operand's vectors between rows.
 template <int kOperands>
 struct RowPlan {
   Divider vectors;
@@ -211,7 +210,7 @@ RowPlan<kOperands> plan_rows(const Iteration& terms, int items) {
   return plan;
 }
 
-// Operands of a launch of a strided kernel that sums: byte offsets are 64-bit.
+// Operands of a launch of a strided summing kernel: byte offsets are 64-bit.
 template <int kOperands>
 struct TermsPlan {
   struct Operand {

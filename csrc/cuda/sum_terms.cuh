@@ -1,4 +1,4 @@
-// What a thread of a kernel that sums does with its terms: loads some steps of them, computes, and adds them to its lanes.
+// What a thread of a summing kernel does with its terms: loads several steps of them, computes, and adds to its lanes.
 #pragma once
 
 #include "elementwise.cuh"
@@ -6,8 +6,8 @@
 
 namespace kl_ext::cuda {
 
-// A backward of a pair of which every column has a q of its own, in sums by columns: a thread keeps its columns, and computes
-// what only q decides but once.
+// The backward of a pair in which every column has its own q, in sums by columns: a thread keeps its columns, and computes only
+// once what depends on q alone.
 template <class Of>
 struct BackwardGivenQ : Backward<Of> {
   using Given = typename Of::GivenQ;
@@ -25,7 +25,7 @@ struct SharingQ<Backward<F>> {
   using Type = BackwardGivenQ<F>;
 };
 
-// The q of a thread's columns: the last inputs of a GivenQ; nothing in other directions.
+// The q of a thread's columns: the last inputs of a GivenQ. Empty for other directions.
 template <class Direction, class T, class Access>
 struct Q {
   static constexpr int kItems = Direction::kSharesQ ? Access::kItems : 1;
@@ -45,26 +45,26 @@ struct Q {
   }
 };
 
-// The steps whose loads are all issued before any of their numbers is used: a chunk takes 16 steps at most, and what a short
-// sum waits for is memory.
+// How many steps issue their loads before any of their numbers is used: a chunk takes at most 16 steps, and a short sum mostly
+// waits for memory.
 template <class Direction, class Access>
 constexpr int kStepsAtOnce =
     Direction::kIsBackward                       ? 1
     : Access::kNeighbours && Access::kItems <= 4 ? 8 / Direction::F::kInputs
                                                  : (4 / Direction::F::kInputs > 0 ? 4 / Direction::F::kInputs : 1);
 
-// A thread's numbers in one step, and what becomes of them. Every gradient is computed.
+// A thread's numbers in one step, and their computation. Every gradient is computed.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access>
 struct Step {
   using F = typename Direction::F;
   using Thread = typename Access::template Thread<Direction::kOperands>;
   static constexpr int kInputs = F::kInputs;
   static constexpr int kFirstInput = Direction::kOperands - kInputs;
-  static constexpr int kOwn = Direction::kSharesQ ? 2 : kInputs;                // inputs of the terms
-  static constexpr int kOwnGradients = Direction::kSharesQ ? 2 : F::kGradients; // that may be theirs
+  static constexpr int kOwn = Direction::kSharesQ ? 2 : kInputs;                // inputs that are loaded for each term
+  static constexpr int kOwnGradients = Direction::kSharesQ ? 2 : F::kGradients; // gradients of those
 
   typename Access::template Loaded<Input> inputs[kOwn];
-  typename Access::template Loaded<Output> grad_output[1]; // of a backward
+  typename Access::template Loaded<Output> grad_output[1]; // for a backward
 
   KL_EXT_INLINE void load(const Thread& thread) {
     if constexpr (!Direction::kIsBackward) {
@@ -117,8 +117,8 @@ struct Step {
 template <class Direction>
 constexpr int kFirstSummed = Direction::kSharesQ ? 2 : 0;
 
-// Adds a thread's terms to its lanes: at `first`, first + stride, ... below count. at(term) gives the access to them, and
-// valid(term) how many of its items there are.
+// Adds a thread's terms to its lanes: terms first, first + stride, ... below count. at(term) gives access to a term, and
+// valid(term) the number of its items that exist.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class At, class Valid>
 KL_EXT_INLINE void add_terms(std::int32_t first, std::int32_t stride, std::int32_t count, math::Settings<T> settings,
                              const At& at, const Valid& valid, const Q<Direction, T, Access>& q,

@@ -1,19 +1,19 @@
-// e^x and its relatives in adds, multiplies, fma and bit operations only, without branches or tables: the same bits on every
-// processor, and no cancellation near x = 0.
+// e^x and its relatives by additions, multiplications, fma and bit operations only, without branches or tables: the same bits
+// on every processor, and no cancellation near x = 0.
 //
-//   phi(x) = e^x - 1 - x >= 0      half of it: error <= 2 ulp (largest found: 1.91)
+//   phi(x) = e^x - 1 - x >= 0      half of it has error <= 2 ulp (largest found: 1.91)
 //   expm1(x) = e^x - 1             error <= 1.5 ulp (largest found: 1.34)
 //
-// (float: over every number with |x| <= 50.5, double: at random.) The argument is written x = k ln 2 + r, s = 2^k.
+// (float: all numbers with |x| <= 50.5, double: random ones.) The argument is written x = k ln 2 + r, s = 2^k.
 //
-// For phi, k = trunc(x / ln 2). Truncation, and not rounding to nearest, is the point: r has the sign of x, and where k is not
-// 0 the terms s (1 + r + phi(r)) and -1 - x add up without cancelling.
+// For phi, k = trunc(x / ln 2). It must be truncation, not rounding to nearest: r then has the sign of x, and where k is not 0
+// the terms s (1 + r + phi(r)) and -1 - x add up without cancelling.
 //
-// For expm1, k is the floor for which 3/4 <= e^r <= 3/2: r is smaller, and s expm1(r) + (s - 1) loses least. The worst is next
-// to k = 0, where the sum falls to 1/2 (k = 1) and -1/4 (k = -1) while the ulp of expm1(r) grows with its size: it doubles at
-// -1/4 and 1/2, which are just those ends.
+// For expm1, k is the floor for which 3/4 <= e^r <= 3/2: r is smaller, and s expm1(r) + (s - 1) loses least. The worst cases
+// are next to k = 0, where the sum falls to 1/2 (k = 1) and -1/4 (k = -1) while the ulp of expm1(r) grows with its size: it
+// doubles at -1/4 and 1/2, which are exactly those ends.
 //
-// In the wide range everything is computed as half its value (with s/2), so that a divergence is finite wherever its value is.
+// In the wide range half of each value is computed (with s/2), so that a divergence is finite wherever its true value is.
 #pragma once
 
 #include "platform.h"
@@ -23,7 +23,7 @@ namespace kl_ext::math {
 template <class T, int n>
 constexpr T kTwoTo = n < 0 ? T(1) / T(std::uint64_t{1} << -n) : T(std::uint64_t{1} << n);
 
-// c_0 + c_2 x^2 + c_4 x^4 + ..., with 2^(power + i step) c_i in the place of c_i.
+// c_0 + c_2 x^2 + c_4 x^4 + ..., with 2^(power + i step) c_i in place of c_i.
 template <int power, int step, class T>
 KL_EXT_INLINE T every_other_term(T, T c) {
   return kTwoTo<T, power> * c;
@@ -39,7 +39,7 @@ KL_EXT_INLINE T every_other_term(T square, T c, T, More... more) {
   return fma(every_other_term<power + 2 * step, step>(square, more...), square, kTwoTo<T, power> * c);
 }
 
-// c_0 + c_1 x + c_2 x^2 + ..., likewise, from x and x^2: as many operations as with x alone, in half the time until the last.
+// c_0 + c_1 x + c_2 x^2 + ..., scaled in the same way, from x and x^2: as many operations as Horner's rule, half the latency.
 template <int power, int step, class T, class... More>
 KL_EXT_INLINE T polynomial(T x, T square, T c, More... more) {
   return fma(every_other_term<power + step, step>(square, more...), x, every_other_term<power, step>(square, c, more...));
@@ -88,11 +88,11 @@ struct Constants<double> {
   }
 };
 
-// An integral k is kept as k + kShift, which has it in its low bits.
+// An integral k is stored as k + kShift, which has k in its low bits.
 template <class T>
 constexpr T kShift = static_cast<T>(std::uint64_t{3} << (Format<T>::kMantissaBits - 1));
 
-// What adds k to an exponent.
+// The bits that add k to an exponent.
 template <class T>
 KL_EXT_INLINE typename Format<T>::Bits in_exponent(T shifted_k) {
   return to_bits(shifted_k) << Format<T>::kMantissaBits;
@@ -105,13 +105,13 @@ KL_EXT_INLINE T power_of_two(T shifted_k) {
   return from_bits<T>(in_exponent(shifted_k) + (static_cast<typename F::Bits>(F::kBias + more) << F::kMantissaBits));
 }
 
-// 2^k x for normal x and results, and for any x if k is 0. What it makes of NaN may be a number.
+// 2^k x for normal x and results, and for any x if k is 0. NaN may become a number.
 template <class T>
 KL_EXT_INLINE T times_power_of_two(T x, T shifted_k) {
   return from_bits<T>(to_bits(x) + in_exponent(shifted_k));
 }
 
-// 2^(1 - step) phi(r) / r of x = 2^-step r, for |r| <= ln 2.
+// 2^(1 - step) phi(r) / r for x = 2^-step r, |r| <= ln 2.
 template <int step, class T>
 KL_EXT_INLINE T phi_over_r(T x) {
   const T square = x * x;
@@ -139,11 +139,11 @@ enum class Range { kNarrow, kWide };
 template <class T>
 constexpr T kNarrowBound = sizeof(T) == 4 ? T(43) : T(350);
 
-// What the quotient is for: see above.
+// Which function the quotient is for; see above.
 enum class Use { kPhi, kExpm1 };
 
-// The k of 2^step x = k ln 2 + r. Wide: where e^x overflows, k stays at the largest exponent and r grows without bound, and
-// with it all that is computed from it.
+// The k of 2^step x = k ln 2 + r. Wide: where e^x overflows, k stays at the largest exponent, and r and all that is computed
+// from it grow without bound.
 template <Range range, int step, Use use, class T>
 KL_EXT_INLINE T quotient(T x) {
   constexpr T kFactor = kTwoTo<T, step> * Constants<T>::kLog2E;
@@ -155,11 +155,11 @@ KL_EXT_INLINE T quotient(T x) {
   return k;
 }
 
-// Wide: e^x is lost beside 1 below this x.
+// Wide: below this x, e^x is negligible against 1.
 template <class T>
 constexpr T kLowest = T(-0.625) * T(Format<T>::kBias);
 
-// Of 2^step x + 2^step error, where |error| is at most half an ulp of x; r is left as 2^-step r.
+// Splits 2^step x + 2^step error, where |error| is at most half an ulp of x; returns 2^-step r.
 template <Range range, int step = 0, Use use = Use::kPhi, class T>
 KL_EXT_INLINE Split<T> split(T x, T error) {
   constexpr T kUnit = kTwoTo<T, -step>;
@@ -171,7 +171,7 @@ KL_EXT_INLINE Split<T> split(T x, T error) {
   return {k + kShift<T>, fma(-k, kUnit * Constants<T>::kLn2High, x) + fma(-k, kUnit * Constants<T>::kLn2Low, error)};
 }
 
-// Of 2^step x.
+// Splits 2^step x; returns 2^-step r.
 template <Range range, int step = 0, Use use = Use::kPhi, class T>
 KL_EXT_INLINE Split<T> split(T x) {
   constexpr T kUnit = kTwoTo<T, -step>;
@@ -191,12 +191,12 @@ KL_EXT_INLINE Split<T> split_at_nearest(T x) {
   return {shifted_k, fma(-k, C::kLn2Low, fma(-k, C::kLn2High, x))};
 }
 
-// Whether x was split with an error. Without, it is so far from every k ln 2 that 2^k r is a normal number but for k = 0, and k
-// can be added to its exponent. With an error, r may be 0 or tiny for any k.
+// Whether x was split with an error. Without one, x is so far from every k ln 2 that 2^k r is a normal number unless k = 0, and
+// k can be added to its exponent. With an error, r may be 0 or tiny for any k.
 enum class Exactness { kExact, kWithError };
 
-// Half of phi(x), from half of x and its split with step 1: finite x may be infinite where its half is not, and so may 2^k
-// in the wide range. Where k = 0, all but the product is exactly 0. The other factor and half_x keep NaN.
+// Half of phi(x), from half of x and its split with step 1: x may overflow where its half does not, and so may 2^k in the wide
+// range. Where k = 0, all but the product is exactly 0. The other factor and half_x propagate NaN.
 template <Range range, Exactness exactness, class T>
 KL_EXT_INLINE T half_phi(T half_x, Split<T> half) {
   const T half_scale = power_of_two<-1>(half.shifted_k);
@@ -206,8 +206,8 @@ KL_EXT_INLINE T half_phi(T half_x, Split<T> half) {
   return fma(linear, phi_over_r<1>(half.r), ((half_scale - T(0.5)) - half_x) + linear);
 }
 
-// Half of expm1(x), of x split for it. Wide: a quarter at first, since half of it is finite up to where half of 2^k is not; but
-// where k = 0, a quarter might be subnormal.
+// Half of expm1(x), from x split for kExpm1. Wide: computes a quarter first, since half of expm1 is still finite where half of
+// 2^k is not; but where k = 0, a quarter might be subnormal.
 template <Range range, class T>
 KL_EXT_INLINE T half_expm1(Split<T> x) {
   constexpr int kPower = range == Range::kWide ? -2 : -1;

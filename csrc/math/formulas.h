@@ -1,4 +1,4 @@
-// The formulas that have kernels, on every backend: one list, and what a weight makes of each.
+// The list of the formulas that have kernels, for every backend, and their weighted forms.
 #pragma once
 
 #include <type_traits>
@@ -8,7 +8,7 @@
 
 namespace kl_ext::math {
 
-// The inputs of a formula, without what is behind them.
+// The first inputs, which belong to the formula itself; a weight may follow them.
 template <class F, class T>
 struct OwnInputs {
   T values[F::kInputs];
@@ -20,7 +20,7 @@ struct OwnInputs {
   }
 };
 
-// weight * term, with the weight as the last input. Where it is 0 the term is left out: it is +0, and so are its gradients,
+// weight * term, with the weight as the last input. Where it is 0 the term is left out: the term and its gradients are +0,
 // whatever the inputs are.
 template <class F>
 struct Weighted {
@@ -54,7 +54,7 @@ struct Weighted {
   }
 };
 
-// The same where every weight is 0 or 1, for kernels that read bools.
+// Weighted where every weight is 0 or 1, for kernels that read bools.
 template <class F>
 struct Masked : Weighted<F> {
   static constexpr bool kIsMasked = true;
@@ -67,7 +67,7 @@ struct Masked : Weighted<F> {
   }
 };
 
-// A weight as a term, for the sum of weights that a weighted mean is divided by.
+// A weight as a term, for the sum of weights that divides a weighted mean.
 struct Weight : Formula {
   static constexpr int kInputs = 1;
   static constexpr int kGradients = 0;
@@ -95,11 +95,11 @@ struct FormulaList {
 
 using Formulas = FormulaList<StandardDivergence, Divergence, StandardNormalDivergence, NormalDivergence>;
 
-// A formula where its type is not known.
+// The index of a formula, for code that does not know its type.
 template <class F>
 constexpr int kFormula = Formulas::index_of<F>();
 
-// A weight is a formula as well, the one behind all others.
+// Weight is a formula too; its index follows those in the list.
 template <>
 inline constexpr int kFormula<Weight> = Formulas::kCount;
 

@@ -1,5 +1,5 @@
-// The divergences of two Gaussians and their derivatives, per element: the only home of the formulas. With lp, lq the clamped
-// log-variances, d = lp - lq, D = mu_p - mu_q and w = e^-lq, in nats:
+// The divergences of two Gaussians and their derivatives, per element, in nats. No other file has these formulas. With lp, lq
+// the clamped log-variances, d = lp - lq, D = mu_p - mu_q and w = e^-lq:
 //
 //   KL(p||q) = half_phi(d) + D (D w) / 2
 //   dKL/dmu_p = D w = -dKL/dmu_q      dKL/dlp = expm1(d) / 2      dKL/dlq = -(expm1(d) + D^2 w) / 2
@@ -11,21 +11,21 @@
 //   gradients                      3 (2.5)
 //   the gradient of log_var_q      6 (5.3) of the larger of its two terms
 //
-// never negative, exactly 0 where p = q, infinite only where the value itself overflows. Infinite inputs give what the plain
-// formulas give, and NaN propagates.
+// Values are never negative, exactly 0 where p = q, and infinite only where the true value overflows. Infinite inputs give what
+// the plain formulas give, and NaN propagates.
 #pragma once
 
 #include "exponential.h"
 
 namespace kl_ext::math {
 
-// NaN stays. Of two zeros it may be either, on which no divergence and no gradient depends.
+// NaN stays. If x and a bound are zeros, the result may be either; no divergence or gradient depends on which.
 template <class T>
 KL_EXT_INLINE T clamp(T x, T low, T high) {
   return at_most(at_least(x, low), high);
 }
 
-// What torch.clamp does to the gradient of its input: the bounds themselves pass, NaN does not.
+// The gradient of torch.clamp: at the bounds themselves it passes, at NaN it does not.
 template <class T>
 KL_EXT_INLINE T clamp_gradient(T gradient, T x, T low, T high) {
   return is_within(x, low, high) ? gradient : T(0);
@@ -36,8 +36,8 @@ KL_EXT_INLINE bool is_infinite(T x) {
   return abs(x) == Format<T>::kInfinity;
 }
 
-// What a call sets: the clamp of the log-variances, and what is returned of a divergence, scale KL + offset. The documented
-// loss of a pair is 2 KL + 1/2; everything else is KL itself.
+// The settings of a call: the clamp of the log-variances, and the result scale KL + offset. The documented loss of a pair is
+// 2 KL + 1/2; everything else is KL itself.
 template <class T>
 struct Settings {
   T low;
@@ -69,7 +69,7 @@ KL_EXT_INLINE Scientific<T> to_scientific(T x) {
   return {regular ? from_bits<T>((bits & ~kExponentField) | kExponentOfOne) : x, regular ? exponent : T(0)};
 }
 
-// A product that is rounded but once: alone, or with what is added to it. Either factor is in range wherever the product is.
+// A product that is rounded only once: alone, or together with an addend. Where the product is in range, so are its factors.
 template <class T>
 struct Product {
   T left;
@@ -96,14 +96,14 @@ KL_EXT_INLINE T inverse_variance(T log_var_q) {
   return fma(scale, expm1_of_rest(x.r), scale);
 }
 
-// D^2 w / 2 in the narrow range, of half of w. It is infinite where D is.
+// D^2 w / 2 in the narrow range, from half of w. It is infinite where D is.
 template <class T>
 KL_EXT_INLINE Product<T> half_square_over(T mu_p, T mu_q, T half_inverse_var) {
   const T difference = mu_p - mu_q;
   return {difference, difference * half_inverse_var};
 }
 
-// For the gradients: scale D w and scale D^2 w / 2. Doubling D w afterwards would double the rounding of one that is subnormal.
+// For the gradients: scale D w and scale D^2 w / 2. Doubling D w afterwards would double the rounding error if it is subnormal.
 template <class T>
 struct MeanGradient {
   T of_mean;
@@ -126,7 +126,7 @@ KL_EXT_INLINE MeanGradient<T> mean_gradient(T mu_p, T mu_q, T log_var_q, T scale
     return mean_gradient_over(mu_p, mu_q, scale * inverse_variance<false>(log_var_q));
   } else {
     const T difference = mu_p - mu_q;
-    // Significands and exponents apart. Beyond kFar no difference of means brings the product back into range.
+    // Significands and exponents are kept apart. Beyond kFar no difference of means brings the product back into range.
     constexpr T kFar = T(2.5) * T(Format<T>::kBias + Format<T>::kMantissaBits);
     const Split<T> x = split_at_nearest(clamp(-log_var_q, -kFar, kFar));
     T inverse_var = T(1) + expm1_of_rest(x.r);
@@ -152,8 +152,8 @@ KL_EXT_INLINE Product<T> half_square(T mu_p, T mu_q, T log_var_q) {
   }
 }
 
-// The difference of two log-variances, or of 2^-step times both, with its rounding error folded into the reduction: without it
-// the divergence of two distributions that nearly agree is off by 33 ulp, with it by 4.
+// The difference of two log-variances, or of 2^-step times both, with its rounding error folded into the reduction: without the
+// error, the divergence of two distributions that nearly agree is off by 33 ulp, with it by 4.
 template <class T>
 struct Difference {
   T rounded;
@@ -166,20 +166,20 @@ KL_EXT_INLINE Difference<T> subtract(T p, T q) {
   const T minus_q = difference - p;
   T error = (p - (difference - minus_q)) - (q + minus_q);
   if constexpr (range == Range::kWide) {
-    error = error == error ? error : T(0); // NaN where something overflows, be it but on the way
+    error = error == error ? error : T(0); // NaN where an intermediate result overflows
   }
   return {difference, split<range, step, use>(difference, error)};
 }
 
-// The formulas, for kernels of any kind: inputs in the order of the operators' arguments, log-variances not yet clamped. Each has
+// The formulas, for all kernels: inputs in the order of the operators' arguments, log-variances not yet clamped. Each has
 //
-//   kInputs, kGradients                     the numbers that it takes, and the first of them that it has gradients for
+//   kInputs, kGradients                     the number of inputs, and of gradients: those of the first inputs
 //   kRanges                                 whether a clamp may make the narrow range enough
-//   kIsWeighted                             whether the last input is a weight, which may be of bools
-//   kIsMasked                               whether it is always of bools
-//   GivenQ                                  the formula with one more input, what only q decides: void if that is nothing
+//   kIsWeighted                             whether the last input is a weight, which may be a bool
+//   kIsMasked                               whether that weight is always a bool
+//   GivenQ                                  the formula with one more input, precomputed from q alone; void if there is none
 //   forward<range>(input, settings)         the divergence
-//   result(divergence, settings)            what an elementwise operator returns of it
+//   result(divergence, settings)            what an elementwise operator returns for it
 //   backward<range>(grad_output, input, settings, gradient)      the gradients of the result
 
 struct Formula {
@@ -266,7 +266,7 @@ struct Divergence : Formula {
   }
 };
 
-// The same where q is shared by many p: the last input is what only q decides, prepared<forward>(log_var_q). In the narrow range.
+// Divergence where many p share q: the last input is prepared<forward>(log_var_q), which depends on q alone. Narrow range only.
 struct DivergenceGivenQ : Divergence {
   static constexpr int kInputs = 5;
 

@@ -1,4 +1,4 @@
-// float16 and bfloat16 as 16 bits: widened exactly, narrowed with one rounding to nearest even. A bool as its byte, to be read.
+// float16 and bfloat16 as 16 bits: widened exactly, narrowed with one rounding to nearest even. A bool as its byte, read only.
 #pragma once
 
 #include "platform.h"
@@ -33,9 +33,9 @@ KL_EXT_INLINE float widen(float x) { return x; }
 
 KL_EXT_INLINE double widen(double x) { return x; }
 
-// The bits of x rounded to bfloat16 in the upper 16; the lower 16 mean nothing. Adding just under half a unit of the last kept
-// place, to a number that is a little more where that place is odd, rounds to nearest even. NaN stays NaN if its lower 16 bits
-// are 0, as they are of every NaN that arithmetic makes of bfloat16 numbers.
+// Rounds x to bfloat16 in the upper 16 bits; the lower 16 mean nothing. Adding just under half a unit of the last kept place,
+// and one more if that place is odd, rounds to nearest even. NaN stays NaN if its lower 16 bits are 0, as they are in every NaN
+// that arithmetic makes of bfloat16 numbers.
 KL_EXT_INLINE std::uint32_t round_to_bfloat16(float x) {
   const std::uint32_t bits = to_bits(x);
   return (bits | ((bits >> 16) & 1)) + 0x7fff;
@@ -45,7 +45,7 @@ KL_EXT_INLINE void narrow(BFloat16& out, float x) {
   out.bits = static_cast<std::uint16_t>(x != x ? 0x7fc0u : round_to_bfloat16(x) >> 16);
 }
 
-// Normal results round in the bits as above; subnormal ones by adding 1/2, whose last place is the smallest subnormal.
+// Normal results are rounded in the bits, as for bfloat16; subnormal ones by adding 1/2, whose ulp is the smallest subnormal.
 KL_EXT_INLINE void narrow(Half& out, float x) {
   const std::uint32_t bits = to_bits(x);
   const std::uint32_t sign = (bits >> 16) & 0x8000u;
@@ -65,7 +65,7 @@ KL_EXT_INLINE void narrow(float& out, double x) { out = static_cast<float>(x); }
 
 KL_EXT_INLINE void narrow(double& out, double x) { out = x; }
 
-// Rounded to odd on the way through float, so that the second rounding sees whether anything was cut off.
+// Rounds to odd in float first, so that the second rounding sees whether anything was cut off.
 template <class S>
 KL_EXT_INLINE void narrow(S& out, double x) {
   const float nearest = static_cast<float>(x);

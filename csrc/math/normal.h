@@ -1,5 +1,5 @@
-// The divergence of two Gaussians from their standard deviations p and q, and its derivatives, per element: the only home of
-// these formulas. With D = mu_p - mu_q, r = p / q = 2^k (1 + f) where 0.73 <= 1 + f <= 1.46, and x = D / q, in nats:
+// The divergence of two Gaussians from their standard deviations p and q, and its derivatives, per element, in nats. No other
+// file has these formulas. With D = mu_p - mu_q, r = p / q = 2^k (1 + f) where 0.73 <= 1 + f <= 1.46, and x = D / q:
 //
 //   KL = ((r^2 - 1) / 2 - ln r) + x^2 / 2
 //      = [(4^k - 1) / 2 - k ln 2] + (4^k - 1) f + f^2 ((4^k + 1) / 2 + f Q(f)) + x^2 / 2
@@ -7,22 +7,22 @@
 //   dKL/dp    = (p - q)(p + q) / (p q^2) = (p - q) / q^2 + (p - q) / (p q)
 //   dKL/dq    = -[D^2 / q^3 + (p - q) / q^2 ((p - q) / q + 2)]
 //
-// Next to p = q, k is 0, f is exactly what p - q makes it, and everything but the last two terms is exactly 0. Against N(0, 1):
-// mu_q = 0, q = 1. Error bounds, for finite means and positive finite deviations, subnormal ones too, in ulps of the result
-// (largest found, float and double):
+// Next to p = q, k is 0, f comes exactly from p - q, and everything but the last two terms is exactly 0. Against N(0, 1):
+// mu_q = 0, q = 1. Error bounds, for finite means and positive finite deviations, including subnormal ones, in ulps of the
+// result (largest found in float and double in brackets):
 //
 //   KL                             4.5 (4.0, 3.9)
 //   gradients of means             4.5 (3.3, 2.9)
-//     where it and D / q are at least 16 times the least normal number: 2.5 (1.9, 1.9)
+//     where they and D / q are at least 16 times the least normal number: 2.5 (1.9, 1.9)
 //   gradient of p                  4 (3.8, 3.8)
 //   gradient of q                  9 (7.9, 8.3) of the larger of its two terms
 //     where p >= q                 8 (5.5, 4.7) of itself
 //   against N(0, 1): KL            3 (2.8, 2.5)
 //   against N(0, 1): gradient      1.5 (1.0, 1.0)
 //
-// never negative, exactly 0 where p = q, infinite only where the value itself overflows: r, r^2, D or 1 / q^2 may be beyond the
-// exponents where the result is not. Nothing is clamped, and nobody knows the deviations before the call, so that there is one
-// range: a faster one for usual numbers would have to be chosen by a number's neighbours, and its bits would depend on them.
+// Values are never negative, exactly 0 where p = q, and infinite only where the true value overflows: r, r^2, D or 1 / q^2 may
+// be out of range where the result is not. Nothing is clamped and the deviations are unknown before the call, so there is only
+// one range: a fast path for usual numbers would be chosen for several neighbours at once, and bits would depend on neighbours.
 //
 // NaN propagates. A negative deviation makes the value and the gradients of deviations NaN; a q that is negative or 0 makes the
 // gradients of means NaN as well. As in the plain formula, the value is infinite where p is 0 or q is infinite, NaN where p is
@@ -30,14 +30,14 @@
 // -inf. An infinite q makes every gradient NaN. An infinite p makes its own gradient NaN and that of q -inf; against N(0, 1),
 // its own is inf.
 //
-// The second derivatives, row by row the Hessian times a direction v: v_D and v_d are the differences, p's less q's, of its
-// means and of its deviations, v_q is its deviation of q, and d = (p - q) / q:
+// The second derivatives: each row of the Hessian times a direction v. v_D and v_d are the differences (that of p minus that of
+// q) of the directions of means and of deviations, v_q is the direction of q, and d = (p - q) / q:
 //
 //   mu_p:  (v_D - 2 x v_q) / q^2, and its opposite for mu_q
 //   p:     [(1 + 1 / r^2) v_d - d (2 + 1 / r + 1 / r^2) v_q] / q^2
 //   q:     [d (3 r + 1) v_q - 2 r v_d + x (3 x v_q - 2 v_D)] / q^2
 //
-// Next to p = q they have no terms that cancel but those of v_d. Against N(0, 1): v_mu, and (1 + 1 / p^2) v_p.
+// Next to p = q only the terms of v_d cancel. Against N(0, 1): v_mu, and (1 + 1 / p^2) v_p.
 #pragma once
 
 #include "gaussian.h"
@@ -71,19 +71,19 @@ struct RatioConstants<double> {
   }
 };
 
-// The bits of 2^n, for n in the exponent range of normal numbers; of infinity for the n above it.
+// The bits of 2^n, for n in the exponent range of normal numbers; for the next larger n, those of infinity.
 template <class T, int n>
 constexpr typename Format<T>::Bits kBitsOfTwoTo =
     static_cast<typename Format<T>::Bits>(Format<T>::kBias + n) << Format<T>::kMantissaBits;
 
-// A NaN whose lower half is 0, as rounding to bfloat16 asks for.
+// A NaN whose lower half is 0, as round_to_bfloat16 requires.
 template <class T>
 KL_EXT_INLINE T not_a_number() {
   constexpr typename Format<T>::Bits kInfinity = kBitsOfTwoTo<T, Format<T>::kBias + 1>;
   return from_bits<T>(kInfinity | kInfinity >> 1);
 }
 
-// min(x, 2^n) and max(x, 2^n) of a positive x, as integers: of floating-point selects between constants gcc makes a path for
+// min(x, 2^n) and max(x, 2^n) for positive x, as integers: for floating-point selects between constants gcc makes a path for
 // each outcome, and computes all that follows, divisions too, on each.
 template <int n, class T>
 KL_EXT_INLINE T at_most_power_of_two(T x) {
@@ -102,12 +102,12 @@ template <class T>
 struct ScaledDeviation {
   T value;
   T factor;
-  typename Format<T>::Bits exponent; // in the place of an exponent: with another deviation's, the ratio of the two factors
+  typename Format<T>::Bits exponent; // biased; subtracting that of another deviation gives the ratio of the factors
 };
 
 // The value is from 1/2 to 1, times 2^-lower; less for subnormal deviations, and up to 2^8 for the largest. For those the
-// factor stays at 2^-120 (double: 2^-1016), so that it times another times a difference of deviations is exact, and does not
-// lose bits as a subnormal number would. The factor is a power of two whatever x is.
+// factor stays at 2^-120 (double: 2^-1016): its product with another factor and a difference of deviations is then exact, and
+// loses no bits as a subnormal number would. The factor is a power of two whatever x is.
 template <int lower = 0, class T>
 KL_EXT_INLINE ScaledDeviation<T> scale_deviation(T x) {
   using F = Format<T>;
@@ -120,9 +120,8 @@ KL_EXT_INLINE ScaledDeviation<T> scale_deviation(T x) {
   return {x * factor, factor, exponent};
 }
 
-// The n for which 2^-n ratio is from 0.73 to 1.46, |n| < 64. With 3/4 in the place of 0.73, f would reach 1/2, next to which
-// the divergence is small for k = -1 and what is added up to it is not: an ulp would be lost. For ratios of 0, infinity and
-// NaN, n means nothing.
+// The n for which 2^-n ratio is from 0.73 to 1.46, |n| < 64. With 3/4 instead of 0.73, f would reach 1/2, where for k = -1 the
+// divergence is small but its summands are not: that would lose an ulp. For ratios of 0, infinity and NaN, n is meaningless.
 template <class T>
 struct Octave {
   static constexpr int kBias = 64;
@@ -142,8 +141,8 @@ KL_EXT_INLINE Octave<T> octave_of(T ratio) {
   return {from_bits<T>(kBitsOfTwoTo<T, Octave<T>::kBias> - (bits & ~kMantissa)), bits >> F::kMantissaBits};
 }
 
-// k of r = p / q = 2^k (1 + f), and 4^k / 8. 4^k stays at a size for which the value overflows where it would itself, and at
-// one that is lost beside 1 where it would be less.
+// k of r = p / q = 2^k (1 + f), and 4^k / 8. 4^k is limited: upwards to where the value overflows anyway, downwards to where it
+// is negligible against 1.
 template <class T>
 struct RatioExponent {
   T k;
@@ -154,7 +153,7 @@ template <class T>
 KL_EXT_INLINE RatioExponent<T> ratio_exponent(typename Format<T>::Bits p, typename Format<T>::Bits q, Octave<T> octave) {
   using F = Format<T>;
   using Bits = typename F::Bits;
-  // The difference of two exponents needs a bit more than an exponent has: the sign's.
+  // The difference of two exponents needs one more bit than an exponent, for the sign.
   constexpr Bits kDifferences = Bits{1} << (8 * sizeof(Bits) - 1);
   constexpr Bits kZero = 2 * (F::kBias + 1) + Octave<T>::kBias;
   constexpr Bits kHighest = kZero + (F::kBias + 3) / 2;
@@ -166,7 +165,7 @@ KL_EXT_INLINE RatioExponent<T> ratio_exponent(typename Format<T>::Bits p, typena
           from_bits<T>((limited << (F::kMantissaBits + 1)) + ((F::kBias - 3 - 2 * kZero) << F::kMantissaBits))};
 }
 
-// (r^2 - 1) / 2 - ln r, computed as an eighth of itself, which is finite on the way wherever it is.
+// (r^2 - 1) / 2 - ln r, computed as an eighth of itself, so that no intermediate result overflows where the value does not.
 template <class T>
 KL_EXT_INLINE T ratio_divergence(RatioExponent<T> r, T f) {
   using C = Constants<T>;
@@ -175,25 +174,25 @@ KL_EXT_INLINE T ratio_divergence(RatioExponent<T> r, T f) {
   const T curve = fma(f, RatioConstants<T>::template q<-3>(f, square), fma(T(0.5), r.eighth_square, T(0.0625)));
   const T constant = fma(r.k, T(-0.125) * C::kLn2High, T(0.5) * slope);
   const T linear = fma(r.k, T(-0.125) * C::kLn2Low, fma(slope, f, constant));
-  // f curve and not f^2 is what is rounded: its ulp is the smaller where the sum's is smallest, just below f^2 for k = 0.
+  // Rounds f curve, not f^2: its ulp is smaller where that of the sum is smallest, just below f^2 for k = 0.
   return T(8) * fma(f * curve, f, linear);
 }
 
-// What stands for the above where p is 0 or q is infinite, so that the ratio is 0, and where a deviation is not one.
+// The divergence, or its special value: where p is 0 or q is infinite (ratio 0), and where a deviation is invalid.
 template <class T>
 KL_EXT_INLINE T or_special(T divergence, T ratio, bool deviations) {
   const T or_infinite = ratio == T(0) ? Format<T>::kInfinity : divergence;
   return deviations & (ratio < Format<T>::kInfinity) ? or_infinite : not_a_number<T>();
 }
 
-// (mu_p - mu_q) factor. A factor below 1 comes before the difference, which might overflow, and one above 1 after it.
+// (mu_p - mu_q) factor. A factor below 1 is applied before the subtraction, which might overflow, one above 1 after it.
 template <class T>
 KL_EXT_INLINE T scaled_difference(T mu_p, T mu_q, T factor) {
   const T down = at_most_power_of_two<0>(factor);
   return fma(mu_p, down, -(mu_q * down)) * at_least_power_of_two<0>(factor);
 }
 
-// The formulas, for kernels of any kind: inputs in the order of the operators' arguments. Range and settings mean nothing here.
+// The formulas, for all kernels: inputs in the order of the operators' arguments. Range and settings have no effect here.
 
 struct NormalDivergence : Formula {
   static constexpr bool kRanges = false;
@@ -207,13 +206,13 @@ struct NormalDivergence : Formula {
     const T inverse = T(1) / q.value;
     const T ratio = p.value * inverse;
     const Octave<T> octave = octave_of(ratio);
-    // Exact, and so f is but for its last rounding.
+    // rest is exact, and f is too except for its last rounding.
     const T rest = fma(p.value, octave.inverse, -q.value);
     const T rounded = rest * inverse;
     const T f = fma(fma(-rounded, q.value, rest), inverse, rounded);
     T divergence = ratio_divergence(ratio_exponent(p.exponent, q.exponent, octave), f);
     divergence = or_special(divergence, ratio, (input[1] >= T(0)) & (input[3] > T(0)));
-    // x = distance + residual / q.value. Of an infinite distance there is no residual.
+    // x = distance + residual / q.value. If the distance is infinite, the residual is taken as 0.
     const T difference = scaled_difference(input[0], input[2], q.factor);
     const T distance = difference * inverse;
     const T remainder = fma(-distance, q.value, difference);
@@ -224,7 +223,7 @@ struct NormalDivergence : Formula {
   template <Range range, class T>
   KL_EXT_INLINE static void backward(T grad_output, const T (&input)[kInputs], Settings<T>, T (&gradient)[kGradients]) {
     constexpr int kHalfway = (Format<T>::kBias + 1) / 2;
-    // Lower by 2^9, gap * p.factor stays in range where p is tiny and q is huge.
+    // Scaled down by another 2^9, so that gap * p.factor stays in range where p is tiny and q is huge.
     const ScaledDeviation<T> p = scale_deviation<9>(input[1]);
     const ScaledDeviation<T> q = scale_deviation(input[3]);
     const T value_q = q.value > T(0) ? q.value : not_a_number<T>();
@@ -232,12 +231,12 @@ struct NormalDivergence : Formula {
     const T distance = scaled_difference(input[0], input[2], q.factor);
     const T inverse_p = T(1) / p.value;
     const T inverse = T(1) / value_q;
-    // 1 / value_q^2, rounded as if but once.
+    // 1 / value_q^2, as if rounded only once.
     const T error = fma(-inverse, value_q, T(1));
     const T square = inverse * inverse;
     const T inverse_square = square + fma(square, error + error, fma(inverse, inverse, -square));
-    // 1 / q^2 = inverse_square * q.factor^2, and 1 / q^3 has one factor more, which is inner * outer. The outer one comes last,
-    // so that no product overflows before. It is 1 but for q < 2^-kHalfway, of which no product is subnormal without it.
+    // 1 / q^2 = inverse_square * q.factor^2, and 1 / q^3 has one factor more. q.factor = inner * outer; outer is applied last,
+    // so that no product overflows before. It is 1 unless q < 2^-kHalfway, and then no product without it is subnormal.
     const T inner = at_most_power_of_two<kHalfway>(q.factor);
     const T outer = at_least_power_of_two<kHalfway>(q.factor) * from_bits<T>(kBitsOfTwoTo<T, -kHalfway>);
     const T by_mean = (distance * inner) * inverse_square;
@@ -272,7 +271,7 @@ struct StandardNormalDivergence : Formula {
     const T p = input[1] >= T(0) ? input[1] : not_a_number<T>();
     const T inverse = T(1) / p;
     const T rounded = p - inverse;
-    // Where the inverse is infinite or 0, there is no error of it.
+    // Where the inverse is infinite or 0, there is nothing to correct.
     const T corrected = fma(-inverse, fma(-inverse, p, T(1)), rounded);
     gradient[0] = grad_output * input[0];
     gradient[1] = grad_output * (corrected == corrected ? corrected : rounded);

@@ -1,11 +1,11 @@
-// What lets one header serve host and device: the only file in math/ that knows which compiler reads it.
+// What lets one header serve host and device. No other file in math/ depends on the compiler.
 #pragma once
 
 #include <cstdint>
 
-// Always inlined: the CPU kernels are compiled once per instruction set, and a function left out of line would be one weak
-// symbol of which the linker keeps a single copy, for the wrong instruction set. The emulation of CUDA, which has but one, is
-// compiled in less than half the time without it, and defines the macro before.
+// Always inlined: the CPU kernels are compiled once per instruction set, and a function that is not inlined would be one weak
+// symbol of which the linker keeps a single copy, for the wrong instruction set. The emulation of CUDA has only one instruction
+// set; it defines the macro itself, and compiles in less than half the time.
 #if defined(KL_EXT_INLINE)
 #elif defined(__CUDACC__)
 #define KL_EXT_INLINE __host__ __device__ __forceinline__
@@ -13,8 +13,8 @@
 #define KL_EXT_INLINE inline __attribute__((always_inline))
 #endif
 
-// In front of a short loop with a fixed number of turns: what stayed a loop would end the vectorising of the one around it, and
-// what it indexes would be in memory and not in registers.
+// Put before a short loop with a fixed number of turns: if it stayed a loop, the loop around it would not be vectorised, and
+// the arrays it indexes would be in memory instead of registers.
 #if defined(KL_EXT_UNROLL)
 #elif defined(__CUDACC__)
 #define KL_EXT_UNROLL _Pragma("unroll")
@@ -24,7 +24,7 @@
 
 namespace kl_ext::math {
 
-// The unsigned integer as wide as T, T's mantissa bits without the implicit one, and T's exponent bias.
+// The unsigned integer as wide as T, the number of T's mantissa bits without the implicit one, and T's exponent bias.
 template <class T>
 struct Format;
 
@@ -56,7 +56,7 @@ KL_EXT_INLINE T from_bits(typename Format<T>::Bits bits) {
   return __builtin_bit_cast(T, bits);
 }
 
-// IEEE operations with one rounding. Contraction is off everywhere, so that a fused operation is one that is written here.
+// IEEE operations with one rounding. Contraction is off everywhere, so operations are fused only where fma is written.
 #if defined(__CUDA_ARCH__)
 KL_EXT_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 KL_EXT_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
@@ -77,8 +77,8 @@ KL_EXT_INLINE float abs(float x) { return __builtin_fabsf(x); }
 KL_EXT_INLINE double abs(double x) { return __builtin_fabs(x); }
 #endif
 
-// max(x, low) and min(x, high) for bounds that are not NaN; NaN stays NaN. (sm_80 has instructions for float, which the compiler
-// does not find by itself: for them +0 is larger than -0.)
+// max(x, low) and min(x, high) for bounds that are not NaN; NaN stays NaN. (sm_80 has instructions for float, which the
+// compiler does not find by itself; they treat +0 as larger than -0.)
 template <class T>
 KL_EXT_INLINE T at_least(T x, T low) {
   return x < low ? low : x;
@@ -101,8 +101,8 @@ KL_EXT_INLINE float at_most(float x, float high) {
 }
 #endif
 
-// Whether low <= x <= high. What is clamped to them has been computed on the CPU, where a comparison costs as much as a
-// multiplication; on a GPU, keeping it would take registers.
+// Whether low <= x <= high. On the CPU this reuses the clamped x, since a comparison costs as much as a multiplication; on a
+// GPU, keeping that would take registers.
 template <class T>
 KL_EXT_INLINE bool is_within(T x, T low, T high) {
 #if defined(__CUDA_ARCH__)
