@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import table
-from table import BOTH, COMPILED, EAGER, KL_EXT, rows_of
+from pages import cells
+from pages.tables import BOTH, COMPILED, EAGER, KL_EXT, rows_of
 
 try:
     import matplotlib
@@ -73,7 +73,7 @@ def roofline(result: dict[str, Any]) -> Any:
             rate = row["bytes"] / row["us"][KL_EXT][1] / 1e3
             label = f"{row['case']}: {rate:.0f} GB/s"
             axes.plot(row["operations"] / row["bytes"], reached, "o", color=f"C{index}", label=label)
-        title = f"{table.elements(largest)} terms, {count} thread{'s' if count > 1 else ''}"
+        title = f"{cells.elements(largest)} terms, {count} thread{'s' if count > 1 else ''}"
         axes.set(xscale="log", yscale="log", title=title, xlabel="operations per byte")
         axes.legend(fontsize=7, loc="lower right")
     panels[0][0].set_ylabel("10⁹ operations a second")
@@ -124,7 +124,7 @@ def accuracy(result: dict[str, Any]) -> Any:
 def _sizes(axes: Axes, result: dict[str, Any], suite: str) -> None:
     """Ticks at the sizes that were measured."""
     sizes = list(dict.fromkeys(row["elements"] for row in rows_of(result, suite)))
-    axes.set_xticks(sizes, [table.elements(size) for size in sizes])
+    axes.set_xticks(sizes, [cells.elements(size) for size in sizes])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
 
@@ -155,7 +155,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
 def main() -> int:
     """Draw all plots."""
     arguments = sys.argv[1:]
-    source = Path(arguments[0]) if arguments else table.RESULTS / "cpu.json"
+    source = Path(arguments[0]) if arguments else ROOT / "benchmarks" / "results" / "cpu.json"
     folder = Path(arguments[1]) if len(arguments) > 1 else ROOT / "docs"
     draw(json.loads(source.read_text()), folder)
     return 0
