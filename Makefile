@@ -83,7 +83,7 @@ check-cuda: $(package) ## build the CUDA kernels, which needs nvcc and no GPU, a
 
 # Of the CPU kernels and calls, which a busy machine does not change; needs valgrind.
 check-instructions: $(stamps)/test ## count the instructions of the CPU kernels and compare them with their ceilings
-	$(bin)/python benchmarks/instructions.py $(ARGS)
+	$(bin)/python benchmarks/instructions/count.py $(ARGS)
 
 nightly: $(stamps)/test ## run the tests that are too slow for make test; writes docs/nightly.md
 	$(bin)/python tests/nightly.py $(ARGS)

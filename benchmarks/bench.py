@@ -20,15 +20,12 @@ from typing import Any
 import torch
 from torch._inductor.utils import fresh_cache
 
-import goals
-import scaling
-import suites
-import table
-import timing
-from accuracy import accuracy
-from machine import describe_machine
-from suites import KI, MI, Plan
-from timing import Effort
+from measure import goals, scaling, suites, timing
+from measure.accuracy import accuracy
+from measure.machine import describe_machine
+from measure.suites import KI, MI, Plan
+from measure.timing import Effort
+from pages import tables
 
 try:
     from tqdm import tqdm
@@ -142,8 +139,8 @@ def main() -> int:
         "goals": goals.judge(rows),
         "rows": rows,
     }
-    print(f"\n{table.machine(result)}")
-    for title, kind in table.PRINTED.items():
+    print(f"\n{tables.machine(result)}")
+    for title, kind in tables.PRINTED.items():
         if text := kind(result):
             print(f"{title}\n\n{text}")
     if options.out:

@@ -24,8 +24,8 @@ import time
 import traceback
 from pathlib import Path
 
-from gpu_context import ROOT, Context, Found, said_by, save
-from gpu_stages import STAGES
+from gpu.context import BENCHMARKS, ROOT, Context, Found, said_by, save
+from gpu.stages import STAGES
 
 STATUSES = {"passed": 0, "partial": 3, "unavailable": 3, "failed": 1, "timed out": 1}
 
@@ -34,7 +34,8 @@ def run_stage(name: str, command: list[str], limit: float, folder: Path) -> Foun
     """Run a stage in a process group of its own; what it found, also where it was killed."""
     result = folder / f"{name}.json"
     result.unlink(missing_ok=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    path = [str(ROOT), str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     start, status = time.monotonic(), None
     with (folder / f"{name}.log").open("w") as log:
         process = subprocess.Popen(

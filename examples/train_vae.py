@@ -2,6 +2,7 @@
 
     python examples/train_vae.py                     (make demo runs this)
     python examples/train_vae.py --epochs 40 --latent-dim 8 --loss reference
+    python examples/train_vae.py --pictures docs/pictures      (the picture of README.md too)
 
 The model: the latent variables z of an image x of the digit y have the prior p(z | y) = N(mu_y, sigma_y^2), with a mean and a
 variance learned for each of the ten classes. The encoder gives q(z | x, y) = N(mu, sigma^2), the decoder p(x | z, y). Each of
@@ -33,7 +34,7 @@ try:
     from torch import Tensor, nn
     from tqdm import tqdm
 
-    from vae_figure import save_figure
+    from vae_figure import DARK, LIGHT, PAPER, save_figure
 except ModuleNotFoundError as error:
     sys.exit(f"The demo needs {error.name}: `make demo` installs everything, or `pip install '.[demo]'`.")
 
@@ -250,6 +251,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (%(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights, batches and noise (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for vae.png and metrics.csv")
+    help_text = "folder for demo-light.png and demo-dark.png too, the same picture for light and dark pages"
+    parser.add_argument("--pictures", type=Path, help=help_text)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device; use --device cpu")
@@ -281,18 +284,23 @@ def main() -> int:
 
     shown = next(t for t in trainings if t.name == options.loss)
     firsts = [int((labels[held_out] == digit).nonzero()[0]) + TRAINING_IMAGES for digit in range(CLASSES)]
-    save_figure(
-        options.out / "vae.png",
-        curves={FORMULAS[t.name]: [row["loss"] for row in t.history] for t in trainings},
-        tolerance=TOLERANCE,
-        originals=images[firsts].cpu(),
-        reconstructions=reconstruct(shown.model, images[firsts], labels[firsts]).cpu(),
-        samples=sample(shown.model, 9, options.seed).cpu(),
-        kl_by_dimension=results[shown.name]["kl_by_dimension"],
-        active_nats=ACTIVE_NATS,
-        subtitle=f"{FORMULAS[shown.name]}, {options.latent_dim} latent dimensions, ELBO of held-out images "
-        f"{results[shown.name]['elbo']:.1f} nats",
-    )
+    figures = {options.out / "vae.png": PAPER}
+    if options.pictures:
+        options.pictures.mkdir(parents=True, exist_ok=True)
+        figures |= {options.pictures / "demo-light.png": LIGHT, options.pictures / "demo-dark.png": DARK}
+    for path, theme in figures.items():
+        save_figure(
+            path,
+            theme,
+            curves={FORMULAS[t.name]: [row["loss"] for row in t.history] for t in trainings},
+            originals=images[firsts].cpu(),
+            reconstructions=reconstruct(shown.model, images[firsts], labels[firsts]).cpu(),
+            samples=sample(shown.model, 9, options.seed).cpu(),
+            kl_by_dimension=results[shown.name]["kl_by_dimension"],
+            active_nats=ACTIVE_NATS,
+            subtitle=f"{FORMULAS[shown.name]}, {options.latent_dim} latent dimensions, held-out ELBO "
+            f"{results[shown.name]['elbo']:.1f} nats",
+        )
     print(f"  picture  {options.out / 'vae.png'}\n  metrics  {options.out / 'metrics.csv'}\n")
 
     difference = largest_difference(*(training.history for training in trainings))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "docs" / "nightly.md"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from machine import describe_machine  # noqa: E402
+from measure.machine import describe_machine  # noqa: E402
 
 
 class Recorder:

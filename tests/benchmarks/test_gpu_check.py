@@ -77,7 +77,7 @@ def test_the_bandwidth_has_its_contenders_and_goals(dry_run):
 
 
 def test_the_tables_show_what_was_measured_and_no_dry_run(load, dry_run):
-    tables = load("gpu_tables")
+    tables = load("pages.gpu_tables")
     for kind in tables.KINDS.values():
         with pytest.raises(SystemExit, match="measures nothing"):
             kind(dry_run[0])
@@ -97,7 +97,7 @@ def test_the_tables_show_what_was_measured_and_no_dry_run(load, dry_run):
 
 
 def test_the_table_of_stages_says_what_failed_and_what_was_left_out(load):
-    tables = load("gpu_tables")
+    tables = load("pages.gpu_tables")
     run = {"passed": 7, "failed": 2, "skipped": {"needs two|more GPUs": 3}, "lacking": {"mpmath": 1}, "ended": False}
     run["failures"] = [{"test": "tests/test_a.py::test_b", "message": "why"}]
     launches = {"calls": 5, "complete": False, "wrong": ["a kernel"]}
@@ -119,7 +119,7 @@ def test_the_table_of_stages_says_what_failed_and_what_was_left_out(load):
 
 
 def test_the_time_limits_fit_in_ten_minutes(load):
-    assert sum(limit for limit, _ in load("gpu_stages").STAGES.values()) <= 600
+    assert sum(limit for limit, _ in load("gpu.stages").STAGES.values()) <= 600
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ RACE = """\
 
 
 def test_a_report_of_kl_exts_kernels_is_told_from_others(load):
-    tools = load("gpu_tools")
+    tools = load("gpu.tools")
     ours = tools.parse_sanitizer(RACE)
     assert (ours["errors"], ours["in_kl_ext"]) == (1, 1) and "sum_partials" in ours["first"]
     theirs = tools.parse_sanitizer(RACE.replace("kl_ext::cuda::<unnamed>", "at::native"))
@@ -228,14 +228,14 @@ def test_a_report_of_kl_exts_kernels_is_told_from_others(load):
     [("  --kernel-name arg", "--kernel-name"), ("  --kernel-regex arg", "--kernel-regex"), ("  --filter arg", "--filter")],
 )
 def test_the_filter_is_spelt_as_the_tool_has_it(load, help_text, option):
-    sanitizer_command = load("gpu_tools").sanitizer_command
+    sanitizer_command = load("gpu.tools").sanitizer_command
     assert f"{option} kns=kl_ext python" in " ".join(sanitizer_command("x", "memcheck", help_text, ["python"]))
     assert "kns" not in " ".join(sanitizer_command("x", "initcheck", help_text, ["python"]))
 
 
 @pytest.mark.parametrize("anonymous", ["<unnamed>", "(anonymous namespace)", "_GLOBAL__N__a1b7e21e_9_finish_cu_fb52"])
 def test_a_kernel_is_known_by_its_name(load, anonymous):
-    kernel = load("gpu_tools").KERNEL
+    kernel = load("gpu.tools").KERNEL
     assert kernel.search(f"void kl_ext::cuda::{anonymous}::sum_partials<float>(const T1 *, long)")[1] == "sum_partials"
     assert (
         kernel.search("void kl_ext::cuda::sum_rows<kl_ext::cuda::Forward<kl_ext::math::StandardDivergence>>(T7)")[1]
@@ -256,14 +256,14 @@ def test_a_kernel_is_known_by_its_name(load, anonymous):
     ],
 )
 def test_a_kernel_is_known_by_what_ncu_prints(load, printed, name):
-    tools = load("gpu_tools")
+    tools = load("gpu.tools")
     line = tools._NCU_LINE.format("7", printed.removeprefix("void "), "gpu__time_duration.sum", "ns", "1,500")
     assert tools.PRINTED_BY_NCU.match(printed)[1] == name
     assert tools.parse_ncu(tools._NCU_COLUMNS + line) == [{"kernel": name, "nanoseconds": 1500}]
 
 
 def test_kernels_that_are_not_the_cases_are_not_taken_for_them(load):
-    tools = load("gpu_tools")
+    tools = load("gpu.tools")
     kernels = tools.parse_ncu(tools.RECORDED_NCU)
     assert [kernel["kernel"] for kernel in kernels] == ["forward", "sum_rows", "sum_partials"]
     assert kernels[0] == {"kernel": "forward", "read": 6.71e6, "written": 3.3e6, "nanoseconds": 5120}
@@ -290,14 +290,15 @@ def test_files_that_cannot_be_collected_are_named_with_the_reason(load, tmp_path
     ]
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
     problem = "ModuleNotFoundError: No module named 'a_module_that_there_is_not'"
-    assert load("gpu_tests").collection_errors(output) == {"test_a.py": problem}
+    assert load("gpu.tests").collection_errors(output) == {"test_a.py": problem}
 
 
 @pytest.fixture
-def run_tests(load, tmp_path):
+def run_tests(load, monkeypatch, tmp_path):
     """Runs a file of tests as a stage does."""
-    gpu_tests = load("gpu_tests")
-    context = load("gpu_context").Context(tmp_path, tmp_path / "result", 60, dry_run=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    gpu_tests = load("gpu.tests")
+    context = load("gpu.context").Context(tmp_path, tmp_path / "result", 60, dry_run=False)
 
     def run(text: str, seconds: float) -> dict:
         (tmp_path / "test_x.py").write_text(text)
@@ -339,7 +340,7 @@ def test_outcomes_count_though_the_last_test_hangs(run_tests):
 def test_the_goals_name_what_missed_them(load):
     row = {"case": "a", "dtype": "float32", "size": "1 GiB", "is_reduction": False, "share_of_copy": 0.94}
     rows = [row, {**row, "dtype": "bfloat16"}, {**row, "size": "L2", "torch.compile": {"ratio": 0.99}}]
-    found = load("gpu_stages").goals(rows)
+    found = load("gpu.stages").goals(rows)
     assert [(goal["met"], goal["of"]) for goal in found] == [(0, 1), (1, 1), (0, 1), (0, 0)]
     assert found[0]["missed"] == [(0.94, "a, float32, 1 GiB")]
 
@@ -348,7 +349,7 @@ def test_the_goals_name_what_missed_them(load):
 def test_the_contenders_compute_the_same(load, case):
     import torch
 
-    gpu_cases = load("gpu_cases")
+    gpu_cases = load("gpu.cases")
     chosen = gpu_cases.cases()[case]
     tensors = [x.double() for x in chosen.fresh(3, torch.float32, "cpu")]
     results = [chosen.own()(*tensors), chosen.plain()(*tensors), chosen.eager(tensors)()]

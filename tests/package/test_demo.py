@@ -17,6 +17,8 @@ EPOCHS = 2
 for module in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(module)
 
+from PIL import Image  # noqa: E402
+
 
 def train_vae(*options: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run as `make demo` does, from a folder where nothing is imported by accident."""
@@ -29,7 +31,8 @@ def train_vae(*options: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What a short run printed, and its folder."""
     folder = tmp_path_factory.mktemp("demo")
-    completed = train_vae("--epochs", EPOCHS, "--latent-dim", 5, "--seed", 3, "--out", folder / "new" / "out", cwd=folder)
+    options = ("--epochs", EPOCHS, "--latent-dim", 5, "--seed", 3, "--out", folder / "new" / "out")
+    completed = train_vae(*options, "--pictures", folder / "new" / "pictures", cwd=folder)
     assert completed.returncode == 0, completed.stderr
     assert "training" in completed.stderr, "no progress bar"
     return completed.stdout, folder / "new" / "out"
@@ -84,6 +87,19 @@ def test_the_picture_is_a_png_of_readable_size(demo):
     header = (folder / "vae.png").read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     assert int.from_bytes(header[16:20], "big") >= 1000
+
+
+def test_the_picture_has_two_versions_for_pages_whose_background_shows_through(demo):
+    _, folder = demo
+    picture, *versions = (
+        Image.open(path).convert("RGBA")
+        for path in (folder / "vae.png", *(folder.parent / "pictures" / f"demo-{theme}.png" for theme in ("light", "dark")))
+    )
+    assert min(picture.getpixel((0, 0))) >= 250  # white and opaque, in a palette
+    for version in versions:
+        assert version.size == picture.size
+        assert version.getpixel((0, 0))[3] == 0
+    assert versions[0].tobytes() != versions[1].tobytes()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """A pytest plugin: the outcome of every test as a line of JSON, at once: a run that is killed leaves what it has found.
 
-python -m pytest -p gpu_report --outcomes FILE
+python -m pytest -p gpu.report --outcomes FILE    (with benchmarks/ on PYTHONPATH)
 """
 
 from __future__ import annotations

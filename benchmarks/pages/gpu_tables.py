@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cells import table
+from .cells import table
 
 Result = dict[str, Any]
 Found = dict[str, Any]
@@ -34,7 +34,7 @@ def stages_of(result: Result) -> dict[str, Found]:
 
 
 def measured(result: Result) -> list[Found]:
-    """The rows of gpu_bandwidth.py that have a number."""
+    """The rows of the bandwidth stage that have a number."""
     return [row for row in stages_of(result)["bandwidth"]["rows"] if "kl_ext" in row]
 
 

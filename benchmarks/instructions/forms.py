@@ -1,6 +1,6 @@
 """Calls in the forms that people write, each beside a form that is known to be fast: neither may cost much more.
 
-python benchmarks/forms.py LIBRARY    (under callgrind, for instructions.py: LIBRARY is callgrind.c, compiled)
+python benchmarks/instructions/forms.py LIBRARY    (under callgrind, for count.py: LIBRARY is callgrind.c, compiled)
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from torch.distributions import Normal, kl_divergence
 
 import kl_ext
 import kl_ext.reference
-import timing
+
+from . import timing
 
 KL_EXT, EAGER, COMPILED, DISTRIBUTIONS, DIFFUSERS = (
     "kl_ext",

@@ -13,10 +13,10 @@ import numpy
 import torch
 from torch import Tensor
 
-import timing
-from suites import Case, Plan
-from timing import Row
-from workloads import COMPILED, PEERS
+from . import timing
+from .suites import Case, Plan
+from .timing import Row
+from .workloads import COMPILED, PEERS
 
 DISTANCES = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]  # from the prior: small ones are posterior collapse
 # The function, how many tensors it takes, and its least value.

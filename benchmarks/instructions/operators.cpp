@@ -1,4 +1,4 @@
-// Runs each operator under callgrind, one dump for each case: benchmarks/instructions.py builds it and reads the dumps.
+// Runs each operator under callgrind, one dump for each case: count.py builds it and reads the dumps.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <dlfcn.h>

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-import gpu_tools
-from gpu_context import BENCHMARKS, ROOT, Context, Found, program, said_by, save
-from gpu_tests import bits, tests
+from . import tools
+from .context import ROOT, Context, Found, program, said_by, save
+from .tests import bits, tests
 
 BUILD_TOOLS = ["cmake", "ninja", "c++", "nvcc"]
 
@@ -92,11 +92,11 @@ def build(context: Context) -> Found:
 
 
 def bandwidth(context: Context) -> Found:
-    """The table of gpu_bandwidth.py, and the goals."""
+    """The table of bandwidth.py, and the goals."""
     path = context.folder / "bandwidth_rows.json"
     path.unlink(missing_ok=True)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(context.folder / "inductor"))
-    command = [sys.executable, str(BENCHMARKS / "gpu_bandwidth.py"), "--device", context.device, "--result", str(path)]
+    command = [sys.executable, "-m", "gpu.bandwidth", "--device", context.device, "--result", str(path)]
     if context.dry_run:
         command += ["--rows", "4", "--rounds", "2"]
     process = subprocess.Popen([*command, "--seconds", str(max(20.0, context.seconds - 25))])
@@ -138,11 +138,11 @@ def _goal(goal: str, values: list[tuple[float, Found]], least: float) -> Found:
 
 
 def tool(context: Context, name: str) -> str | None:
-    return str(gpu_tools.stub(context.folder, name)) if context.dry_run else program(name)
+    return str(tools.stub(context.folder, name)) if context.dry_run else program(name)
 
 
 def run_tool(context: Context, command: list[str]) -> tuple[str, int]:
-    """The output and the exit status of a tool over gpu_launches.py; the caching allocator hides what lies beyond a tensor."""
+    """The output and the exit status of a tool over launches.py; the caching allocator hides what lies beyond a tensor."""
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     print(shlex.join(command), flush=True)
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -155,7 +155,7 @@ def run_tool(context: Context, command: list[str]) -> tuple[str, int]:
 
 
 def last_json(output: str, field: str) -> Found | None:
-    """What gpu_launches.py has printed among the words of a tool."""
+    """What launches.py has printed among the words of a tool."""
     lines = [line for line in output.splitlines() if line.startswith("{") and f'"{field}"' in line]
     return json.loads(lines[-1]) if lines else None
 
@@ -165,18 +165,18 @@ def sanitizer(name: str) -> Callable[[Context], Found]:
         where = tool(context, "compute-sanitizer")
         if where is None:
             return {"status": "unavailable", "reason": "compute-sanitizer is not on this machine"}
-        launches = [sys.executable, str(BENCHMARKS / "gpu_launches.py"), "--device", context.device]
+        launches = [sys.executable, "-m", "gpu.launches", "--device", context.device]
         launches += ["--calls", "20"] if context.dry_run else ["--seconds", str(max(5.0, context.seconds - 15))]
-        command = gpu_tools.sanitizer_command(where, name, said_by(where, "--help") or "", launches)
+        command = tools.sanitizer_command(where, name, said_by(where, "--help") or "", launches)
         output, exit_status = run_tool(context, command)
-        parsed, done = gpu_tools.parse_sanitizer(output), last_json(output, "calls")
+        parsed, done = tools.parse_sanitizer(output), last_json(output, "calls")
         found = {"exit_status": exit_status, **parsed, "launches": done}
         if parsed["refused"]:
             return {"status": "unavailable", **found}
         ours = parsed["in_kl_ext"]
         if name != "initcheck" and not context.dry_run:  # kl_ext's kernels alone were watched
             ours = max(ours, (parsed["errors"] or 0) - parsed["of_calls"])
-        if ours or done is None or done["wrong"] or parsed["errors"] is None or exit_status not in (0, gpu_tools.FOUND):
+        if ours or done is None or done["wrong"] or parsed["errors"] is None or exit_status not in (0, tools.FOUND):
             return {"status": "failed", **found}
         return {"status": "passed" if done["complete"] or context.dry_run else "partial", **found}
 
@@ -189,12 +189,12 @@ def ncu(context: Context) -> Found:
     if where is None:
         return {"status": "unavailable", "reason": "ncu is not on this machine"}
     size, limit = (10_000_000, ["--calls", "2"]) if context.dry_run else (512 * 2**20, [])
-    launches = [sys.executable, str(BENCHMARKS / "gpu_launches.py"), "--device", context.device, "--bytes", str(size), *limit]
-    output, exit_status = run_tool(context, gpu_tools.ncu_command(where, launches))
-    if reason := gpu_tools.refusal(output):
+    launches = [sys.executable, "-m", "gpu.launches", "--device", context.device, "--bytes", str(size), *limit]
+    output, exit_status = run_tool(context, tools.ncu_command(where, launches))
+    if reason := tools.refusal(output):
         return {"status": "unavailable", "reason": reason}
-    kernels, listed = gpu_tools.parse_ncu(output), last_json(output, "cases")
-    rows = gpu_tools.match(kernels, listed["cases"]) if listed else None
+    kernels, listed = tools.parse_ncu(output), last_json(output, "cases")
+    rows = tools.match(kernels, listed["cases"]) if listed else None
     if exit_status or not rows:
         return {"status": "failed", "exit_status": exit_status, "kernels": kernels}
     return {"status": "passed", "most": max(row["of_least"] for row in rows), "rows": rows}

@@ -1,7 +1,7 @@
 """Count the instructions of the CPU kernels and of whole calls, and compare them with stated ceilings.
 
-    python benchmarks/instructions.py            (`make check-instructions`; needs valgrind and a C++ compiler)
-    python benchmarks/instructions.py --write    (state new ceilings: what was counted and a tenth more)
+    python benchmarks/instructions/count.py            (`make check-instructions`; needs valgrind and a C++ compiler)
+    python benchmarks/instructions/count.py --write    (state new ceilings: what was counted and a tenth more)
 
 Unlike times, instructions are the same on a busy machine: a kernel that is no longer vectorised, a layout that falls to a
 slower path, or a call that got longer shows at once. Callgrind, which has no AVX-512, makes torch and kl_ext choose AVX2;
@@ -27,8 +27,8 @@ import torch
 import kl_ext
 
 HERE = Path(__file__).resolve().parent
-CEILINGS = HERE / "instructions.json"
-ELEMENTS, CALLS = 64 * 64, 200  # as in instructions.cpp
+CEILINGS = HERE / "ceilings.json"
+ELEMENTS, CALLS = 64 * 64, 200  # as in operators.cpp
 SLACK = 1.1
 WRITTEN, FAST = "form written: ", "form fast: "
 
@@ -36,7 +36,7 @@ WRITTEN, FAST = "form written: ", "form fast: "
 def require(*tools: str) -> None:
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
-        sys.exit(f"instructions.py needs {' and '.join(missing)} (Debian and Ubuntu: apt install valgrind g++).")
+        sys.exit(f"instructions/count.py needs {' and '.join(missing)} (Debian and Ubuntu: apt install valgrind g++).")
 
 
 def count_forms(folder: Path) -> None:
@@ -57,7 +57,7 @@ def build(folder: Path) -> Path:
     include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     link = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10", "-ldl"]
     program = folder / "instructions"
-    subprocess.run(["g++", "-O1", "-std=c++20", *include, HERE / "instructions.cpp", *link, "-o", program], check=True)
+    subprocess.run(["g++", "-O1", "-std=c++20", *include, HERE / "operators.cpp", *link, "-o", program], check=True)
     return program
 
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 import kl_ext
-import timing
-from forms import ELEMENTS, FAST, FORMS, form_tensors
+from instructions.forms import ELEMENTS, FAST, FORMS, form_tensors
 from kl_ext import _library
-from timing import Effort, Row, Timed
-from workloads import DIFFUSERS, DISTRIBUTIONS, EAGER, KL_EXT, PEERS, WORKLOADS
+
+from . import timing
+from .timing import Effort, Row, Timed
+from .workloads import DIFFUSERS, DISTRIBUTIONS, EAGER, KL_EXT, PEERS, WORKLOADS
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 CHUNK = "concatenation"  # beside the peers, for chunk views: what the backward of chunk would take

@@ -1,7 +1,8 @@
 """Launches for tools that watch them: small ones on every path (compute-sanitizer), or one of each case (ncu).
 
-    python benchmarks/gpu_launches.py --seconds 20          (small; results are compared with the CPU's, bit for bit)
-    python benchmarks/gpu_launches.py --bytes 536870912     (one of each case that moves so many bytes)
+    cd benchmarks
+    python -m gpu.launches --seconds 20          (small; results are compared with the CPU's, bit for bit)
+    python -m gpu.launches --bytes 536870912     (one of each case that moves so many bytes)
 
 Prints one line of JSON. The arguments of small launches are copied from the CPU, never computed on the GPU: a tool that watches
 kl_ext's kernels alone must not take them for uninitialised.
@@ -21,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import gpu_cases
 import kl_ext
+
+from . import cases
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
@@ -112,8 +114,8 @@ def run_small(device: str, seconds: float, calls: int | None) -> dict[str, Any]:
 def run_cases(device: str, total: int, limit: int | None) -> list[dict[str, Any]]:
     """Each case once."""
     listed = []
-    for dtype, case in list(itertools.product(gpu_cases.DTYPES, gpu_cases.cases()))[:limit]:
-        kind = gpu_cases.DTYPES[dtype]
+    for dtype, case in list(itertools.product(cases.DTYPES, cases.cases()))[:limit]:
+        kind = cases.DTYPES[dtype]
         batch = case.batch(total, kind.itemsize)
         tensors = case.fresh(batch, kind, device)
         case.own()(*tensors)

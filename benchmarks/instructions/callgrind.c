@@ -1,4 +1,4 @@
-/* Callgrind's requests as functions, for Python: benchmarks/forms.py. */
+/* Callgrind's requests as functions, for Python: forms.py. */
 #include <valgrind/callgrind.h>
 
 void start(void) { CALLGRIND_START_INSTRUMENTATION; }

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-import timing
-from suites import BOTH, FORWARD, Case, Plan, row
-from timing import DTYPES, Row, Timed
-from workloads import EAGER, KL_EXT, PEERS
+from . import timing
+from .suites import BOTH, FORWARD, Case, Plan, row
+from .timing import DTYPES, Row, Timed
+from .workloads import EAGER, KL_EXT, PEERS
 
 TINY = 1e-20  # its square is subnormal in float32
 

@@ -1,6 +1,6 @@
 """Bandwidth of every operator on a GPU, as a share of a measured copy's, and the times of plain torch and torch.compile.
 
-    python benchmarks/gpu_bandwidth.py --result rows.json --seconds 120
+    cd benchmarks && python -m gpu.bandwidth --result rows.json --seconds 120    (gpu_check.py runs it as a stage)
 
 A size is what a call moves at the least, each argument read once and each result written once; the copy moves as much, as
 float32. It is the faster of two: the driver's memcpy, which is torch's copy_, and torch's elementwise kernel that reads and
@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
-import gpu_cases
-from gpu_cases import Case
+from . import cases
+from .cases import Case
 
 MIB = 2**20
 SIZES = {"1 GiB": 1024 * MIB, "L2": 16 * MIB, "256 MiB": 256 * MIB}  # in the order of their weight
@@ -46,7 +46,7 @@ Row = tuple[str, str, Case]  # dtype, size, case
 
 def rows() -> list[Row]:
     """In order of weight."""
-    return list(itertools.product(gpu_cases.DTYPES, SIZES, gpu_cases.cases()))
+    return list(itertools.product(cases.DTYPES, SIZES, cases.cases()))
 
 
 def key(row: Row) -> str:
@@ -138,7 +138,7 @@ class Bench:
     def measure(self, row: Row, others: list[str], copies: bool = True) -> dict[str, Any]:
         """kl_ext, the other contenders and, of a row that has none yet, the copies."""
         dtype, size, case = row
-        kind = gpu_cases.DTYPES[dtype]
+        kind = cases.DTYPES[dtype]
         batch = case.batch(self.sizes[size], kind.itemsize)
         moved = case.bytes(batch, kind.itemsize)
         count, repeats = self.sets_and_repeats(size)
@@ -205,7 +205,7 @@ def precompile(part: int, parts: int, bench: Bench, deadline: float) -> None:
         if time.monotonic() > deadline:
             return
         dtype, size, case = row
-        kind = gpu_cases.DTYPES[dtype]
+        kind = cases.DTYPES[dtype]
         tensors = case.fresh(case.batch(bench.sizes[size], kind.itemsize), kind, bench.device)
         bench.compiled(case, MODES["torch.compile"])(*tensors)
         del tensors
@@ -251,7 +251,7 @@ def work(bench: Bench, seconds: float, limit: int | None, write: Callable[[dict[
 def in_parallel(deadline: float) -> None:
     """Compiles in other processes, one for every second core and 8 at most."""
     parts = min(8, max(1, (os.cpu_count() or 1) // 2))
-    command = [sys.executable, __file__, "--seconds", str(deadline - time.monotonic()), "--precompile"]
+    command = [sys.executable, "-m", "gpu.bandwidth", "--seconds", str(deadline - time.monotonic()), "--precompile"]
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     workers = [subprocess.Popen([*command, f"{part}/{parts}"], env=environment) for part in range(parts)]
     for worker in workers:

@@ -13,7 +13,7 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu_context import BENCHMARKS, ROOT, Context, Found, save
+from .context import ROOT, Context, Found, save
 
 NEEDED_BY_TESTS = ["expecttest", "hypothesis", "matplotlib", "mpmath", "numpy", "pytest", "sklearn", "tqdm"]
 NO_CUDA = re.compile("without CUDA|no CUDA device")  # a reason to skip that no GPU machine may give
@@ -22,7 +22,7 @@ LARGE = "2_to_the_31 or (cuda and 31_bits)"  # tests that want the memory of the
 
 
 def counts(path: Path) -> Found:
-    """What gpu_report.py has written so far."""
+    """What report.py has written so far."""
     lines = path.read_text().splitlines() if path.exists() else []
     outcomes = [json.loads(line) for line in dict.fromkeys(lines)]  # pytest-xdist tells what was not collected once a worker
     lacking: Counter[str] = Counter()
@@ -47,11 +47,10 @@ def run_tests(context: Context, name: str, seconds: float, *arguments: str, work
     path.unlink(missing_ok=True)
     seed = os.environ.setdefault("KL_EXT_TEST_SEED", str(int.from_bytes(os.urandom(4), "big")))
     parallel = ["-n", str(workers)] if workers > 1 and find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "gpu_report", "--outcomes", str(path), *parallel, *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "gpu.report", "--outcomes", str(path), *parallel, *arguments]
     print(shlex.join(command), flush=True)
     threads = str(max(1, (os.cpu_count() or 1) // workers)) if parallel else None
-    variables = {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])}
-    variables |= {"OMP_NUM_THREADS": threads} if threads else {}
+    variables = {"OMP_NUM_THREADS": threads} if threads else {}
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **variables})
     try:
         exit_status: int | None = process.wait(seconds)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from suites import BOTH, FORWARD, KI, MI, UNMASKED
-from timing import Row
-from workloads import COMPILED, EAGER, KL_EXT, WORKLOADS
+from .suites import BOTH, FORWARD, KI, MI, UNMASKED
+from .timing import Row
+from .workloads import COMPILED, EAGER, KL_EXT, WORKLOADS
 
 CHUNKED = [name for name, workload in WORKLOADS.items() if workload.chunked]
 AT_LEAST, AT_MOST = "≥", "≤"

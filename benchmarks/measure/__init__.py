@@ -1,0 +1,1 @@
+"""What bench.py measures on any device, how it is timed, and the goals."""
