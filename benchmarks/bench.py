@@ -1,4 +1,4 @@
-"""Measure kl_ext against its peers and against the machine: everything that README.md and benchmarks/README.md claim.
+"""Measure kl_ext against its peers and against the machine: everything that docs/speed.md claims.
 
     python benchmarks/bench.py                         (`make bench`; half an hour on two cores)
     python benchmarks/bench.py --quick                 (`make bench-quick`; under two minutes, two sizes, few rounds)

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and benchmarks/README.md from the committed results, so that no number in them is typed.
+"""Write the tables of the pages from the committed results, so that no number in them is typed.
 
     python benchmarks/table.py            (rewrite what stands between the marker comments)
     python benchmarks/table.py --check    (exit 1 if that would change anything)
@@ -23,7 +23,7 @@ from pages import gpu_tables, tables
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-PAGES = [HERE.parent / "README.md", HERE / "README.md"]
+PAGES = [HERE / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
 MARKER = re.compile(r"(<!-- table: (\w+)(?: (\S+))? -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 

@@ -1,8 +1,8 @@
 """Sphinx's settings for the site (`make docs`).
 
-Sphinx rather than MkDocs, because the docstrings are written as torch's are, in reStructuredText with `.. math::`, and because a
-warning for every broken reference makes the build fail. The pages are Markdown, as README.md is. Formulas become MathML while the
-site is built, so that pages need no script and no network.
+Sphinx rather than MkDocs: the docstrings are in reStructuredText with `.. math::`, as torch's are, and every broken reference
+stops the build. The pages are Markdown, as README.md is. Formulas become MathML while the site is built, so that pages need no
+script and no network.
 """
 
 from __future__ import annotations
