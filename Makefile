@@ -25,7 +25,7 @@ endif
 package := build/installed-in-$(subst /,-,$(VENV))
 sources := setup.py pyproject.toml CMakeLists.txt \
   $(shell find build_backend cmake csrc -type f -not -name '*.pyc' -not -path 'csrc/cuda/sass*')
-cxx_files = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+cxx_files = $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
@@ -48,7 +48,7 @@ bench-quick: $(stamps)/bench ## a first impression of the benchmarks (two minute
 	$(bin)/python benchmarks/bench.py --quick $(ARGS)
 
 clean: ## remove what was built, but not the virtual environments, which hold torch
-	rm -rf build dist *.egg-info kl_ext/*.so kl_ext/lib kl_ext/share
+	rm -rf build dist *.egg-info kl_ext/*.so kl_ext/include kl_ext/lib kl_ext/share
 
 ##@ For developers
 

@@ -35,7 +35,8 @@ def default_jobs() -> int:
 
 
 class CMakeBuild(build_ext):
-    """Builds everything compiled (kl_ext/_C, kl_ext/lib, kl_ext/share) with CMake."""
+    """Builds everything compiled with CMake, which installs it (kl_ext/_C, kl_ext/lib) and what C++ programs take besides
+    (kl_ext/include, kl_ext/share)."""
 
     def build_extension(self, ext: setuptools.Extension) -> None:
         # An isolated build has its tools in a new folder each time: nothing may be remembered but the objects.

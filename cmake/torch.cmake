@@ -1,5 +1,6 @@
-# The torch to build against, asked of Python: TORCH_VERSION, TORCH_CUDA_VERSION (empty for a CPU build) and the imported
-# targets torch_cpu, torch_python and c10. Not find_package(Torch): with a CUDA torch that wants a whole CUDA toolkit.
+# The torch to build against, asked of Python: TORCH_VERSION, TORCH_MINOR_VERSION, TORCH_CUDA_VERSION (empty for a CPU build)
+# and the imported targets torch_cpu, torch_python and c10. Not find_package(Torch): with a CUDA torch that wants a whole CUDA
+# toolkit.
 execute_process(
   COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/torch_info.py"
   RESULT_VARIABLE status OUTPUT_VARIABLE torch_info ERROR_VARIABLE problem)
@@ -7,6 +8,7 @@ if(status)
   message(FATAL_ERROR "${problem}")
 endif()
 string(JSON TORCH_VERSION GET "${torch_info}" version)
+string(JSON TORCH_MINOR_VERSION GET "${torch_info}" minor)
 string(JSON TORCH_CUDA_VERSION GET "${torch_info}" cuda)
 string(JSON TORCH_LIB GET "${torch_info}" lib)
 string(JSON include_0 GET "${torch_info}" include 0)

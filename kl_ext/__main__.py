@@ -49,7 +49,6 @@ def _print_build(built: ModuleType | None) -> None:
     _print_line("", f"with {built.compiler}{nvcc}, {built.build_type} ({built.cxx_flags.strip()})")
     _print_line("", f"for the CPU capabilities {' '.join(built.cpu_capabilities)}")
     _print_line("", f"for the CUDA architectures {' '.join(built.cuda_architectures) or 'none: without CUDA kernels'}")
-    _print_line("C++", f"CMAKE_PREFIX_PATH={_library.PACKAGE}")
 
 
 def _print_running(built: ModuleType | None) -> list[str]:
@@ -61,6 +60,8 @@ def _print_running(built: ModuleType | None) -> list[str]:
         _print_line("torch", f"cannot be imported: {error}")
         return []
     _print_line("torch", f"{_library.described(torch.__version__, torch.version.cuda)} in {torch.__path__[0]}")
+    if built:
+        _print_line("C++", f'-DCMAKE_PREFIX_PATH="{_library.PACKAGE};{torch.utils.cmake_prefix_path}"')
     capability = torch.backends.cpu.get_cpu_capability()
     used = [name for name in built.cpu_capabilities if capability.startswith(name)] if built else []
     _print_line("CPU", f"{capability}; kl_ext uses {(used or ['DEFAULT'])[0]}, {torch.get_num_threads()} threads")

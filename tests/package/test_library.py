@@ -77,6 +77,7 @@ def test_the_report_names_versions_build_and_capability_and_checks_itself(tmp_pa
         *built.cpu_capabilities,
         *built.cuda_architectures,
         torch.backends.cpu.get_cpu_capability(),
+        f'-DCMAKE_PREFIX_PATH="{_library.PACKAGE};{torch.utils.cmake_prefix_path}"',
         "cpu: ok",
     ):
         assert fact in completed.stdout

@@ -52,19 +52,41 @@ def test_the_sdist_holds_the_whole_checkout(tmp_path):
 # CMake.
 
 
+def find_package(wanted: str, torch_version: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Of torch there are the names of its CMake files. test_cpp.py builds programs, with a real torch."""
+    (folder / "TorchConfig.cmake").touch()
+    (folder / "TorchConfigVersion.cmake").write_text(
+        f"set(PACKAGE_VERSION {torch_version})\nset(PACKAGE_VERSION_COMPATIBLE TRUE)\n"
+    )
+    (folder / "CMakeLists.txt").write_text(
+        f"cmake_minimum_required(VERSION 3.25)\nproject(user LANGUAGES NONE)\nfind_package(kl_ext {wanted} REQUIRED)\n"
+    )
+    options = (f"-DCMAKE_PREFIX_PATH={_library.PACKAGE}", f"-DTorch_DIR={folder}")
+    return run("cmake", "-S", ".", "-B", "build", *options, cwd=folder)
+
+
+RELEASE, *_ = _library.build_facts().torch_version.partition("+")
+
+
 @pytest.mark.parametrize(
     "wanted, is_found", [("", True), ("0.1", True), ("0.1.0", True), ("0.0", False), ("0.9", False), ("1.0", False)]
 )
 def test_find_package_looks_at_the_version(wanted, is_found, tmp_path):
     """Before 1.0, another minor version is another interface."""
     assert _library.build_facts().version.startswith("0.1."), "the versions above are chosen for 0.1"
-    (tmp_path / "CMakeLists.txt").write_text(
-        f"cmake_minimum_required(VERSION 3.25)\nproject(user LANGUAGES NONE)\nfind_package(kl_ext {wanted} QUIET)\n"
-        "message(STATUS FOUND=${kl_ext_FOUND})\n"
-    )
-    said = run("cmake", "-S", ".", "-B", "build", f"-DCMAKE_PREFIX_PATH={_library.PACKAGE}", cwd=tmp_path)
-    assert said.returncode == 0, said.stdout
-    assert f"FOUND={int(is_found)}\n" in said.stdout
+    said = find_package(wanted, RELEASE, tmp_path)
+    assert (said.returncode == 0) == is_found, said.stdout
+    assert is_found or f'compatible with requested version "{wanted}"' in " ".join(said.stdout.split())
+
+
+def test_find_package_refuses_a_torch_of_another_minor_version(tmp_path):
+    major, minor, _ = RELEASE.split(".", 2)
+    assert find_package("", f"{major}.{minor}.99", tmp_path).returncode == 0
+    for other in (f"{major}.{minor}9.0", f"{major}.{int(minor) - 1}.0", f"1{major}.{minor}.0"):
+        said = find_package("", other, tmp_path)
+        assert said.returncode != 0
+        expected = f"kl_ext was built against torch {_library.build_facts().torch_version}, and CMake found torch {other} in"
+        assert expected in " ".join(said.stdout.split())
 
 
 # Type checkers, and the source folder on the path.
