@@ -1,9 +1,9 @@
 # Everything that users, developers and CI do with the sources, in a virtual environment made here. `make help` lists the targets:
 # it prints the group headings (##@) and the text after ## beside each target.
 #
-# Variables: PYTHON (python3), VENV (.venv), TORCH (a torch version; unset: the one installed in VENV, else the newest),
-# ARGS (passed on to the demo, the tests or the benchmarks), WORKERS (the processes that share the tests; 0: a single one without
-# pytest-xdist), and the build's own: KL_EXT_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
+# Variables: PYTHON (python3), VENV (.venv), TORCH (a torch version, for `make wheels` also several; unset: the one installed in
+# VENV, else the newest), ARGS (passed on to the demo, the tests or the benchmarks), WORKERS (the processes that share the tests;
+# 0: a single one without pytest-xdist), and the build's own: KL_EXT_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
@@ -29,7 +29,8 @@ cxx_files = $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '
 
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
-.PHONY: help demo test bench-quick clean check format test-oldest test-cuda-emulation check-cuda check-instructions nightly bench
+.PHONY: help demo test bench-quick clean check format test-oldest test-cuda-emulation check-cuda check-instructions nightly bench \
+  wheels
 .DELETE_ON_ERROR:
 
 ##@ For users
@@ -94,6 +95,10 @@ bench: $(stamps)/bench ## run all benchmarks (half an hour), then renew the tabl
 	$(bin)/python benchmarks/plots.py
 	$(bin)/python benchmarks/table.py
 
+# Each against a torch in an environment of its own. Only a CUDA build of torch takes KL_EXT_CUDA=all and nvcc.
+wheels: $(stamps)/wheels ## build and test wheels, in dist; TORCH="2.13 2.14.1+cu130" names versions of torch
+	$(bin)/python build_backend/wheels.py $(if $(TORCH),--torch $(TORCH)) $(ARGS)
+
 $(stamps)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "kl_ext needs Python 3.10 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try PYTHON=python3.12"; exit 1; }
@@ -110,6 +115,11 @@ $(package): $(torch) $(sources)
 	$(bin)/python -m pip install -v -e .  # -v: the build shows how far it is
 	$(bin)/python -m kl_ext
 	@rm -f build/installed-in-* && touch $@
+
+# The tools of the extra alone: the package itself is not installed here.
+$(stamps)/wheels: $(stamps)/python pyproject.toml
+	$(bin)/python -m pip install $(shell sed -n 's/^wheels = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
+	@touch $@
 
 # The package is installed already: this adds what its extra names.
 $(stamps)/demo $(stamps)/test $(stamps)/bench $(stamps)/check: $(package) pyproject.toml

@@ -1,6 +1,7 @@
 """Drives CMakeLists.txt, the one definition of the build. Everything static about the package is in pyproject.toml.
 
-Environment: MAX_JOBS (compilers at a time), KL_EXT_CMAKE_ARGS (more arguments for CMake); CMakeLists.txt names the rest.
+Environment: MAX_JOBS (compilers at a time), KL_EXT_CMAKE_ARGS (more arguments for CMake), KL_EXT_LOCAL_VERSION (what follows
+the + in the version of this build, as in pt213cpu); CMakeLists.txt names the rest.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import build_requirements
 import torch_info
 
 SOURCE = Path(__file__).resolve().parent
+LOCAL_VERSION = f"+{local}" if (local := os.environ.get("KL_EXT_LOCAL_VERSION")) else ""
 
 # The environment's own CMake and Ninja, where it is used without being activated.
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
@@ -44,6 +46,7 @@ class CMakeBuild(build_ext):
         self.run_cmake(
             *("-S", SOURCE, "-B", self.folder, "-G", "Ninja"),
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DKL_EXT_LOCAL_VERSION={LOCAL_VERSION}",
             *shlex.split(os.environ.get("KL_EXT_CMAKE_ARGS", "")),
         )
         self.run_cmake("--build", self.folder, "--parallel", os.environ.get("MAX_JOBS") or str(default_jobs()))
@@ -81,4 +84,5 @@ setuptools.setup(
     install_requires=[requirement],
     ext_modules=[setuptools.Extension("kl_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
+    options={"egg_info": {"tag_build": LOCAL_VERSION}},
 )

@@ -3,6 +3,7 @@
     python examples/train_vae.py                     (make demo runs this)
     python examples/train_vae.py --epochs 40 --latent-dim 8 --loss reference
     python examples/train_vae.py --pictures docs/pictures      (the picture of README.md too)
+    torchrun --nproc-per-node=2 examples/train_vae.py       (the same losses, from two processes with half of each batch)
 
 The model: the latent variables z of an image x of the digit y have the prior p(z | y) = N(mu_y, sigma_y^2), with a mean and a
 variance learned for each of the ten classes. The encoder gives q(z | x, y) = N(mu, sigma^2), the decoder p(x | z, y). Each of
@@ -34,6 +35,7 @@ try:
     from torch import Tensor, nn
     from tqdm import tqdm
 
+    import data_parallel
     from vae_figure import DARK, LIGHT, PAPER, save_figure
 except ModuleNotFoundError as error:
     sys.exit(f"The demo needs {error.name}: `make demo` installs everything, or `pip install '.[demo]'`.")
@@ -103,6 +105,7 @@ class Training:
         self.name = name
         self.model = model.to(options.device)
         self.terms = torch.compile(self.model) if options.compile else self.model
+        self.processes = options.processes
         self.optimizer = torch.optim.Adam(self.model.parameters())
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, LEARNING_RATE, total_steps=steps)
         self.seconds: list[float] = []
@@ -114,13 +117,18 @@ class Training:
         start = time.perf_counter()
         reconstruction, kl, prior_kl = self.terms(images, labels, noise)
         loss = reconstruction + kl + PRIOR_WEIGHT * prior_kl
+        share = len(images) / BATCH
+        terms = share * torch.stack([loss, reconstruction, kl, prior_kl]).detach()
         self.optimizer.zero_grad()
-        loss.backward()
+        (share * loss).backward()
+        if self.processes > 1:
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            data_parallel.sum_over_processes([terms, *gradients])
         self.optimizer.step()
         self.schedule.step()
         _synchronize(images.device)
         self.seconds.append(time.perf_counter() - start)
-        self.sums += torch.stack([loss, reconstruction, kl, prior_kl]).detach()
+        self.sums += terms
 
     def end_epoch(self, epoch: int, steps: int) -> None:
         loss, reconstruction, kl, prior_kl = (self.sums / steps).tolist()
@@ -145,7 +153,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def train_side_by_side(options: argparse.Namespace, images: Tensor, labels: Tensor) -> list[Training]:
-    """Train with kl_ext and with the plain-torch formulas in turn: same start, same batches, same noise."""
+    """Train with kl_ext and with the plain-torch formulas in turn: same start, same batches, same noise in every process."""
     torch.manual_seed(options.seed)
     start = ClassConditionalVAE(options.latent_dim, kl_ext)
     twin = ClassConditionalVAE(options.latent_dim, kl_ext.reference)
@@ -156,12 +164,14 @@ def train_side_by_side(options: argparse.Namespace, images: Tensor, labels: Tens
         Training("reference", twin, options, options.epochs * steps),
     ]
     interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs few lines
-    with tqdm(total=options.epochs * steps, unit="step", desc="training", mininterval=interval) as progress:
+    share = slice(options.rank, None, options.processes)  # of a batch
+    total, hidden = options.epochs * steps, options.rank > 0
+    with tqdm(total=total, unit="step", desc="training", mininterval=interval, disable=hidden) as progress:
         for epoch in range(1, options.epochs + 1):
             for batch in torch.randperm(len(images)).to(options.device).split(BATCH):
                 noise = torch.randn(BATCH, options.latent_dim).to(options.device)
                 for training in trainings:
-                    training.step(images[batch], labels[batch], noise)
+                    training.step(images[batch[share]], labels[batch[share]], noise[share])
                 trainings.reverse()  # neither is always the first to touch the batch
                 progress.update()
             for training in trainings:
@@ -225,7 +235,10 @@ def print_table(results: dict[str, dict[str, Any]], held_out: int, latent_dim: i
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        epilog="torchrun --nproc-per-node=N %(prog)s trains in N processes, which share every batch: the losses are the same.",
+    )
 
     def at_least(minimum: int) -> Any:
         def integer(text: str) -> int:
@@ -248,7 +261,9 @@ def parse_options() -> argparse.Namespace:
         help="the formulas of the model that is shown; the other one is trained beside it to compare (%(default)s)",
     )
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (%(default)s)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="where to train (%(default)s); cuda: a GPU for each process"
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights, batches and noise (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for vae.png and metrics.csv")
     help_text = "folder for demo-light.png and demo-dark.png too, the same picture for light and dark pages"
@@ -256,12 +271,19 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device; use --device cpu")
-    options.device = torch.device(options.device)
+    options.device = data_parallel.device_of_this_process(options.device)
+    if options.device.type == "cuda" and options.device.index >= torch.cuda.device_count():
+        parser.error(f"--device cuda: expected a GPU for each process, and this torch sees {torch.cuda.device_count()}")
+    options.rank, options.processes = data_parallel.rank_and_processes()
+    if options.processes > BATCH:
+        parser.error(f"expected at most {BATCH} processes, one for each image of a batch, got {options.processes}")
     return options
 
 
 def main() -> int:
     options = parse_options()
+    if options.processes > 1:
+        data_parallel.connect(options.device)
     torch.set_num_threads(1)  # steps this small gain nothing from a second thread and stumble where cores are shared
     digits = load_digits()
     order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(0))  # the same split for every seed
@@ -270,6 +292,10 @@ def main() -> int:
     seen, held_out = slice(0, TRAINING_IMAGES), slice(TRAINING_IMAGES, None)
 
     trainings = train_side_by_side(options, images[seen], labels[seen])
+    if options.processes > 1:
+        torch.distributed.destroy_process_group()
+    if options.rank > 0:  # all have the same model by now: the first shows it
+        return 0
 
     noise = torch.randn(len(images[held_out]), options.latent_dim).to(options.device)
     results = {t.name: evaluate(t, images[held_out], labels[held_out], noise) for t in trainings}

@@ -13,6 +13,7 @@ import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 EPOCHS = 2
+SHORT = ("--epochs", EPOCHS, "--latent-dim", 5, "--seed", 3)
 
 for module in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(module)
@@ -20,9 +21,9 @@ for module in ("matplotlib", "sklearn", "tqdm"):
 from PIL import Image  # noqa: E402
 
 
-def train_vae(*options: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+def train_vae(*options: object, cwd: Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Run as `make demo` does, from a folder where nothing is imported by accident."""
-    command = [sys.executable, str(EXAMPLES / "train_vae.py"), *map(str, options)]
+    command = [sys.executable, *launcher, str(EXAMPLES / "train_vae.py"), *map(str, options)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
@@ -31,8 +32,8 @@ def train_vae(*options: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What a short run printed, and its folder."""
     folder = tmp_path_factory.mktemp("demo")
-    options = ("--epochs", EPOCHS, "--latent-dim", 5, "--seed", 3, "--out", folder / "new" / "out")
-    completed = train_vae(*options, "--pictures", folder / "new" / "pictures", cwd=folder)
+    out, pictures = folder / "new" / "out", folder / "new" / "pictures"
+    completed = train_vae(*SHORT, "--out", out, "--pictures", pictures, cwd=folder)
     assert completed.returncode == 0, completed.stderr
     assert "training" in completed.stderr, "no progress bar"
     return completed.stdout, folder / "new" / "out"
@@ -100,6 +101,43 @@ def test_the_picture_has_two_versions_for_pages_whose_background_shows_through(d
         assert version.size == picture.size
         assert version.getpixel((0, 0))[3] == 0
     assert versions[0].tobytes() != versions[1].tobytes()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_three_processes_have_the_losses_of_one(demo, tmp_path):
+    """Of each batch they have 34, 33 and 33 images."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
+    completed = train_vae(*SHORT, "--out", tmp_path, cwd=tmp_path, launcher=torchrun)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.count("the loss curves coincide") == 1, "one process speaks for all"
+    expected, got = rows(demo[1]), rows(tmp_path)
+    assert len(got) == len(expected)
+    for row, whole in zip(got, expected):
+        for name in ("loss", "reconstruction", "kl", "prior_kl"):
+            assert float(row[name]) == pytest.approx(float(whole[name]), rel=1e-6), (name, row["formulas"], row["epoch"])
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "message"),
+    [
+        ([], 101, "expected at most 100 processes, one for each image of a batch, got 101"),
+        (["--device", "cuda"], 8, "--device cuda: expected a GPU for each process, and this torch sees 7"),
+    ],
+)
+def test_more_processes_than_images_of_a_batch_or_gpus_are_refused(options, processes, message, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import train_vae
+
+    last = str(processes - 1)
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "RANK": last, "LOCAL_RANK": last, "WORLD_SIZE": str(processes)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
+    monkeypatch.setattr(sys, "argv", ["train_vae.py", *options])
+    with pytest.raises(SystemExit) as stopped:
+        train_vae.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
