@@ -29,7 +29,7 @@ cxx_files = $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '
 
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
-.PHONY: help demo test bench-quick clean check format test-oldest test-cuda-emulation check-cuda check-instructions nightly bench \
+.PHONY: help demo test docs bench-quick clean check format test-oldest test-cuda-emulation check-cuda check-instructions nightly bench \
   wheels
 .DELETE_ON_ERROR:
 
@@ -44,6 +44,10 @@ demo: $(stamps)/demo ## train a small VAE on the digits of scikit-learn; ARGS="-
 
 test: $(stamps)/test ## run the test-suite; ARGS="-k name" chooses tests, TORCH=2.13.0 a torch version
 	$(bin)/python -m pytest -n $(WORKERS) $(ARGS)
+
+docs: $(stamps)/docs ## build the documentation as a site, build/docs/index.html
+	$(bin)/sphinx-build -W --keep-going -n -q docs build/docs
+	@echo "built: build/docs/index.html"
 
 bench-quick: $(stamps)/bench ## a first impression of the benchmarks (two minutes); ARGS="--only ratios" chooses suites
 	$(bin)/python benchmarks/bench.py --quick $(ARGS)
@@ -122,6 +126,6 @@ $(stamps)/wheels: $(stamps)/python pyproject.toml
 	@touch $@
 
 # The package is installed already: this adds what its extra names.
-$(stamps)/demo $(stamps)/test $(stamps)/bench $(stamps)/check: $(package) pyproject.toml
+$(stamps)/demo $(stamps)/test $(stamps)/docs $(stamps)/bench $(stamps)/check: $(package) pyproject.toml
 	$(bin)/python -m pip install 'kl_ext[$(@F)]'
 	@touch $@
