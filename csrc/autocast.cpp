@@ -10,8 +10,7 @@ namespace {
 
 struct Autocast {
   static at::Tensor forward(const Call& call) {
-    const c10::impl::ExcludeDispatchKeyGuard guard(
-        c10::DispatchKeySet({c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA}));
+    const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
     Call in_float = call;
     in_float.dtype = call.dtype.value_or(arithmetic_type(call.tensors));
     return call.op->forward(in_float);
@@ -19,8 +18,13 @@ struct Autocast {
 };
 
 TORCH_LIBRARY_IMPL(kl_ext, AutocastCPU, m) { register_layer<Autocast>(m); }
-
 TORCH_LIBRARY_IMPL(kl_ext, AutocastCUDA, m) { register_layer<Autocast>(m); }
+TORCH_LIBRARY_IMPL(kl_ext, AutocastHPU, m) { register_layer<Autocast>(m); }
+TORCH_LIBRARY_IMPL(kl_ext, AutocastMAIA, m) { register_layer<Autocast>(m); }
+TORCH_LIBRARY_IMPL(kl_ext, AutocastMPS, m) { register_layer<Autocast>(m); }
+TORCH_LIBRARY_IMPL(kl_ext, AutocastMTIA, m) { register_layer<Autocast>(m); }
+TORCH_LIBRARY_IMPL(kl_ext, AutocastPrivateUse1, m) { register_layer<Autocast>(m); }
+TORCH_LIBRARY_IMPL(kl_ext, AutocastXPU, m) { register_layer<Autocast>(m); }
 
 } // namespace
 } // namespace kl_ext

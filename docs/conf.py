@@ -7,6 +7,9 @@ script and no network.
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -20,8 +23,11 @@ author = "The kl_ext developers"
 copyright = author
 release = version = kl_ext.__version__
 
+CUDA_README = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "README.md"
+
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["nightly.md"]
+napoleon_use_ivar = True  # what a class lists under Attributes are its properties, which have entries of their own
 nitpicky = True
 # Classes of torch and of Python stand in signatures; their own pages are on the network.
 nitpick_ignore_regex = [("py:.*", r"(torch|collections|typing)\..*|Tensor|Bound|Reduction|optional|Sequence|Normal|Module")]
@@ -43,8 +49,22 @@ html_math_renderer = "mathml"
 
 
 def setup(app: Sphinx) -> None:
-    """Registers the renderer of formulas."""
+    """Registers the renderer of formulas, and what makes the READMEs of the sources pages."""
     app.add_html_math_renderer("mathml", (inline_formula, None), (block_formula, None))
+    app.connect("include-read", lead_links_to_pages)
+
+
+def lead_links_to_pages(app: Sphinx, path: Path, page: str, content: list[str]) -> None:
+    """The links of an included README, from its folder, as links from this one."""
+    folder = (app.srcdir / path).resolve().parent
+
+    def lead(link: re.Match[str]) -> str:
+        target = (folder / link[1]).resolve()
+        if target == CUDA_README:
+            return f"](cuda.md{link[2] or ''})"
+        return f"]({os.path.relpath(target, app.srcdir)}{link[2] or ''})"
+
+    content[0] = re.sub(r"\]\(([^):#]+)(#[^)]*)?\)", lead, content[0])
 
 
 def inline_formula(writer: Any, node: nodes.math) -> None:

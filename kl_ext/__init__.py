@@ -13,7 +13,7 @@ from . import _library
 
 _library.load()
 
-from . import _fake, _jagged, _vmap, distributions, functional, nn, reference  # noqa: E402, F401
+from . import _fake, _jagged, _other_devices, _vmap, distributions, functional, nn, reference  # noqa: E402, F401
 from .functional import *  # noqa: E402, F403
 
 if "torch.distributed.tensor" in _modules:

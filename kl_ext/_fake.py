@@ -59,7 +59,7 @@ def _elementwise(tensors: Sequence[Tensor], shape: torch.Size, dtype: torch.dtyp
     return torch.empty_strided(shape, strides, dtype=dtype or result_dtype(tensors), device=device)
 
 
-def _forward(operator: Operator) -> Callable[..., Tensor]:
+def forward(operator: Operator) -> Callable[..., Tensor]:
     def fake(*args: Any, **kwargs: Any) -> Tensor:
         call = operator.read(operator.forward, args, kwargs)
         device = common_device(operator.name, call.tensors)
@@ -100,7 +100,7 @@ def _check_backward(operator: Operator, call: Call) -> None:
     check_grad_output(name, call.grad_output, call.inputs, kept_sizes(shape, reduced, call.keepdim))
 
 
-def _backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
+def backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
     def fake(*args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         call = operator.read(operator.backward, args, kwargs)
         _check_backward(operator, call)
@@ -112,7 +112,7 @@ def _backward(operator: Operator) -> Callable[..., tuple[Tensor | None, ...]]:
     return fake
 
 
-def _backward_out(operator: Operator) -> Callable[..., None]:
+def backward_out(operator: Operator) -> Callable[..., None]:
     """Checks everything and returns nothing."""
 
     def fake(*args: Any, **kwargs: Any) -> None:
@@ -128,6 +128,6 @@ def _backward_out(operator: Operator) -> Callable[..., None]:
 
 
 for _operator in OPERATORS:
-    torch.library.register_fake(_operator.forward.name())(_forward(_operator))
-    torch.library.register_fake(_operator.backward.name())(_backward(_operator))
-    torch.library.register_fake(_operator.backward_out.name())(_backward_out(_operator))
+    torch.library.register_fake(_operator.forward.name())(forward(_operator))
+    torch.library.register_fake(_operator.backward.name())(backward(_operator))
+    torch.library.register_fake(_operator.backward_out.name())(backward_out(_operator))

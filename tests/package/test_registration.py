@@ -93,8 +93,19 @@ def test_the_older_vmap_concerns_the_backward_operators_alone(name: str) -> None
     assert registered_for(name, "Batched") == name.endswith("_backward")
 
 
+# Devices of which torch knows, and that have neither CPU nor CUDA kernels.
+OTHER_DEVICES = ["HPU", "MAIA", "MPS", "MTIA", "PrivateUse1", "XPU"]
+
+
+@pytest.mark.parametrize("name", [*SCHEMAS, *(f"{name}.out" for name in OUT_SCHEMAS)])
+@pytest.mark.parametrize("key", OTHER_DEVICES)
+def test_other_devices_have_kernels(name: str, key: str) -> None:
+    """What they compute is in tests/tensors/test_other_devices.py."""
+    assert registered_for(name, key)
+
+
 @each_name
-@pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA"])
+@pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA", *(f"Autocast{device}" for device in OTHER_DEVICES)])
 def test_autocast_concerns_the_forward_operators_alone(name: str, key: str) -> None:
     assert registered_for(name, key) == (not name.endswith("_backward"))
 
