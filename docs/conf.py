@@ -29,6 +29,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["nightly.md"]
 napoleon_use_ivar = True  # what a class lists under Attributes are its properties, which have entries of their own
 nitpicky = True
+default_role = "code"
 # Classes of torch and of Python stand in signatures; their own pages are on the network.
 nitpick_ignore_regex = [("py:.*", r"(torch|collections|typing)\..*|Tensor|Bound|Reduction|optional|Sequence|Normal|Module")]
 

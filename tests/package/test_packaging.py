@@ -69,7 +69,7 @@ RELEASE, *_ = _library.build_facts().torch_version.partition("+")
 
 
 @pytest.mark.parametrize(
-    "wanted, is_found", [("", True), ("0.1", True), ("0.1.0", True), ("0.0", False), ("0.9", False), ("1.0", False)]
+    "wanted, is_found", [("", True), ("0.2", True), ("0.2.0", True), ("0.1", False), ("0.9", False), ("1.0", False)]
 )
 def test_find_package_looks_at_the_version(wanted, is_found, tmp_path):
     """Before 1.0, another minor version is another interface."""
@@ -182,7 +182,7 @@ def test_uv_is_refused_where_its_isolation_hides_torch(command, environment, tmp
     assert "isolated in an environment that does not see your torch" in said.stdout
     advice = f"    uv pip install {REQUIREMENTS} && uv pip install --no-build-isolation .\n"
     assert advice in said.stdout
-    assert advice in (SOURCE / "README.md").read_text()
+    assert advice in (SOURCE / "docs" / "start.md").read_text()
     assert "KL_EXT_TORCH_VERSION" in said.stdout
     assert environment.holds() == environment.before
 

@@ -1,6 +1,7 @@
 """What the pages for people say is true: their Python runs, their links lead somewhere, their tables are the results'."""
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -16,17 +17,38 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     *sorted(ROOT.glob("*.md")),
     *(ROOT / name for name in ("csrc/README.md", "csrc/cuda/README.md", "benchmarks/README.md")),
-    *(ROOT / "docs" / name for name in ("export.md", "recipes.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
 ]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+WITH_TESTS_OF_THEIR_OWN = ("export.md", "recipes.md")
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in PAGES
+    if page.name not in WITH_TESTS_OF_THEIR_OWN
+    for number, block in enumerate(PYTHON.findall(page.read_text()))
+]
 
 
-def test_the_readme_has_an_example_and_it_runs():
-    blocks = PYTHON.findall((ROOT / "README.md").read_text())
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_code_of_a_page_runs(block, tmp_path):
+    """By itself. It may need a package that the tests do not, which it imports first, or processes, which its first line names."""
+    first = block.partition("\n")[0]
+    if first.startswith("# torchrun"):
+        (tmp_path / "this_file.py").write_text(block)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *first.split()[2:]]
+        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        return
+    pytest.importorskip(first.split()[1])
+    exec(compile(block, "page", "exec"), {"__name__": "page"})
+
+
+def test_the_readme_is_one_page_and_its_first_code_runs():
+    text = (ROOT / "README.md").read_text()
+    assert PYTHON.search(text)
+    assert text.count("\n") <= 120
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -46,7 +68,8 @@ def test_the_build_variables_named_are_those_that_the_build_reads():
         path.read_text() for folder in ("cmake", "build_backend") for path in (ROOT / folder).iterdir() if path.is_file()
     )
     sources += (ROOT / "setup.py").read_text() + (ROOT / "CMakeLists.txt").read_text()
-    named = set(re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+    named = set(re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "docs" / "start.md").read_text(), re.MULTILINE))
+    named -= {"KL_EXT_KEEP_MEMORY", "KL_EXT_HUGE_PAGES"}  # read by the library
     assert {"KL_EXT_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "KL_EXT_CMAKE_ARGS", "KL_EXT_TORCH_VERSION"} == named
     for variable in named:
         assert variable in sources
@@ -98,7 +121,9 @@ REDUCTIONS = {
 @pytest.mark.parametrize("sizes", [{"B": 5, "D": 7}, {"B": 5, "C": 3, "H": 2, "W": 4}], ids=["[B, D]", "[B, C, H, W]"])
 def test_the_weights_in_the_table_of_reductions_are_what_the_reductions_do(sizes):
     column = {2: 2, 4: 3}[len(sizes)]
-    lines = [line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith('| `"')]
+    page = (ROOT / "docs" / "functions.md").read_text()
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith('| `"')]
+    lines = [cells for cells in lines if len(cells) == 4]
     assert [cells[0] for cells in lines] == list(REDUCTIONS)
     mu, log_var = torch.randn(2, *sizes.values(), dtype=torch.float64)
     nats_per_image = kl_ext.kl_div_single_loss(mu, log_var).flatten(1).sum(1).mean()
