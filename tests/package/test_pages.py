@@ -32,7 +32,7 @@ BLOCKS = [
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_code_of_a_page_runs(block, tmp_path):
-    """By itself. It may need a package that the tests do not, which it imports first, or processes, which its first line names."""
+    """Each block by itself. Its first line may import a package that is not there, or say that it runs under torchrun."""
     first = block.partition("\n")[0]
     if first.startswith("# torchrun"):
         (tmp_path / "this_file.py").write_text(block)
