@@ -66,11 +66,11 @@ def write_index(dist: Path, base_url: str) -> None:
         (dist / "index" / page).write_text(text)
 
 
-def run(*command: str | Path, cwd: Path = SOURCE, capture: bool = False, **environment: str) -> str:
+def run(*command: str | Path, cwd: Path = SOURCE, capture: bool = False, env: dict[str, str] = ENVIRONMENT) -> str:
     """Shows what the command prints, or returns it. Where the command fails, so does this program."""
     print(f"wheels: {shlex.join(map(str, command))}", flush=True)
     stdout = subprocess.PIPE if capture else None
-    completed = subprocess.run(command, cwd=cwd, env={**ENVIRONMENT, **environment}, stdout=stdout, text=True)
+    completed = subprocess.run(command, cwd=cwd, env=env, stdout=stdout, text=True)
     if completed.returncode:
         sys.exit(f"wheels: that ended with status {completed.returncode}.")
     return completed.stdout or ""
@@ -103,9 +103,9 @@ def repair(wheel: Path, folder: Path) -> Path:
 
 def build(python: Path, torch: torch_info.TorchInfo, dist: Path) -> Path:
     """A wheel in the folder, for this Python and its torch."""
-    choice = {"KL_EXT_LOCAL_VERSION": local_version(torch), "KL_EXT_CUDA": "all" if torch["cuda"] else "0"}
+    env = {**ENVIRONMENT, "KL_EXT_LOCAL_VERSION": local_version(torch), "KL_EXT_CUDA": "all" if torch["cuda"] else "0"}
     with tempfile.TemporaryDirectory() as folder:
-        run(python, "-m", "pip", "wheel", "-v", "--no-deps", "-w", folder, SOURCE, **choice)
+        run(python, "-m", "pip", "wheel", "-v", "--no-deps", "-w", folder, SOURCE, env=env)
         (made,) = Path(folder).glob("*.whl")
         return repair(made, dist)
 
@@ -134,11 +134,12 @@ def main() -> None:
     parser.add_argument("--index-only", action="store_true", help="only write the index pages of the wheels in the folder")
     options = parser.parse_args()
     installed = torch_info.find()
-    if not (options.torch or options.index_only or installed):
+    versions = options.torch or ([installed["version"]] if installed else [])
+    if not (versions or options.index_only):
         parser.error(f"--torch: expected versions of torch, since {sys.executable} has none")
     dist = options.dist.resolve()
     dist.mkdir(parents=True, exist_ok=True)
-    for version in [] if options.index_only else options.torch or [installed["version"]]:
+    for version in [] if options.index_only else versions:
         python, torch = environment_with(version)
         wheel = build(python, torch, dist)
         write_index(dist, "..")

@@ -16,8 +16,8 @@ With φ(x) = e^x − 1 − x, the terms are, for clamped log-variances x and for
 Near 0, where these expressions of φ and ψ cancel, both are polynomials: a graph keeps its digits near the prior. It has
 neither the bits of the operators nor their bounds. With onnxruntime on a CPU, where nothing over- or underflows, a term is
 within 6 units in the last place of the true value from deviations, 8 from log-variances against the standard normal, and 8 +
-``|x_p − x_q| / 2`` against q. Sums are in the runtime's order. Terms are computed and summed in float64 if an input or ``dtype``
-is float64, else in float32, and rounded once to the type of the result.
+``|x_p − x_q| / 2`` against q. Sums are in the runtime's order. Terms are computed and summed in float64 if an input or
+``dtype`` is float64, else in float32, and rounded once to the type of the result.
 """
 
 from __future__ import annotations
