@@ -1,5 +1,5 @@
-# Everything that users, developers and CI do with the sources, in a virtual environment made here. `make help` lists the targets:
-# it prints the group headings (##@) and the text after ## beside each target.
+# Everything that users, developers and CI do with the sources, in a virtual environment made here. `make help` prints the group
+# headings (##@) and the text after ## beside each target.
 #
 # Variables: PYTHON (python3), VENV (.venv), TORCH (a torch version, for `make wheels` also several; unset: the one installed in
 # VENV, else the newest), ARGS (passed on to the demo, the tests or the benchmarks), WORKERS (the processes that share the tests;
@@ -29,8 +29,8 @@ cxx_files = $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '
 
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
-.PHONY: help demo test docs bench-quick clean check format test-oldest test-cuda-emulation check-cuda check-instructions nightly bench \
-  wheels
+.PHONY: help demo test docs bench-quick clean check format test-oldest test-cuda-emulation check-cuda check-instructions nightly \
+  bench wheels
 .DELETE_ON_ERROR:
 
 ##@ For users

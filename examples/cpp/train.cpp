@@ -13,7 +13,9 @@
 #include <ATen/ops/zeros.h>
 #include <kl_ext/ops.h>
 
+#include <cstdint>
 #include <cstdio>
+#include <vector>
 
 namespace {
 

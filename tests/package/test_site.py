@@ -31,7 +31,8 @@ PAGES = [
 ]
 WIDTHS = (400, 1400)
 
-pytest.importorskip("furo")
+for module in ("furo", "latex2mathml", "myst_parser"):
+    pytest.importorskip(module)
 
 
 @pytest.fixture(scope="module")
