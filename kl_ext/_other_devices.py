@@ -23,7 +23,8 @@ def _warn(device_type: str) -> None:
     """Once in a process."""
     warnings.warn(
         f"kl_ext has no kernels for {device_type} and uses plain torch formulas there: near the prior they lose digits of "
-        "values and gradients, and they do not give the bits of kl_ext's kernels"
+        "values and gradients, and they do not give the bits of kl_ext's kernels",
+        stacklevel=2,
     )
 
 
