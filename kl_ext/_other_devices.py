@@ -1,5 +1,5 @@
 """The operators on devices that have no kernels of ours, such as MPS and XPU: the formulas of kl_ext/reference.py behind the
-checks that every device has. What is above a kernel (autograd, autocast, batching) is as everywhere."""
+checks that every device has, and autocast. Autograd and batching, which are above a kernel, are as everywhere."""
 
 import functools
 import warnings
@@ -112,9 +112,26 @@ def _backward_out(operator: Operator) -> Callable[..., None]:
     return kernel
 
 
+def _autocast(operator: Operator, key: str) -> Callable[..., Tensor]:
+    """The result is float32, or float64 where an input is; the inputs stay as they are. As csrc/autocast.cpp has it."""
+    keys = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(key))
+
+    def kernel(*args: Any, **kwargs: Any) -> Tensor:
+        call = operator.read(operator.forward, args, kwargs)
+        is_double = any(x.dtype == torch.float64 for x in call.tensors.values())
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            result: Tensor = operator.forward(
+                *args, **{**kwargs, "dtype": call.dtype or (torch.float64 if is_double else torch.float32)}
+            )
+        return result
+
+    return kernel
+
+
 _library = torch.library.Library("kl_ext", "FRAGMENT")  # what it registers lasts as long as it does
 for _device in DEVICES:
     for _operator in OPERATORS:
         _library.impl(_operator.forward, _forward(_operator), _device)
         _library.impl(_operator.backward, _backward(_operator), _device)
         _library.impl(_operator.backward_out, _backward_out(_operator), _device)
+        _library.impl(_operator.forward, _autocast(_operator, f"Autocast{_device}"), f"Autocast{_device}")
