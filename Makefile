@@ -29,8 +29,8 @@ cxx_files = $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '
 
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
-.PHONY: help demo test docs bench-quick clean check format test-oldest test-cuda-emulation check-cuda check-instructions nightly \
-  bench wheels
+.PHONY: help demo test docs bench-quick clean check format test-oldest test-cuda-emulation check-cuda check-instructions fuzz \
+  nightly bench wheels
 .DELETE_ON_ERROR:
 
 ##@ For users
@@ -90,7 +90,10 @@ check-cuda: $(package) ## build the CUDA kernels, which needs nvcc and no GPU, a
 check-instructions: $(stamps)/test ## count the instructions of the CPU kernels and compare them with their ceilings
 	$(bin)/python benchmarks/instructions/count.py $(ARGS)
 
-nightly: $(stamps)/test ## run the tests that are too slow for make test; writes docs/nightly.md
+fuzz: $(stamps)/test ## run random scripts (100,000, an hour) until one is wrong; ARGS="--seed 7" repeats a run
+	$(bin)/python tests/fuzz/fuzz.py $(ARGS)
+
+nightly: $(stamps)/test ## run the tests that are too slow for make test; writes docs/reports/nightly.md
 	$(bin)/python tests/nightly.py $(ARGS)
 
 # On a GPU: benchmarks/README.md. ARGS="--device cuda" only writes benchmarks/results/cuda.json.

@@ -1,18 +1,14 @@
-"""Run the tests that are too slow for `make test`, and report what they did in docs/nightly.md: `make nightly`."""
+"""Run the tests that are too slow for `make test`, and report what they did in docs/reports/nightly.md: `make nightly`."""
 
-import platform
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-import torch
+
+from reports import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
-REPORT = ROOT / "docs" / "nightly.md"
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from measure.machine import describe_machine  # noqa: E402
+REPORT = ROOT / "docs" / "reports" / "nightly.md"
 
 
 class Recorder:
@@ -28,29 +24,11 @@ class Recorder:
             self.outcomes[report.nodeid] = report.outcome
 
 
-def render(recorder: Recorder) -> str:
-    machine = describe_machine("cpu")
-    rows = [f"| {name} | {outcome} | {recorder.seconds[name]:.0f} s |" for name, outcome in recorder.outcomes.items()]
-    return "\n".join(
-        [
-            "# The last `make nightly`",
-            "",
-            f"{datetime.now(timezone.utc):%Y-%m-%d}, commit {machine['commit']}, torch {torch.__version__}, Python "
-            f"{platform.python_version()}, {machine['cores']} cores of {machine['cpu']} ({machine['cpu_capability']}).",
-            "Written by tests/nightly.py.",
-            "",
-            "| test | outcome | time |",
-            "| ---- | ------- | ---: |",
-            *rows,
-            "",
-        ]
-    )
-
-
 def main() -> int:
     recorder = Recorder()
     status = pytest.main(["--slow", "-m", "slow", *sys.argv[1:]], plugins=[recorder])
-    REPORT.write_text(render(recorder))
+    rows = [[name, outcome, f"{recorder.seconds[name]:.0f} s"] for name, outcome in recorder.outcomes.items()]
+    write_report(REPORT, "make nightly", "tests/nightly.py", "", ["test", "outcome", "time"], rows)
     return int(status)
 
 
