@@ -30,7 +30,7 @@ cxx_files = $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
 .PHONY: help demo test docs bench-quick clean check format test-oldest test-cuda-emulation check-cuda check-instructions fuzz \
-  nightly bench wheels
+  fuzz-cpp nightly bench wheels
 .DELETE_ON_ERROR:
 
 ##@ For users
@@ -92,6 +92,10 @@ check-instructions: $(stamps)/test ## count the instructions of the CPU kernels 
 
 fuzz: $(stamps)/test ## run random scripts (100,000, an hour) until one is wrong; ARGS="--seed 7" repeats a run
 	$(bin)/python tests/fuzz/fuzz.py $(ARGS)
+
+# Needs no torch, but a clang++ with libFuzzer; inputs are kept in build/fuzz/corpus. ARGS="--seconds 600 sums" chooses a target.
+fuzz-cpp: ## fuzz the headers without torch against slow twins, a minute for each of six targets
+	$(PYTHON) tests/fuzz/headers.py $(ARGS)
 
 nightly: $(stamps)/test ## run the tests that are too slow for make test; writes docs/reports/nightly.md
 	$(bin)/python tests/nightly.py $(ARGS)

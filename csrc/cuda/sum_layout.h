@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "../math/summation.h"
 #include "layout.h"
@@ -106,7 +107,7 @@ inline bool kept_is_fast(const Iteration& kept, const Iteration& reduced) {
     const std::int64_t kept_stride = kept.operand[i].strides[0];
     const std::int64_t reduced_stride = reduced.operand[i].strides[0];
     if (kept_stride != 0 && reduced_stride != 0) {
-      votes += kept_stride * kept_stride < reduced_stride * reduced_stride ? 1 : -1;
+      votes += std::abs(kept_stride) < std::abs(reduced_stride) ? 1 : -1;
     }
   }
   return votes > 0;
