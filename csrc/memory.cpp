@@ -16,6 +16,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
 
 namespace kl_ext {
@@ -111,7 +112,14 @@ class Kept {
     if (!lock) {
       return unmap(block);
     }
-    by_size_.emplace(block.size, recent_.insert(recent_.end(), block));
+    Blocks one;
+    try {
+      one.push_back(block);
+      by_size_.emplace(block.size, one.begin());
+    } catch (const std::bad_alloc&) { // a tensor that goes has nobody to tell
+      return unmap(block);
+    }
+    recent_.splice(recent_.end(), one);
     size_ += block.size;
     recent_size_ += block.size;
     while (size_ > most_kept) {
@@ -159,6 +167,7 @@ Kept& kept = *new Kept;
 
 struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(size_t size) override {
+    auto context = std::make_unique<Block>(); // first: where it fails, there is no block yet that would be lost
     std::optional<Block> block = kept.take(size);
     if (!block) {
       const size_t whole = rounded(size);
@@ -168,8 +177,10 @@ struct Allocator final : c10::Allocator {
       }
       block = Block{data, whole};
     }
+    *context = *block;
+    c10::DataPtr result(block->data, context.release(), &release, at::kCPU);
     c10::profiledCPUMemoryReporter().New(block->data, size);
-    return {block->data, new Block(*block), &release, at::kCPU};
+    return result;
   }
 
   void copy_data(void* to, const void* from, size_t size) const override { default_copy_data(to, from, size); }
