@@ -62,11 +62,16 @@ class FailingProcess:
 
     def _start(self) -> None:
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _load, (self._library,))
-        os.environ["LD_PRELOAD"] = str(self._library)
+        # Threads that wait for work do not take the processor from those that have some.
+        variables = {"LD_PRELOAD": str(self._library), "OMP_WAIT_POLICY": "passive"}
+        before = dict(os.environ)
+        os.environ.update(variables)
         try:
             self._pool.submit(os.getpid).result()
         finally:
-            del os.environ["LD_PRELOAD"]
+            for name in variables:
+                del os.environ[name]
+            os.environ.update(before)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """What the function returns. Fails if the process ends, and goes on with another."""

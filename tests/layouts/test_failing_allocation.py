@@ -21,10 +21,20 @@ def process() -> Iterator[FailingProcess]:
     failing.stop()
 
 
+# The others make the same calls in parallel, or with all later allocations failing too: they run with --slow.
+QUICK = {(cases.ONE, "small"), (cases.ONE, "huge"), (cases.INJECTED, "small"), (cases.ALL, "huge")}
+
+
 @each_operator
-@pytest.mark.parametrize("shape", cases.SHAPES)
-@pytest.mark.parametrize("mode", cases.MODES)
-def test_every_allocation_may_fail(operator: Operator, shape: str, mode: str, process: FailingProcess) -> None:
+@pytest.mark.parametrize(
+    ("mode", "shape"),
+    [
+        pytest.param(mode, shape, marks=[] if (mode, shape) in QUICK else pytest.mark.slow)
+        for mode in cases.MODES
+        for shape in cases.SHAPES
+    ],
+)
+def test_every_allocation_may_fail(operator: Operator, mode: str, shape: str, process: FailingProcess) -> None:
     """A backward pass runs in the same thread; sums and rows of the larger shapes run in four."""
     counts = process.run(cases.check_all, operator.name, shape, mode)
     values = {title: count for title, count in counts.items() if "out" not in title}
