@@ -138,6 +138,7 @@ def check(call: Call, mode: str) -> int:
             n += 1
             error = ""
             results: Sequence[Tensor] = []
+            _give_back_what_is_kept()  # so that large results need memory of the system
             _shim.arm(n, mode == ALL)
             try:
                 results = call()
