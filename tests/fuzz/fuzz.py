@@ -126,7 +126,9 @@ def main() -> int:
     seeds = range(options.seed * 1_000_000 + options.first, options.seed * 1_000_000 + options.cases)
     failures, seen, start = 0, collections.Counter[str](), time.monotonic()
     with multiprocessing.get_context("spawn").Pool(initializer=_start) as pool:
-        for seed, wrong, found in tqdm(pool.imap_unordered(judged, seeds, chunksize=50), total=len(seeds), unit=" cases"):
+        for seed, wrong, found in tqdm(
+            pool.imap_unordered(judged, seeds, chunksize=50), total=len(seeds), unit=" cases", mininterval=1
+        ):
             seen.update(found)
             if wrong is None:
                 continue

@@ -267,7 +267,8 @@ def _wrong_numbers(script: Script, real: Outcome) -> str | None:
         half = 0 if fine == grad.dtype else 2 * calls + 4
         tiny = ulp(numpy.zeros(()), grad.dtype)
         error = bound * ulp(scale, fine) + half * ulp(scale, grad.dtype) + elements * tiny / 2
-        end = min(torch.finfo(fine).max, torch.finfo(grad.dtype).max) / 64
+        # The gradient of a term may overflow before it is divided by the number of terms or multiplied by a hook.
+        end = min(torch.finfo(fine).max, torch.finfo(grad.dtype).max) / (64 * max(elements, 1))
         known = torch.from_numpy(numpy.asarray(numpy.isfinite(scale) & (scale < end)))
         if _off(torch.where(known, grad.detach(), 0), torch.where(known, true, 0), error):
             return f"gradient of {name}"
