@@ -125,7 +125,8 @@ def main() -> int:
     print(f"seed {options.seed}")
     seeds = range(options.seed * 1_000_000 + options.first, options.seed * 1_000_000 + options.cases)
     failures, seen, start = 0, collections.Counter[str](), time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(initializer=_start) as pool:
+    # A process grows with the largest scripts and with what was compiled: it ends after a thousand.
+    with multiprocessing.get_context("spawn").Pool(initializer=_start, maxtasksperchild=20) as pool:
         for seed, wrong, found in tqdm(
             pool.imap_unordered(judged, seeds, chunksize=50), total=len(seeds), unit=" cases", mininterval=1
         ):

@@ -243,7 +243,7 @@ def _wrong_numbers(script: Script, real: Outcome) -> str | None:
         exact, sizes = run(script, kl=EXACT, **IN_FLOAT64), run(script, kl=SIZES, **IN_FLOAT64)
     if exact.error is not None and real.error is None:
         return f"oracle refused: {exact.error!r}"
-    elements = math.prod(map(int, re.findall(r"\d+", script.lines[0])))
+    elements = math.prod(max(int(size), 1) for size in re.findall(r"\d+", script.lines[0]))
     for name, y in real.results.items():
         if (true := exact.results.get(name)) is None or y is None:
             continue
@@ -252,7 +252,7 @@ def _wrong_numbers(script: Script, real: Outcome) -> str | None:
         bound = MILD if script.mild else TERM + additions(2 * elements)
         scale = numpy.maximum(numpy.abs(to_longdouble(true)), 1 if script.mild else 0)
         error = bound * ulp(scale, fine) + numpy.where(fine == y.dtype, 0, 0.51) * ulp(scale, y.dtype)
-        if _off(y, true, error, max(elements, 1)):
+        if _off(y, true, error, elements):
             return f"value of {name}"
     if real.error is not None:
         return None
@@ -268,7 +268,7 @@ def _wrong_numbers(script: Script, real: Outcome) -> str | None:
         tiny = ulp(numpy.zeros(()), grad.dtype)
         error = bound * ulp(scale, fine) + half * ulp(scale, grad.dtype) + elements * tiny / 2
         # The gradient of a term may overflow before it is divided by the number of terms or multiplied by a hook.
-        end = min(torch.finfo(fine).max, torch.finfo(grad.dtype).max) / (64 * max(elements, 1))
+        end = min(torch.finfo(fine).max, torch.finfo(grad.dtype).max) / (64 * elements)
         known = torch.from_numpy(numpy.asarray(numpy.isfinite(scale) & (scale < end)))
         if _off(torch.where(known, grad.detach(), 0), torch.where(known, true, 0), error):
             return f"gradient of {name}"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import kl_ext
 from kl_ext import _library, _operators
 
 SOURCE = Path(__file__).resolve().parents[2]
@@ -59,7 +60,9 @@ def test_the_cpu_kernels_are_optimised_and_compiled_for_each_capability(commands
     capabilities = {re.findall(r"-DKL_EXT_CPU_CAPABILITY=(\w+)", command)[0] for command in kernels}
     assert capabilities == set(_library.build_facts().cpu_capabilities)
     assert all(re.findall(r" -O\S+", command)[-1] == " -O3" for command in kernels)
-    assert all("-fopenmp" in entry["command"] for entry in commands if entry["file"].endswith("cpu/elementwise.cpp"))
+    parallel = [entry["command"] for entry in commands if entry["file"].endswith(("cpu/elementwise.cpp", "unity_cpu_cxx.cxx"))]
+    assert len(parallel) == 1
+    assert "-fopenmp" in parallel[0]
 
 
 def test_the_kernels_of_one_capability_share_no_symbol_with_anothers(commands):
@@ -379,3 +382,22 @@ def run_script(line: str, folder: Path, **environment: str) -> str:
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     completed = subprocess.run([tool("cmake"), "-P", script], env=environment, text=True, **streams)
     return " ".join(completed.stdout.split())
+
+
+MODULES = [_library.LIBRARY, *sorted(Path(kl_ext.__file__).parent.glob("*.so"))]
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: Path(file).name.partition(".")[0])
+def test_nothing_but_the_entry_point_of_a_module_is_seen_from_outside(file):
+    seen = subprocess.check_output(["nm", "-D", "--defined-only", str(file)], text=True).split()[2::3]
+    name = Path(file).name.partition(".")[0]
+    assert seen == ([] if name == "libkl_ext" else [f"PyInit_{name}"])
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: Path(file).name.partition(".")[0])
+def test_what_is_loaded_cannot_be_written_over(file):
+    """No executable stack, and every address of another library is found at load time and read-only from then on."""
+    said = subprocess.check_output(["readelf", "-dlW", str(file)], text=True)
+    assert re.search(r"GNU_STACK .* RW ", said)
+    assert "GNU_RELRO" in said
+    assert "BIND_NOW" in said
