@@ -26,7 +26,6 @@ release = version = kl_ext.__version__
 CUDA_README = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "README.md"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["reports"]
 napoleon_use_ivar = True  # what a class lists under Attributes are its properties, which have entries of their own
 nitpicky = True
 default_role = "code"

@@ -6,7 +6,11 @@
 #include "../math/half.h"
 
 // Tells the compiler that no iteration depends on another.
+#if defined(__clang__)
+#define KL_EXT_LOOP _Pragma("clang loop vectorize(assume_safety)")
+#else
 #define KL_EXT_LOOP _Pragma("GCC ivdep")
+#endif
 // Inlines a lambda.
 #define KL_EXT_INLINE_LAMBDA __attribute__((always_inline))
 

@@ -130,6 +130,8 @@ template <class T>
 struct Split {
   T shifted_k;
   T r;
+
+  KL_EXT_APART(Split)
 };
 
 // How wide the clamped log-variances may range. kNarrow: no power of two in use leaves the exponent range, which every clamp

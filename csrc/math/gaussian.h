@@ -51,6 +51,8 @@ template <class T>
 struct Scientific {
   T significand;
   T exponent;
+
+  KL_EXT_APART(Scientific)
 };
 
 template <class T>
@@ -77,6 +79,8 @@ struct Product {
 
   KL_EXT_INLINE T value() const { return left * right; }
   KL_EXT_INLINE T plus(T x) const { return fma(left, right, x); }
+
+  KL_EXT_APART(Product)
 };
 
 // x * 2^n for factors from 1/16 to 16 and any integral n.
@@ -108,6 +112,8 @@ template <class T>
 struct MeanGradient {
   T of_mean;
   Product<T> of_log_var;
+
+  KL_EXT_APART(MeanGradient)
 };
 
 // inverse_var: scale w.
@@ -158,6 +164,8 @@ template <class T>
 struct Difference {
   T rounded;
   Split<T> split;
+
+  KL_EXT_APART(Difference)
 };
 
 template <Range range, int step = 0, Use use = Use::kPhi, class T>

@@ -103,6 +103,8 @@ struct ScaledDeviation {
   T value;
   T factor;
   typename Format<T>::Bits exponent; // biased; subtracting that of another deviation gives the ratio of the factors
+
+  KL_EXT_APART(ScaledDeviation)
 };
 
 // The value is from 1/2 to 1, times 2^-lower; less for subnormal deviations, and up to 2^8 for the largest. For those the
@@ -128,6 +130,8 @@ struct Octave {
 
   T inverse;                         // 2^-n
   typename Format<T>::Bits biased_n; // n + kBias
+
+  KL_EXT_APART(Octave)
 };
 
 template <class T>
@@ -147,6 +151,8 @@ template <class T>
 struct RatioExponent {
   T k;
   T eighth_square;
+
+  KL_EXT_APART(RatioExponent)
 };
 
 template <class T>
@@ -182,7 +188,7 @@ KL_EXT_INLINE T ratio_divergence(RatioExponent<T> r, T f) {
 template <class T>
 KL_EXT_INLINE T or_special(T divergence, T ratio, bool deviations) {
   const T or_infinite = ratio == T(0) ? Format<T>::kInfinity : divergence;
-  return deviations & (ratio < Format<T>::kInfinity) ? or_infinite : not_a_number<T>();
+  return (deviations & (ratio < Format<T>::kInfinity)) ? or_infinite : not_a_number<T>();
 }
 
 // (mu_p - mu_q) factor. A factor below 1 is applied before the subtraction, which might overflow, one above 1 after it.

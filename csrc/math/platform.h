@@ -22,6 +22,15 @@
 #define KL_EXT_UNROLL _Pragma("GCC unroll 8")
 #endif
 
+// Stands in every struct of numbers that functions return. Clang returns two floats as one vector of two, which it cannot make a
+// part of a wider vector later, so that the loop stays scalar. It does not where the struct has a destructor.
+#if defined(__clang__) && !defined(__CUDACC__)
+#define KL_EXT_APART(Struct) \
+  KL_EXT_INLINE ~Struct() {}
+#else
+#define KL_EXT_APART(Struct)
+#endif
+
 namespace kl_ext::math {
 
 // The unsigned integer as wide as T, the number of T's mantissa bits without the implicit one, and T's exponent bias.

@@ -11,6 +11,8 @@ from emulated_kernels import ROOT
 from kl_ext import _library
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "tests" / "values"))
+import test_one_hash
 from instructions import count
 
 VECTORS = {"AVX2": "%ymm", "AVX512": "%zmm"}
@@ -54,21 +56,22 @@ KERNELS |= {
 }
 
 
-@pytest.fixture(scope="module")
-def code() -> dict[str, str]:
-    """The disassembled kernels by name."""
+def disassembled(file) -> dict[str, str]:
+    """The kernels by name."""
     if shutil.which("objdump") is None:
         pytest.skip("no objdump")
     dump = subprocess.run(
-        ["objdump", "-d", "-C", "--no-show-raw-insn", _library.LIBRARY], check=True, capture_output=True, text=True
+        ["objdump", "-d", "-C", "--no-show-raw-insn", file], check=True, capture_output=True, text=True
     ).stdout
     return dict(re.findall(r"^[0-9a-f]+ <(?:void )?(kl_ext::cpu::[^\n]*)>:\n(.*?)(?:\n\n|\Z)", dump, re.MULTILINE | re.DOTALL))
 
 
-@pytest.mark.parametrize("capability", VECTORS)
-def test_the_formulas_are_computed_in_whole_vectors(code, capability):
-    if capability not in _library.build_facts().cpu_capabilities:
-        pytest.skip(f"built without {capability}")
+@pytest.fixture(scope="module")
+def code() -> dict[str, str]:
+    return disassembled(_library.LIBRARY)
+
+
+def assert_in_whole_vectors(code, capability):
     for kernel, expected in KERNELS.items():
         [body] = [
             text
@@ -79,6 +82,31 @@ def test_the_formulas_are_computed_in_whole_vectors(code, capability):
             line for line in body.splitlines() if re.search(r"vfn?m(add|sub)[0-9]+p[sd]", line) and VECTORS[capability] in line
         ]
         assert len(fused) >= expected, f"{capability}: {kernel} has {len(fused)} in whole vectors"
+
+
+@pytest.mark.parametrize("capability", VECTORS)
+def test_the_formulas_are_computed_in_whole_vectors(code, capability):
+    if capability not in _library.build_facts().cpu_capabilities:
+        pytest.skip(f"built without {capability}")
+    assert_in_whole_vectors(code, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", VECTORS)
+@pytest.mark.parametrize("version", range(14, 21))
+def test_clang_computes_them_in_whole_vectors(version, capability, tmp_path):
+    compiler = f"clang++-{version}"
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler}")
+    flags = [
+        *test_one_hash.FLAGS,
+        *test_one_hash.VECTORS[capability],
+        f"-DKL_EXT_CPU_CAPABILITY={capability}",
+        "-Wno-pass-failed",
+    ]
+    subprocess.run(
+        [compiler, *flags, "-I", ROOT / "csrc", "-c", ROOT / "csrc/cpu/kernels.cpp", "-o", tmp_path / "o"], check=True
+    )
 
 
 def test_a_count_above_its_ceiling_or_without_one_is_reported():
