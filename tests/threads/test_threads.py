@@ -1,0 +1,42 @@
+"""Threads get the bits of one, and whatever they do at once ends well."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from torch import Tensor
+
+from oracle import same_bits
+from stress import THREADS, new_cases, results_of
+
+STRESS = Path(__file__).with_name("stress.py")
+
+
+def test_eight_threads_on_shared_leaves_get_the_bits_of_one() -> None:
+    cases = new_cases()
+    expected = [results_of(case) for case in cases]
+    barrier = threading.Barrier(THREADS)
+    got: list[list[list[Tensor]]] = []
+
+    def work() -> None:
+        barrier.wait()
+        got.append([results_of(case) for _ in range(3) for case in cases])
+
+    threads = [threading.Thread(target=work) for _ in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == THREADS
+    for results in got:
+        for one, other in zip(results, 3 * expected, strict=True):
+            assert all(map(same_bits, one, other))
+
+
+def test_a_stress_of_everything_that_threads_share() -> None:
+    """First calls at once, changes of the environment and of how many threads compute, forks, and the end of the process."""
+    completed = subprocess.run([sys.executable, str(STRESS), "2"], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
