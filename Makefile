@@ -29,8 +29,8 @@ cxx_files = $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '
 
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
-.PHONY: help demo test docs bench-quick clean check format test-oldest test-cuda-emulation check-cuda check-instructions fuzz \
-  fuzz-cpp nightly bench wheels
+.PHONY: help demo test docs bench-quick clean check format test-oldest test-cuda-emulation test-tsan check-cuda \
+  check-instructions fuzz fuzz-cpp nightly bench wheels
 .DELETE_ON_ERROR:
 
 ##@ For users
@@ -80,6 +80,21 @@ test-cuda-emulation: $(stamps)/test ## run the CUDA kernels without a GPU, then 
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  KL_EXT_EMULATION_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(bin)/python -m pytest -n $(WORKERS) $(emulation).py $(emulation)_sums.py $(emulation)_cuts.py -k 'random and not 4096' $(ARGS)
+
+# build/NAME/package/kl_ext is a copy of the package with sanitized libraries, which PYTHONPATH puts before the installed one.
+# `python -m pytest` would put the package of the source folder before both.
+define build-sanitized
+	PATH="$(abspath $(bin)):$$PATH" cmake -S . -B build/$(1) -G Ninja -DPython_EXECUTABLE="$(abspath $(bin)/python)" \
+	  -DCMAKE_CXX_FLAGS="$(2) -fno-omit-frame-pointer -g1"
+	PATH="$(abspath $(bin)):$$PATH" cmake --build build/$(1) $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
+	$(bin)/cmake --install build/$(1) --prefix build/$(1)/package/kl_ext
+	cp kl_ext/*.py build/$(1)/package/kl_ext/
+endef
+
+test-tsan: export KL_EXT_CUDA = 0
+test-tsan: $(stamps)/test ## run threads that share everything under ThreadSanitizer; ARGS=60 sets how many seconds
+	$(call build-sanitized,tsan,-fsanitize=thread)
+	PYTHONPATH=build/tsan/package $(bin)/python tests/threads/tsan.py $(ARGS)
 
 # ARGS="--write" for csrc/cuda/README.md too. What it takes besides nvcc and c++filt comes with a CUDA torch.
 check-cuda: export KL_EXT_CUDA = all

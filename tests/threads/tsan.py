@@ -1,0 +1,67 @@
+"""Run stress.py with libraries compiled with -fsanitize=thread, and fail where a report is kl_ext's: `make test-tsan`.
+
+torch and Python are not compiled so. ThreadSanitizer sees their calls of the C library but neither their reads and writes nor
+their atomics, and so it may report them without cause. A report is kl_ext's if its code made one of the two accesses, or is
+among the innermost callers of whatever else is reported. A crash counts in any case.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+MODULE = re.compile(r"^ +#\d+ .*?\(([^()]*)\+0x[0-9a-f]+\)", re.MULTILINE)
+ACCESS = re.compile(r"  (?:previous )?(?:atomic )?(?:write|read) of size", re.IGNORECASE)
+REPORT = re.compile(r"^(?:WARNING|==\d+==ERROR): ThreadSanitizer.*?^(?:=====|SUMMARY)", re.MULTILINE | re.DOTALL)
+OURS = ("libkl_ext.so", "_bindings.", "_C.")
+
+
+def is_ours(report: str) -> bool:
+    if not report.startswith("WARNING"):
+        return True
+    stacks = re.split(r"\n\n|(?=\n  \S)", report)
+    accesses = [stack for stack in stacks if ACCESS.match(stack.strip("\n"))]
+    for stack in accesses or stacks:
+        called = [Path(module).name for module in MODULE.findall(stack)]
+        called = [name for name in called if not name.startswith("libtsan")]
+        if any(name.startswith(OURS) for name in called[: 1 if accesses else 3]):
+            return True
+    return False
+
+
+def main() -> int:
+    library = Path(importlib.util.find_spec("kl_ext").origin).parent / "lib" / "libkl_ext.so"
+    if b"__tsan_init" not in library.read_bytes():
+        sys.exit(f"{library} is not compiled with -fsanitize=thread")
+    preloaded = subprocess.check_output(["g++", "-print-file-name=libtsan.so"], text=True).strip()
+    with tempfile.TemporaryDirectory() as folder:
+        options = {
+            "log_path": f"{folder}/report",
+            "suppressions": str(HERE / "tsan.supp"),
+            "exitcode": "0",  # the program's own status
+            "die_after_fork": "0",
+            "history_size": "7",
+            "report_thread_leaks": "0",
+        }
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": preloaded,
+            "TSAN_OPTIONS": " ".join(f"{name}={value}" for name, value in options.items()),
+            "OMP_THREAD_LIMIT": "1",  # ThreadSanitizer does not see the barriers of libgomp
+        }
+        status = subprocess.run([sys.executable, str(HERE / "stress.py"), *sys.argv[1:]], env=environment).returncode
+        reports = [text for log in Path(folder).iterdir() for text in REPORT.findall(log.read_text(errors="replace"))]
+    ours = [report for report in reports if is_ours(report)]
+    print(*ours, sep="\n")
+    print(f"stress.py ended with status {status}; {len(reports)} reports, {len(ours)} of them kl_ext's")
+    return 1 if ours or status else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
