@@ -140,8 +140,8 @@ inline void check_together(const char* function, const Call& call) {
   const Description& d = call.op->description;
   const auto first = call.is_given.begin() + d.least;
   const auto end = call.is_given.begin() + d.most;
-  TORCH_CHECK_VALUE(std::find(first, end, !*first) == end || d.least == d.most, function, ": expected ", d.inputs[d.least],
-                    " and ", d.inputs[d.most - 1], " together or neither, got ",
+  TORCH_CHECK_VALUE(first == end || std::find(first, end, !*first) == end, function, ": expected ", d.inputs[d.least], " and ",
+                    d.inputs[d.most - 1], " together or neither, got ",
                     d.inputs[std::find(first, end, true) - call.is_given.begin()], " alone");
 }
 
