@@ -53,12 +53,14 @@ each_weight = pytest.mark.parametrize("size", WEIGHTS.values(), ids=WEIGHTS.keys
 
 
 def some_weight(size: Sequence[int], dtype: torch.dtype = torch.float64, device: Any = "cpu") -> Tensor:
-    """Positive, negative and 0, of either sign; never all of them 0."""
+    """Positive, negative and 0, of either sign; never all of them 0. The negative ones are so small that no sum of weights, by
+    which a mean is divided, comes near 0: there any formula loses its digits."""
     weight = torch.randn(tuple(size), dtype=torch.float64)
+    weight = torch.where(weight < 0, weight / 256, weight + 0.25)
     zeros = torch.rand(tuple(size)) < 0.4
     if zeros.all():
         zeros.view(-1)[0] = False
-    return torch.where(zeros, torch.copysign(torch.zeros_like(weight), weight), weight + weight.sign() / 4).to(device, dtype)
+    return torch.where(zeros, torch.copysign(torch.zeros_like(weight), weight), weight).to(device, dtype)
 
 
 def mask(size: Sequence[int], device: Any = "cpu") -> Tensor:
