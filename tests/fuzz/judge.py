@@ -11,7 +11,6 @@ results, and which gradients there are. Numbers are compared with those of an or
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 import warnings
@@ -22,14 +21,13 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import normal_cases
 import oracle
 from kl_ext import reference
 from oracle import FORMATS, Array, distance, to_longdouble, ulp
 from ordered_sum import additions
-from scripts import INPUTS, Script
+from scripts import INPUTS, PREAMBLE, Script
 
 # Of a term or its gradient, in ulps: the largest bound there is, and one rounding each for grad_output and a weight.
 TERM = max(oracle.PAIR, oracle.LOG_VAR_Q, *normal_cases.GRADIENTS, normal_cases.VALUE) + 2
@@ -48,9 +46,9 @@ class Outcome(NamedTuple):
     gradients: dict[str, Tensor | None]
 
 
-def run(script: Script, **names: Any) -> Outcome:
-    """The script with these names."""
-    variables: dict[str, Any] = {"torch": torch, **names}
+def run(script: Script, names: dict[str, Any], kl: Any) -> Outcome:
+    """The script with these names, and with `kl` for the package."""
+    variables = {**names, "kl": kl}
     line, error = None, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -66,14 +64,6 @@ def run(script: Script, **names: Any) -> Outcome:
     return Outcome(line, error, results, gradients)
 
 
-def _normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def _uniform(*shape: int, seed: int) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def _called(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
@@ -82,15 +72,10 @@ def _unchanged(x: Any) -> Any:
     return x
 
 
-NUMBERS = {"normal": _normal, "uniform": _uniform}
-REAL = {
-    **NUMBERS,
-    "leaf": Tensor.detach,
-    "checkpoint": functools.partial(checkpoint, use_reentrant=False),
-    "compiled": functools.partial(torch.compile, backend="aot_eager"),
-}
-PLAIN = {**REAL, "compiled": _unchanged, "kl": reference}
-IN_FLOAT64 = {**NUMBERS, "leaf": Tensor.double, "checkpoint": _called, "compiled": _unchanged}
+REAL: dict[str, Any] = {}
+exec(PREAMBLE, REAL)
+PLAIN = {**REAL, "compiled": _unchanged}
+IN_FLOAT64 = {**PLAIN, "leaf": Tensor.double, "checkpoint": _called}
 
 
 def exact_terms(function: str, inputs: list[Array], low: float, high: float) -> oracle.Exact:
@@ -209,7 +194,7 @@ def _changed(script: Script) -> bool:
 
 def verdict(script: Script, kl: Any) -> str | None:
     """What is wrong with kl when it runs the script; None where nothing is."""
-    real, plain = run(script, kl=kl, **REAL), run(script, **PLAIN)
+    real, plain = run(script, REAL, kl), run(script, PLAIN, reference)
     if "compiled" in script.code:
         torch._dynamo.reset()
     if (real.error is None) != (plain.error is None) or real.line != plain.line:
@@ -237,10 +222,10 @@ def verdict(script: Script, kl: Any) -> str | None:
 def _wrong_numbers(script: Script, real: Outcome) -> str | None:
     arithmetic = coarsest(script)
     if script.mild:
-        exact = run(script, kl=reference, **IN_FLOAT64)
+        exact = run(script, IN_FLOAT64, reference)
         sizes = exact
     else:
-        exact, sizes = run(script, kl=EXACT, **IN_FLOAT64), run(script, kl=SIZES, **IN_FLOAT64)
+        exact, sizes = run(script, IN_FLOAT64, EXACT), run(script, IN_FLOAT64, SIZES)
     if exact.error is not None and real.error is None:
         return f"oracle refused: {exact.error!r}"
     elements = math.prod(max(int(size), 1) for size in re.findall(r"\d+", script.lines[0]))
@@ -251,7 +236,7 @@ def _wrong_numbers(script: Script, real: Outcome) -> str | None:
         fine = torch.float64 if y.dtype == torch.float64 and arithmetic == torch.float64 else torch.float32
         bound = MILD if script.mild else TERM + additions(2 * elements)
         scale = numpy.maximum(numpy.abs(to_longdouble(true)), 1 if script.mild else 0)
-        error = bound * ulp(scale, fine) + numpy.where(fine == y.dtype, 0, 0.51) * ulp(scale, y.dtype)
+        error = bound * ulp(scale, fine) + (0 if fine == y.dtype else oracle.NARROWED) * ulp(scale, y.dtype)
         if _off(y, true, error, elements):
             return f"value of {name}"
     if real.error is not None:
@@ -264,6 +249,7 @@ def _wrong_numbers(script: Script, real: Outcome) -> str | None:
         scale = numpy.maximum(numpy.abs(size), 1) if script.mild else numpy.abs(size)
         fine = torch.float64 if grad.dtype == torch.float64 and arithmetic == torch.float64 else torch.float32
         bound = MILD if script.mild else TERM + additions(2 * elements) + 4 * calls
+        # A call rounds each of its gradients to the half type, and autograd each sum of two.
         half = 0 if fine == grad.dtype else 2 * calls + 4
         tiny = ulp(numpy.zeros(()), grad.dtype)
         error = bound * ulp(scale, fine) + half * ulp(scale, grad.dtype) + elements * tiny / 2
