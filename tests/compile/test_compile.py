@@ -113,9 +113,10 @@ def test_a_compiled_call_of_the_backward_operator_keeps_its_mask(
     operator: Operator, wanted: Sequence[str], device: torch.device
 ) -> None:
     mask = [a in wanted for a in operator.arguments]
+    bounds = (-1.0, 1.0)[: len(operator.bounds)]
 
     def backward(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-        return operator.backward_operator(*tensors, -1.0, 1.0, mask)
+        return operator.backward_operator(*tensors, *bounds, mask)
 
     tensors = (torch.randn(2, 3, dtype=torch.float64, device=device), *operator.inputs([2, 3], [3], device=device))
     actual = torch.compile(backward, backend="aot_eager", fullgraph=True)(*tensors)
