@@ -1,9 +1,15 @@
-"""The fake kernels: the shapes, dtypes, devices and strides of the real ones, for whatever torch.compile may show them."""
+"""The fake kernels: the shapes, dtypes, devices and strides of the real ones, for whatever torch.compile may show them.
+
+What they refuse, and in which words, is in tests/errors/test_errors_without_numbers.py.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -15,116 +21,157 @@ from torch.library import opcheck
 
 from meta import meta_of
 from operator_cases import subsets
-from operators import (
-    DTYPES,
-    ELEMENTWISE,
-    PAIR,
-    SINGLE,
-    Operator,
-    each_documented_loss,
-    each_elementwise_operator,
-    each_operator,
-)
+from operators import DTYPES, OPERATORS, PAIR, SINGLE, Operator, each_operator, each_reducing_operator
+from oracle import same_bits
+from reduction_cases import SHAPES, each_operator_and_reduction
+from weight_cases import WEIGHT_DTYPES
+
+HALF, BFLOAT16, FLOAT, DOUBLE = DTYPES
 
 
-def non_dense(shape: Sequence[int]) -> Tensor:
-    return torch.randn([2 * n for n in shape])[tuple(slice(1, None, 2) for _ in shape)]
+def dense(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
+    """Positive, as deviations are."""
+    return (torch.rand(shape) + 0.5).to(dtype)
 
 
-def channels_last(shape: Sequence[int]) -> Tensor:
-    return torch.randn(tuple(shape)).contiguous(memory_format=torch.channels_last)
+def non_dense(*shape: int) -> Tensor:
+    return dense(*(2 * n for n in shape))[tuple(slice(1, None, 2) for _ in shape)]
 
 
-# Inputs in the order of the arguments; a loss of two takes the first two.
-SAMPLES: dict[str, Callable[[], list[Tensor]]] = {
-    "contiguous": lambda: [torch.randn(2, 3) for _ in range(4)],
-    "broadcast": lambda: [torch.randn(2, 1, 3), torch.randn(4, 1), torch.randn(3), torch.randn(())],
-    "prior": lambda: [torch.randn(4, 3), torch.randn(4, 3), torch.randn(3), torch.randn(3)],
-    "the first is the smallest": lambda: [torch.randn(3), torch.randn(2, 3), torch.randn(()), torch.randn(5, 1, 1)],
-    "promotion": lambda: [torch.randn(2, 3, dtype=d) for d in DTYPES],
-    "promotion to float32": lambda: [torch.randn(2, 3).to(d) for d in (torch.float16, torch.bfloat16) * 2],
-    "zero-dim of a wider type": lambda: [
-        torch.randn(3).half(),
-        torch.randn((), dtype=torch.float64),
-        torch.randn(3).half(),
-        torch.randn(()),
-    ],
-    "permuted": lambda: [torch.randn(2, 3, 4).permute(2, 0, 1) for _ in range(4)],
-    "permuted in two ways": lambda: [torch.randn(2, 3, 4).permute(2, 0, 1), torch.randn(4, 2, 3)] * 2,
-    "transposed and broadcast": lambda: [torch.randn(3, 2).t(), torch.randn(2, 1), torch.randn(3, 2).t(), torch.randn(1, 3)],
-    "channels last": lambda: [channels_last((2, 3, 4, 5)) for _ in range(4)],
-    "channels last and contiguous": lambda: [torch.randn(2, 3, 4, 5), channels_last((2, 3, 4, 5))] * 2,
-    "channels last of one channel": lambda: [channels_last((2, 1, 4, 5)), channels_last((2, 3, 4, 5))] * 2,
-    "zero-size": lambda: [torch.randn(0, 3), torch.randn(1, 3), torch.randn(3), torch.randn(0, 1)],
-    "zero-dim": lambda: [torch.randn(()) for _ in range(4)],
-    "non-dense": lambda: [non_dense((2, 3)) for _ in range(4)],
-    "non-dense and permuted": lambda: [non_dense((2, 3)).t(), torch.randn(3, 2), non_dense((3, 2)), torch.randn(2, 3).t()],
-    "chunks": lambda: list(torch.randn(2, 12).chunk(4, 1)),
-    "expanded": lambda: [
-        torch.randn(3).expand(2, 3),
-        torch.randn(2, 1).expand(2, 3),
-        torch.randn(1, 1).expand(2, 3),
-        torch.randn(2, 3),
-    ],
-    "sizes of one": lambda: [
-        torch.randn(1, 3, 1),
-        torch.randn(1, 1, 1),
-        torch.randn(3, 1),
-        torch.randn(1, 3, 1).transpose(0, 2).mT,
-    ],
+def channels_last(*shape: int) -> Tensor:
+    return dense(*shape).contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs in the order of the arguments: as many as the operator has, or these first ones. A weight of that size and dtype
+    goes to an operator that takes one, after a call without."""
+
+    tensors: Callable[[], Sequence[Tensor]]
+    how: dict[str, Any] = field(default_factory=dict)
+    weight: tuple[tuple[int, ...], torch.dtype] | None = None
+    count: int | None = None
+
+    def suits(self, operator: Operator) -> bool:
+        return self.count is None or self.count in operator.counts
+
+    def inputs(self, operator: Operator, device: torch.device) -> list[Tensor]:
+        # Not .to(device, dtype): the layouts must stay as they are.
+        return [x.to(device, memory_format=torch.preserve_format) for x in self.tensors()[: self.count or operator.count]]
+
+    def weights(self, operator: Operator, device: torch.device) -> list[Tensor | None]:
+        if self.weight is None or not operator.reduces:
+            return [None]
+        size, dtype = self.weight
+        return [None, torch.ones(size, dtype=dtype, device=device)]
+
+
+SAMPLES = {
+    "contiguous": Sample(lambda: [dense(2, 3) for _ in range(4)]),
+    "broadcast": Sample(lambda: [dense(2, 1, 3), dense(4, 1), dense(3), dense()], {"clamp_max": 0.75}, ((4, 1), HALF)),
+    "prior": Sample(
+        lambda: [dense(4, 3), dense(4, 3), dense(3), dense(3)], {"reduction": "sum", "dim": [0]}, ((4, 1), torch.bool)
+    ),
+    "the first is the smallest": Sample(
+        lambda: [dense(3), dense(2, 3), dense(), dense(5, 1, 1)], {"reduction": "sum", "dim": [1]}
+    ),
+    "promotion": Sample(lambda: [dense(2, 3, dtype=d) for d in DTYPES], {"reduction": "sum"}),
+    "promotion to float32": Sample(
+        lambda: [dense(2, 3, dtype=d) for d in (HALF, BFLOAT16) * 2],
+        {"clamp_min": 0.75, "dtype": DOUBLE, "reduction": "batchmean"},
+    ),
+    "zero-dim of a wider type": Sample(lambda: [dense(3, dtype=HALF), dense(dtype=DOUBLE), dense(3, dtype=HALF), dense()]),
+    "permuted": Sample(lambda: [dense(2, 3, 4).permute(2, 0, 1) for _ in range(4)], {"dtype": FLOAT}, ((4, 1, 3), DOUBLE)),
+    "permuted in two ways": Sample(lambda: [dense(2, 3, 4).permute(2, 0, 1), dense(4, 2, 3)] * 2),
+    "transposed and broadcast": Sample(lambda: [dense(3, 2).t(), dense(2, 1), dense(3, 2).t(), dense(1, 3)]),
+    "channels last": Sample(
+        lambda: [channels_last(2, 3, 4, 5) for _ in range(4)], {"reduction": "mean", "dim": [0, 2, -1], "dtype": HALF}
+    ),
+    "channels last and contiguous": Sample(lambda: [dense(2, 3, 4, 5), channels_last(2, 3, 4, 5)] * 2),
+    "channels last of one channel": Sample(lambda: [channels_last(2, 1, 4, 5), channels_last(2, 3, 4, 5)] * 2),
+    "the middle": Sample(
+        lambda: [dense(2, 3, 4), dense(2, 3, 4), dense(2, 1, 4), dense(1, 3, 1)],
+        {"reduction": "batchmean"},
+        ((3, 4), BFLOAT16),
+    ),
+    "zero-size": Sample(lambda: [dense(0, 3), dense(1, 3), dense(3), dense(0, 1)], {"reduction": "sum", "dim": [0]}),
+    "zero-dim": Sample(lambda: [dense() for _ in range(4)], {"reduction": "mean"}, ((), DOUBLE)),
+    "non-dense": Sample(lambda: [non_dense(2, 3) for _ in range(4)]),
+    "non-dense and permuted": Sample(lambda: [non_dense(2, 3).t(), dense(3, 2), non_dense(3, 2), dense(2, 3).t()]),
+    "chunks": Sample(lambda: dense(2, 12).chunk(4, 1), {"reduction": "mean", "dim": [-1]}),
+    "expanded": Sample(lambda: [dense(3).expand(2, 3), dense(2, 1).expand(2, 3), dense(1, 1).expand(2, 3), dense(2, 3)]),
+    "sizes of one": Sample(lambda: [dense(1, 3, 1), dense(1, 1, 1), dense(3, 1), dense(1, 3, 1).transpose(0, 2).mT]),
+    "two": Sample(lambda: [dense(2, 3), dense(2, 3)], {}, ((2, 3), torch.bool), count=2),
+    "two, half": Sample(
+        lambda: [dense(5, 3, dtype=HALF), dense(3, dtype=HALF)], {"reduction": "batchmean", "dtype": DOUBLE}, count=2
+    ),
+    "two, half, kept": Sample(
+        lambda: [dense(5, 3, dtype=HALF), dense(3, dtype=HALF)],
+        {"reduction": "mean", "dim": [1], "keepdim": True},
+        ((5, 1), FLOAT),
+        count=2,
+    ),
+    "two, zero-size": Sample(lambda: [dense(0, 3), dense(3)], {"reduction": "mean", "dim": [1]}, ((3,), torch.bool), count=2),
 }
-
-each_sample = pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES.keys())
-
-
-def sample_inputs(operator: Operator, sample: Callable[[], list[Tensor]], device: torch.device) -> tuple[Tensor, ...]:
-    # Not .to(device, dtype): the layouts must stay as they are.
-    return tuple(x.to(device, memory_format=torch.preserve_format) for x in sample()[: operator.count])
+DIFFERENTIATED = ("contiguous", "broadcast", "promotion", "permuted in two ways", "zero-size", "the middle")
 
 
-@each_elementwise_operator
-@each_sample
-def test_the_forward_operators_pass_opcheck(
-    operator: Operator, sample: Callable[[], list[Tensor]], device: torch.device
-) -> None:
-    inputs = [x.requires_grad_() for x in sample_inputs(operator, sample, device)]
-    assert set(opcheck(operator.operator, inputs).values()) == {"SUCCESS"}
-
-
-@each_documented_loss
-@pytest.mark.parametrize(
-    "keywords", [{"clamp_min": -1.0}, {"clamp_max": 0.5, "dtype": torch.float64}, {"dtype": torch.float16}], ids=str
-)
-def test_the_forward_operators_pass_opcheck_with_keywords(
-    operator: Operator, keywords: dict[str, object], device: torch.device
-) -> None:
-    inputs = [x.requires_grad_() for x in sample_inputs(operator, SAMPLES["promotion to float32"], device)]
-    assert set(opcheck(operator.operator, inputs, keywords).values()) == {"SUCCESS"}
-
-
-def backward_arguments(operator: Operator, inputs: Sequence[Tensor], mask: Sequence[bool]) -> tuple[object, ...]:
-    grad_output = torch.randn_like(operator.operator(*(x.detach() for x in inputs)))
-    return tuple(operator.backward_arguments(grad_output, inputs, mask=mask))
-
-
-@each_elementwise_operator
-@each_sample
-def test_the_backward_operators_pass_opcheck(
-    operator: Operator, sample: Callable[[], list[Tensor]], device: torch.device
-) -> None:
-    arguments = backward_arguments(operator, sample_inputs(operator, sample, device), [True] * operator.count)
-    assert set(opcheck(operator.backward_operator, arguments).values()) == {"SUCCESS"}
-
-
-@each_elementwise_operator
-@pytest.mark.parametrize("name", ["contiguous", "broadcast", "promotion", "permuted in two ways", "zero-size"])
-def test_the_backward_operators_pass_opcheck_where_they_are_differentiated(
-    operator: Operator, name: str, device: torch.device
-) -> None:
-    inputs = [x.requires_grad_() for x in sample_inputs(operator, SAMPLES[name], device)]
-    assert set(opcheck(operator.backward_operator, backward_arguments(operator, inputs, [True] * operator.count)).values()) == {
-        "SUCCESS"
+def each_operator_and_sample(*names: str) -> pytest.MarkDecorator:
+    calls = {
+        f"{operator}-{name}": (operator, SAMPLES[name])
+        for operator in OPERATORS
+        for name in names
+        if SAMPLES[name].suits(operator)
     }
+    return pytest.mark.parametrize(("operator", "sample"), calls.values(), ids=calls.keys())
+
+
+def forward_arguments(operator: Operator, inputs: Sequence[Tensor], weight: Tensor | None) -> list[Any]:
+    return [*inputs, *[None] * (operator.count - len(inputs)), weight] if operator.reduces else list(inputs)
+
+
+def backward_arguments(
+    operator: Operator,
+    inputs: Sequence[Tensor],
+    weight: Tensor | None = None,
+    how: dict[str, Any] | None = None,
+    mask: Sequence[bool] | None = None,
+) -> list[Any]:
+    how = how or {}
+    value = operator.operator(*forward_arguments(operator, [x.detach() for x in inputs], weight), **operator.taken(how))
+    return operator.backward_arguments(torch.randn_like(value), inputs, weight, how, mask)
+
+
+def assert_passes_opcheck(
+    operator: torch._ops.OpOverload, arguments: Sequence[Any], how: dict[str, Any] | None = None, gives_none: bool = False
+) -> None:
+    checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if not gives_none:  # which it would differentiate
+        checks.append("test_autograd_registration")
+    assert set(opcheck(operator, tuple(arguments), how, test_utils=checks).values()) == {"SUCCESS"}
+
+
+@each_operator_and_sample(*SAMPLES)
+def test_the_forward_operators_pass_opcheck(operator: Operator, sample: Sample, device: torch.device) -> None:
+    for weight in sample.weights(operator, device):
+        inputs = [x.requires_grad_() for x in sample.inputs(operator, device)]
+        assert_passes_opcheck(operator.operator, forward_arguments(operator, inputs, weight), operator.taken(sample.how))
+
+
+@each_operator_and_sample(*SAMPLES)
+def test_the_backward_operators_pass_opcheck(operator: Operator, sample: Sample, device: torch.device) -> None:
+    for weight in sample.weights(operator, device):
+        inputs = sample.inputs(operator, device)
+        arguments = backward_arguments(operator, inputs, weight, sample.how)
+        assert_passes_opcheck(operator.backward_operator, arguments, gives_none=len(inputs) < operator.count)
+
+
+@each_operator_and_sample(*DIFFERENTIATED)
+def test_the_backward_operators_pass_opcheck_where_they_are_differentiated(
+    operator: Operator, sample: Sample, device: torch.device
+) -> None:
+    inputs = [x.requires_grad_() for x in sample.inputs(operator, device)]
+    assert_passes_opcheck(operator.backward_operator, backward_arguments(operator, inputs, None, sample.how))
 
 
 @pytest.mark.parametrize(
@@ -135,20 +182,18 @@ def test_the_backward_operators_pass_opcheck_where_they_are_differentiated(
 def test_the_backward_operators_pass_opcheck_with_masks(
     operator: Operator, wanted: Sequence[str], device: torch.device
 ) -> None:
-    inputs = sample_inputs(operator, SAMPLES["broadcast"], device)
-    arguments = backward_arguments(operator, inputs, [a in wanted for a in operator.arguments])
-    # Without autograd registration's test: it would differentiate the gradients that are None.
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    assert set(opcheck(operator.backward_operator, arguments, test_utils=checks).values()) == {"SUCCESS"}
+    inputs = SAMPLES["broadcast"].inputs(operator, device)
+    arguments = backward_arguments(operator, inputs, mask=[a in wanted for a in operator.arguments])
+    assert_passes_opcheck(operator.backward_operator, arguments, gives_none=True)
 
 
-def random_layout(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def random_layout(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor that broadcasts to the shape: of fewer or shorter dimensions, in any order in memory, with gaps, or expanded."""
     dropped = random.randint(0, len(shape)) if random.random() < 0.3 else 0
     shape = [n if random.random() < 0.6 else 1 for n in shape[dropped:]]
     order = random.sample(range(len(shape)), len(shape))
     steps = [random.choice([1, 1, 2]) for _ in shape]
-    memory = torch.randn([shape[d] * steps[d] for d in order]).to(dtype)
+    memory = dense(*(shape[d] * steps[d] for d in order)).to(device, dtype)
     tensor = memory[tuple(slice(None, None, steps[d]) for d in order)].permute([order.index(d) for d in range(len(shape))])
     if len(shape) == 4 and random.random() < 0.2:
         tensor = tensor.contiguous(memory_format=torch.channels_last)
@@ -162,136 +207,139 @@ def random_shape() -> list[int]:
     return [random.choice(sizes) for _ in range(random.randint(0, 4))]
 
 
-@each_elementwise_operator
+def random_reduction(rank: int) -> dict[str, Any]:
+    reduction = random.choice(["none", "sum", "mean", "batchmean" if rank else "sum"])
+    if reduction not in ("sum", "mean"):
+        return {"reduction": reduction}
+    dim = random.choice([None, random.sample(range(-rank, 0), random.randint(0, rank))])
+    return {"reduction": reduction, "dim": dim, "keepdim": random.choice([False, True])}
+
+
+@each_operator
 @pytest.mark.parametrize("symbolic", [False, True], ids=["numbers", "symbols"])
 def test_fake_results_have_the_shapes_dtypes_and_strides_of_the_real_ones(
     operator: Operator, symbolic: bool, device: torch.device
 ) -> None:
     mode = FakeTensorMode()
-    for _ in range(25 if symbolic else 600):
+    for _ in range(30 if symbolic else 600):
         shape = random_shape()
-        inputs = [random_layout(shape, random.choice(DTYPES)).to(device) for _ in range(operator.count)]
+        inputs = [random_layout(shape, random.choice(DTYPES), device) for _ in range(random.choice(operator.counts))]
+        terms = torch.broadcast_shapes(*(x.shape for x in inputs))
+        weight = random_layout(terms, random.choice(WEIGHT_DTYPES), device) if random.random() < 0.5 else None
+        weight = weight if operator.reduces else None
+        how = random_reduction(len(terms)) if operator.reduces else {}
+        dtype = random.choice([None, *DTYPES])
+        result = operator.operator(*forward_arguments(operator, inputs, weight), **how, dtype=dtype)
+        grad_output = random_layout(result.shape, random.choice(DTYPES), device).expand(result.shape)
         mask = [random.random() < 0.75 for _ in inputs]
-        result = operator.operator(*inputs)
-        grad_output = random_layout(result.shape, random.choice(DTYPES)).to(device).expand(result.shape)
-        gradients = operator.backward_operator(*operator.backward_arguments(grad_output, inputs, mask=mask))
+        gradients = operator.backward(grad_output, *inputs, weight=weight, mask=mask, **how)
         if symbolic:
             mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
         with mode:
-            fakes = [mode.from_tensor(x) for x in (grad_output, *inputs)]
-            fake_result = operator.operator(*fakes[1:])
-            fake_gradients = operator.backward_operator(*operator.backward_arguments(fakes[0], fakes[1:], mask=mask))
+            fake_grad, fake_weight, *fakes = [
+                None if x is None else mode.from_tensor(x) for x in (grad_output, weight, *inputs)
+            ]
+            fake_result = operator.operator(*forward_arguments(operator, fakes, fake_weight), **how, dtype=dtype)
+            fake_gradients = operator.backward(fake_grad, *fakes, weight=fake_weight, mask=mask, **how)
         assert isinstance(fake_result, FakeTensor)
-        layouts = [meta_of(x) for x in inputs]
-        assert meta_of(fake_result) == meta_of(result), f"the result for {layouts}"
-        for fake, real in zip(fake_gradients, gradients, strict=True):
-            assert meta_of(fake) == meta_of(real), f"a gradient for {layouts}"
+        for fake, real in zip([fake_result, *fake_gradients], [result, *gradients], strict=True):
+            assert meta_of(fake) == meta_of(real), f"{how} of {[meta_of(x) for x in (*inputs, weight)]}"
 
 
-@each_operator
-def test_results_on_the_meta_device_have_the_shapes_dtypes_and_strides_of_the_real_ones(operator: Operator) -> None:
-    for sample in SAMPLES.values():
-        inputs = sample()[: operator.count]
+@each_operator_and_sample(*SAMPLES)
+def test_results_on_the_meta_device_have_the_shapes_dtypes_and_strides_of_the_real_ones(
+    operator: Operator, sample: Sample
+) -> None:
+    here, how = torch.device("cpu"), operator.taken(sample.how)
+    for weight in sample.weights(operator, here):
+        inputs = sample.inputs(operator, here)
         metas = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in inputs]
-        arguments = backward_arguments(operator, inputs, [True] * operator.count)
-        result, real = operator.operator(*metas), operator.operator(*inputs)
+        meta_weight = None if weight is None else weight.to("meta")
+        result = operator.operator(*forward_arguments(operator, metas, meta_weight), **how)
+        real = operator.operator(*forward_arguments(operator, inputs, weight), **how)
         assert result.is_meta
-        assert meta_of(result)[:3] == meta_of(real)[:3]
-        grad_output = torch.empty_like(result)
-        for fake, real in zip(
-            operator.backward(grad_output, *metas),
-            operator.backward_operator(*arguments),
-            strict=True,
-        ):
-            assert meta_of(fake)[:3] == meta_of(real)[:3]
+        gradients = operator.backward(torch.empty_like(result), *metas, weight=meta_weight, **how)
+        real_gradients = operator.backward(torch.randn_like(real), *inputs, weight=weight, **how)
+        for fake, e in zip([result, *gradients], [real, *real_gradients], strict=True):
+            assert meta_of(fake)[:3] == meta_of(e)[:3]
 
 
 # Without gradients: torch itself cannot record a graph of fake CUDA tensors where there is no GPU.
 
 
-@each_operator
-def test_fake_cuda_tensors_give_cuda_results_without_a_gpu(operator: Operator) -> None:
+@each_operator_and_reduction
+def test_fake_cuda_tensors_give_cuda_results_without_a_gpu(operator: Operator, how: dict[str, Any]) -> None:
     with FakeTensorMode():
-        inputs = [torch.randn(2, 3, device="cuda", dtype=d) for d in DTYPES[: operator.count]]
-        result = operator.function(*inputs)
-        assert (result.device, result.shape) == (torch.device("cuda:0"), (2, 3))
-        for x, gradient in zip(inputs, operator.backward(result, *inputs), strict=True):
+        inputs = [torch.randn(2, 3, 4, device="cuda", dtype=d) for d in DTYPES[: operator.count]]
+        result = operator(*inputs, **how)
+        assert (result.device, result.dtype) == (torch.device("cuda:0"), torch.promote_types(FLOAT, inputs[-1].dtype))
+        if operator.numbers:
+            assert operator(*inputs[:2], *operator.numbers, **how).device == result.device
+        for x, gradient in zip(inputs, operator.backward(result, *inputs, **how), strict=True):
             assert meta_of(gradient) == meta_of(x)
 
 
-@each_operator
-def test_fake_zero_dim_cpu_tensors_go_beside_cuda_tensors(operator: Operator) -> None:
+@each_operator_and_reduction
+def test_fake_zero_dim_cpu_tensors_go_beside_cuda_tensors(operator: Operator, how: dict[str, Any]) -> None:
     for cuda in subsets(operator.arguments):
         with FakeTensorMode():
             inputs = [
-                torch.randn(3, device="cuda") if a in cuda else torch.randn((), dtype=torch.float64) for a in operator.arguments
+                torch.randn(3, 4, 5, device="cuda") if a in cuda else torch.randn((), dtype=DOUBLE) for a in operator.arguments
             ]
-            result = operator.function(*inputs)
-            assert meta_of(result) == ((3,), torch.float32, [1], torch.device("cuda:0"))
-            for x, gradient in zip(inputs, operator.backward(result, *inputs), strict=True):
+            result = operator(*inputs, **how)
+            assert (result.device, result.dtype) == (torch.device("cuda:0"), FLOAT)
+            for x, gradient in zip(inputs, operator.backward(result, *inputs, **how), strict=True):
                 assert meta_of(gradient) == meta_of(x)
 
 
-@each_operator
-def test_fake_gradients_ask_nothing_of_stand_ins(operator: Operator) -> None:
+@each_operator_and_reduction
+def test_fake_gradients_ask_nothing_of_stand_ins(operator: Operator, how: dict[str, Any]) -> None:
     """Compiled autograd captures with CPU tensors of no size for gradients and for saved tensors that were packed."""
     with FakeTensorMode():
         stand_in = torch.randn(0, 123456789)
-        for packed in (subset for subset in [(), *subsets(operator.arguments)] if subset != tuple(operator.arguments)):
-            inputs = [stand_in if a in packed else torch.randn(2, 3, device="cuda") for a in operator.arguments]
-            gradients = operator.backward(stand_in, *inputs)
+        shapes = SHAPES["prior [D]"] if operator.reduces else SHAPES["pair"]
+        for packed in [(), *subsets(operator.arguments)[:-1]]:
+            inputs = [
+                stand_in if a in packed else torch.randn(n, device="cuda")
+                for a, n in zip(operator.arguments, shapes, strict=False)
+            ]
+            gradients = operator.backward(stand_in, *inputs, **how)
             assert [meta_of(gradient) for gradient in gradients] == [meta_of(x) for x in inputs]
 
 
-@each_elementwise_operator
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda inputs: [inputs[0].long(), *inputs[1:]],
-        lambda inputs: [*inputs[:-1], inputs[-1].bool()],
-        lambda inputs: [*inputs[:-1], inputs[-1].to(torch.complex64)],
-        lambda inputs: [*inputs[:-1], torch.zeros(4)],
-    ],
-    ids=["int64", "bool", "complex64", "shape"],
-)
-def test_fake_tensors_are_refused_with_the_message_of_real_ones(
-    operator: Operator, spoil: Callable[[Sequence[Tensor]], list[Tensor]]
-) -> None:
-    def refusal(inputs: Sequence[Tensor], **bounds: float) -> tuple[type, str]:
-        with pytest.raises((TypeError, ValueError, RuntimeError)) as raised:
-            operator.operator(*inputs, **bounds)
-        return raised.type, str(raised.value).splitlines()[0]
-
-    inputs = operator.inputs([2, 3])
-    spoiled = spoil(inputs)
-    swapped = {"clamp_min": 1.0, "clamp_max": 0.0}
-    expected = refusal(spoiled), refusal(inputs, **swapped)
-    with FakeTensorMode() as mode:
-        assert (
-            refusal([mode.from_tensor(x) for x in spoiled]),
-            refusal([mode.from_tensor(x) for x in inputs], **swapped),
-        ) == expected
+@each_reducing_operator
+def test_numbers_for_q_are_filled_on_the_device_of_the_tensors(operator: Operator) -> None:
+    """CUDA graphs hold no tensor of the CPU, and nothing is copied from it."""
+    for dtype in DTYPES:
+        with FakeTensorMode():
+            p = [torch.randn(2, 3, device="cuda", dtype=dtype) for _ in range(2)]
+            graph = make_fx(lambda *x: operator(*x, 0.5, Fraction(1, 4), reduction="sum"))(*p)
+        made = [node for node in graph.graph.nodes if node.op == "call_function" and node.target != operator.operator]
+        wide = DOUBLE if dtype == DOUBLE else FLOAT
+        assert [node.target for node in made] == [torch.ops.aten.full.default] * 2
+        assert [node.args[1] for node in made] == [0.5, 0.25]
+        assert [(node.meta["val"].device.type, node.meta["val"].dtype) for node in made] == [("cuda", wide)] * 2
 
 
-@each_elementwise_operator
+@each_operator
 def test_symbolic_tracing_keeps_the_operators_and_serves_other_sizes(operator: Operator, device: torch.device) -> None:
     def step(*inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in inputs]
-        return torch.autograd.grad(operator.function(*leaves).sum(), leaves)
+        return torch.autograd.grad(operator(*leaves).sum(), leaves)
 
     for mode in ("fake", "symbolic"):
-        graph = make_fx(step, tracing_mode=mode)(*operator.inputs([2, 3], [3], device=device))
+        graph = make_fx(step, tracing_mode=mode)(*operator.inputs([2, 3], [3], device=device, count=operator.count))
         targets = [node.target for node in graph.graph.nodes]
         assert operator.operator in targets
         assert operator.backward_operator in targets
-        inputs = operator.inputs([5, 4] if mode == "symbolic" else [2, 3], [4] if mode == "symbolic" else [3], device=device)
-        for a, e in zip(graph(*inputs), step(*inputs), strict=True):
-            torch.testing.assert_close(a, e, rtol=1e-14, atol=1e-14)
+        shapes = [[5, 4], [4]] if mode == "symbolic" else [[2, 3], [3]]
+        inputs = operator.inputs(*shapes, device=device, count=operator.count)
+        assert all(same_bits(a, e) for a, e in zip(graph(*inputs), step(*inputs), strict=True))
 
 
 def test_the_samples_hold_what_they_are_named_for() -> None:
-    assert {len(sample()) for sample in SAMPLES.values()} == {4}
-    assert all(not x.is_contiguous() for x in SAMPLES["permuted"]())
-    assert all(x.stride(-1) == 2 for x in SAMPLES["non-dense"]())
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in SAMPLES["channels last"]())
-    assert max(operator.count for operator in ELEMENTWISE) == 4
+    assert {len(sample.tensors()) for sample in SAMPLES.values()} == {2, 4}
+    assert all(not x.is_contiguous() for x in SAMPLES["permuted"].tensors())
+    assert all(x.stride(-1) == 2 for x in SAMPLES["non-dense"].tensors())
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in SAMPLES["channels last"].tensors())
+    assert max(operator.count for operator in OPERATORS) == 4
