@@ -1,12 +1,11 @@
 """Meta and fake tensors are refused as real ones are, with the same type of error and the same words, in every mode.
 
-The real tensors are the oracle here: test_errors.py and test_refused_reductions.py test what they get."""
+The real tensors are the oracle here: test_refused_tensors.py and test_refused_options.py test what they get."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from operators import ELEMENTWISE, OPERATORS, Operator
 
+pytestmark = pytest.mark.usefixtures("autograd_mode")
+
 ops = torch.ops.kl_ext
-MODES = {"default": nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 INF, NAN = float("inf"), float("nan")
 
 Make = Callable[..., Tensor]  # a shape, and a dtype: a tensor of whatever kind
@@ -116,12 +116,6 @@ def assert_alike(call: Call, count: int, cases: Callable[[int, Make], Any], fake
             with refusal() as actual, faked[0].fake_mode:  # type: ignore[attr-defined]
                 call(*faked, **how)
             assert actual == expected
-
-
-@pytest.fixture(params=MODES, autouse=True)
-def mode(request: pytest.FixtureRequest) -> Iterator[None]:
-    with MODES[request.param]():
-        yield
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -1,10 +1,9 @@
-"""What the operators that reduce refuse, and in which words: in eager mode, under vmap, for fake tensors."""
+"""Options that are refused: reductions, dims, one half of q alone, clamps, result dtypes, masks, and any that are not there."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,19 +11,17 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kl_ext import gaussian_kl_div
-from operators import GAUSSIAN, Operator, each_reducing_operator
+from operators import (
+    OPERATORS,
+    REDUCING,
+    Operator,
+    each_documented_loss,
+    each_elementwise_operator,
+    each_reducing_operator,
+)
+from refusals import DISPATCHED, PUBLIC, calls_of, each, raises
 
-NAME = "gaussian_kl_div"
-
-
-@contextmanager
-def raises(kind: type[Exception], message: str) -> Iterator[None]:
-    """That type exactly, and that message, whole: nothing but torch's own backtrace may follow."""
-    with pytest.raises(kind, match=rf"^{re.escape(message)}(\n|$)") as raised:
-        yield
-    assert raised.type is kind
-
+in_each_autograd_mode = pytest.mark.usefixtures("autograd_mode")
 
 # Keywords for terms of shape [2, 3], the exception and its message.
 REDUCTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -42,6 +39,13 @@ REDUCTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 each_refused = pytest.mark.parametrize("how, kind, message", REDUCTIONS, ids=lambda x: str(x) if isinstance(x, dict) else "")
 
+
+def of_a_fake_tensor(function: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """As a compiled function or an exported one is called: it is to fail as the eager one does."""
+    with FakeTensorMode() as mode:
+        return function(mode.from_tensor(x))
+
+
 MODES: dict[str, Callable[[Callable[..., Tensor], Tensor], Any]] = {
     "eager": lambda f, x: f(x),
     "requiring gradients": lambda f, x: f(x.requires_grad_()),
@@ -49,6 +53,7 @@ MODES: dict[str, Callable[[Callable[..., Tensor], Tensor], Any]] = {
     "autocast": lambda f, x: torch.autocast(x.device.type, dtype=torch.bfloat16)(f)(x),
     "vmap": lambda f, x: torch.func.vmap(f)(x[None]),
     "grad": lambda f, x: torch.func.grad(lambda y: f(y).sum())(x),
+    "fake": of_a_fake_tensor,
 }
 each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
 
@@ -82,16 +87,6 @@ def test_the_operator_refuses_reductions_too(
     x = torch.randn(2, 3, device=device)
     with raises(kind, f"{operator.name}: {message}"):
         operator.operator(x, x, **listed(how))
-
-
-@each_reducing_operator
-@each_refused
-def test_fake_tensors_are_refused_with_the_message_of_real_ones(
-    operator: Operator, how: dict[str, Any], kind: type[Exception], message: str
-) -> None:
-    """So that a compiled function or an exported one fails as the eager one does."""
-    with FakeTensorMode(), raises(kind, f"{operator.name}: {message}"):
-        operator(torch.randn(2, 3), torch.randn(3), **how)
 
 
 @each_reducing_operator
@@ -164,122 +159,70 @@ def test_the_backward_operator_takes_mu_q_and_log_var_q_together(operator: Opera
             operator.backward_operator(x, x, x, *q, *operator.bounds, "none", None, [True] * 4)
 
 
-@each_reducing_operator
-@pytest.mark.parametrize("wrong", ["0.5", [0.5], 1j, object()], ids=lambda x: type(x).__name__)
-def test_what_is_neither_a_tensor_nor_a_number(operator: Operator, wrong: Any, device: torch.device) -> None:
-    x = torch.randn(2, 3, device=device)
-    kind = type(wrong).__name__
-    for position, name in enumerate(operator.arguments):
-        for others in ([x, x, x, x], [x, x, 0.5, 0.5]):
-            given = [wrong if i == position else other for i, other in enumerate(others)]
-            expected = f"expected {name} to be a Tensor{' or a number' * (position > 1)}, got {kind}"
-            with raises(TypeError, f"{operator.name}: {expected}"):
-                operator(*given)
+# Clamps
 
-
-@each_reducing_operator
-@pytest.mark.parametrize("wrong", [None, 0.5, 1], ids=str)
-def test_p_is_given_as_tensors(operator: Operator, wrong: Any, device: torch.device) -> None:
-    x = torch.randn(2, 3, device=device)
-    for q in ((), (x, x), (0.5, 0.5), (x, 0.5)):
-        with raises(TypeError, f"{operator.name}: expected {operator.arguments[0]} to be a Tensor, got {type(wrong).__name__}"):
-            operator(wrong, x, *q)
-        with raises(TypeError, f"{operator.name}: expected {operator.arguments[1]} to be a Tensor, got {type(wrong).__name__}"):
-            operator(x, wrong, *q)
-
-
-# As for the documented losses: dtypes, layouts, shapes, devices, clamps
-
-
-@each_reducing_operator
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
-def test_dtypes_without_kernels(operator: Operator, dtype: torch.dtype, device: torch.device) -> None:
-    x, bad = torch.randn(2, 3, device=device), torch.zeros(2, 3, device=device).to(dtype)
-    for position, name in enumerate(operator.arguments):
-        given = [bad if i == position else x for i in range(4)]
-        for how in ({}, {"reduction": "sum"}):
-            expected = f"expected {name} to be a float16, bfloat16, float32 or float64 tensor, got {str(dtype)[6:]}"
-            with raises(TypeError, f"{operator.name}: {expected}"):
-                operator(*given, **how)
-            with raises(TypeError, f"{operator.name}_backward: {expected}"):
-                operator.backward_operator(
-                    x if not how else x.sum(), *given, *operator.bounds, how.get("reduction", "none"), None, [True] * 4
-                )
-    expected = f"expected dtype to be float16, bfloat16, float32 or float64, got {str(dtype)[6:]}"
-    with raises(TypeError, f"{operator.name}: {expected}"):
-        operator(x, x, dtype=dtype)
-
-
-@each_reducing_operator
-def test_sparse_tensors(operator: Operator, device: torch.device) -> None:
-    x = torch.ones(2, 3, device=device)
-    for position, name in enumerate(operator.arguments):
-        given = [x.to_sparse() if i == position else x for i in range(4)]
-        with raises(TypeError, f"{operator.name}: expected {name} to be a strided tensor, got torch.sparse_coo"):
-            operator(*given, reduction="sum")
-
-
-@pytest.mark.parametrize("bounds, shown", [((1.0, 0.0), "1 and 0"), ((float("nan"), 20.0), "nan and 20")], ids=str)
-def test_clamps(bounds: tuple[float, float], shown: str, device: torch.device) -> None:
-    x = torch.randn(2, 3, device=device)
-    with raises(ValueError, f"{NAME}: expected clamp_min <= clamp_max, got {shown}"):
-        gaussian_kl_div(x, x, clamp_min=bounds[0], clamp_max=bounds[1], reduction="mean")
-    with raises(ValueError, f"{NAME}_backward: expected clamp_min <= clamp_max, got {shown}"):
-        GAUSSIAN.backward_operator(x, x, x, None, None, *bounds, "none", None, [True] * 4)
-
-
-@each_reducing_operator
-@pytest.mark.parametrize("how", [{}, {"reduction": "sum"}, {"reduction": "batchmean"}], ids=str)
-def test_shapes_that_do_not_broadcast(operator: Operator, how: dict[str, Any], device: torch.device) -> None:
-    x, bad = torch.randn(2, 3, device=device), torch.randn(4, device=device)
-    for position, name in enumerate(operator.arguments[1:], 1):
-        given = [bad if i == position else x for i in range(4)]
-        expected = f"expected {name} to broadcast with the shape [2, 3] of the arguments before it, got shape [4]"
-        with raises(RuntimeError, f"{operator.name}: {expected}"):
-            operator(*given, **how)
-
-
-@each_reducing_operator
-def test_devices_that_differ(operator: Operator, device: torch.device) -> None:
-    x = torch.randn(2, 3, device=device)
-    for position, name in enumerate(operator.arguments[1:], 1):
-        given = [x.to("meta") if i == position else x for i in range(4)]
-        with raises(RuntimeError, f"{operator.name}: expected {name} on {x.device} like {operator.arguments[0]}, got meta"):
-            operator(*given, reduction="sum")
-
-
-# grad_output
-
-WRONG_SHAPES = [
-    ("none", None, (3,), "[2, 3]"),
-    ("none", None, (), "[2, 3]"),
-    ("sum", None, (2, 3), "[]"),
-    ("sum", None, (1,), "[]"),
-    ("sum", [0], (2,), "[3]"),
-    ("mean", [-1], (2, 1), "[2]"),
-    ("batchmean", None, (2,), "[]"),
+INF, NAN = float("inf"), float("nan")
+CLAMPS = [
+    ((1.0, 0.0), "1 and 0"),
+    ((NAN, 20.0), "nan and 20"),
+    ((-30.0, NAN), "-30 and nan"),
+    ((INF, -INF), "inf and -inf"),
+    ((0.5, 0.25), "0.5 and 0.25"),
 ]
+each_clamping_call = each(calls_of([operator for operator in OPERATORS if operator.bounds], reductions=("none", "mean")))
 
 
-@each_reducing_operator
-@pytest.mark.parametrize("reduction, dim, shape, expected", WRONG_SHAPES, ids=str)
-def test_a_grad_output_of_another_shape_than_the_result(
-    operator: Operator, reduction: str, dim: list[int] | None, shape: tuple[int, ...], expected: str, device: torch.device
-) -> None:
-    """Not of fake tensors: compiled autograd captures backward passes with stand-ins of another shape."""
-    x, grad_output = torch.randn(2, 3, device=device), torch.randn(shape, device=device)
-    with raises(RuntimeError, f"{operator.name}_backward: expected grad_output of shape {expected}, got shape {list(shape)}"):
-        operator.backward_operator(grad_output, x, x[:1], None, None, *operator.bounds, reduction, dim, [True] * 4)
+@in_each_autograd_mode
+@each_clamping_call
+@pytest.mark.parametrize("bounds, shown", CLAMPS)
+def test_clamps(name, arguments, call, bounds, shown, device):
+    with raises(ValueError, f"{name}: expected clamp_min <= clamp_max, got {shown}"):
+        call(*(torch.randn(2, 3, device=device) for _ in arguments), clamp_min=bounds[0], clamp_max=bounds[1])
 
 
-@each_reducing_operator
-def test_a_grad_output_without_kernels_or_elsewhere(operator: Operator, device: torch.device) -> None:
+@in_each_autograd_mode
+@each_clamping_call
+def test_clamps_are_checked_for_empty_tensors_too(name, arguments, call, device):
+    with raises(ValueError, f"{name}: expected clamp_min <= clamp_max, got 2 and 1"):
+        call(*(torch.randn(0, device=device) for _ in arguments), clamp_min=2, clamp_max=1)
+
+
+# Other options
+
+
+@in_each_autograd_mode
+@each(calls_of(ways=(DISPATCHED,)) + calls_of(REDUCING, (PUBLIC,)))
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_result_dtypes_without_kernels(name, arguments, call, dtype, device):
+    with raises(TypeError, f"{name}: expected dtype to be float16, bfloat16, float32 or float64, got {str(dtype)[6:]}"):
+        call(*(torch.randn(2, 3, device=device) for _ in arguments), dtype=dtype)
+
+
+@in_each_autograd_mode
+@each_elementwise_operator
+@pytest.mark.parametrize("length", [0, 1, 3, 5])
+def test_masks_of_the_wrong_length(operator, length, device):
     x = torch.randn(2, 3, device=device)
-    arguments = (x, x, None, None, *operator.bounds, "none", None, [True] * 4)
-    expected = "expected grad_output to be a float16, bfloat16, float32 or float64 tensor, got int64"
-    with raises(TypeError, f"{operator.name}_backward: {expected}"):
-        operator.backward_operator(x.long(), *arguments)
-    with raises(
-        RuntimeError, f"{operator.name}_backward: expected grad_output on {x.device} like {operator.arguments[0]}, got meta"
-    ):
-        operator.backward_operator(x.to("meta"), *arguments)
+    with pytest.raises((RuntimeError, TypeError)):
+        operator.backward_operator(x, *[x] * operator.count, *operator.bounds, [True] * length)
+
+
+@in_each_autograd_mode
+@each_documented_loss
+def test_the_documented_signature_and_nothing_more(operator, device):
+    arguments, call = operator.arguments, operator.function
+    parameters = inspect.signature(call).parameters
+    assert list(parameters) == [*arguments, "clamp_min", "clamp_max"]
+    assert [p.kind for p in parameters.values()] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * len(arguments) + [
+        inspect.Parameter.KEYWORD_ONLY
+    ] * 2
+    assert (parameters["clamp_min"].default, parameters["clamp_max"].default) == (-30.0, 20.0)
+    given = [torch.randn(2, 3, device=device) for _ in arguments]
+    assert torch.equal(call(**dict(zip(arguments, given, strict=True))), call(*given, clamp_min=-30, clamp_max=20))
+    for wrong in ({"reduction": "sum"}, {"dtype": torch.float32}, {"out": given[0]}):
+        with pytest.raises(TypeError):
+            call(*given, **wrong)
+    with pytest.raises(TypeError):
+        call(*given, -30.0, 20.0)
+    with pytest.raises(TypeError):
+        call(*given[:-1])

@@ -12,8 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from operators import REDUCING, Operator, each_reducing_operator
-from test_errors_without_numbers import Make, assert_alike, mode  # noqa: F401 (an autouse fixture)
-from test_refused_reductions import raises
+from refusals import raises
+from test_errors_without_numbers import Make, assert_alike
+
+pytestmark = pytest.mark.usefixtures("autograd_mode")
 
 REQUIRES_GRAD = (
     "expected weight not to require grad, for weights are not differentiated. Pass weight.detach(), or multiply the terms of "
