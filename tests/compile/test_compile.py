@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import random
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,25 +15,29 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import fresh_inductor_cache
 from torch.autograd import grad
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from compiled import assert_same, loss_of, operators_in, value_and_gradients
+from kl_ext import gaussian_kl_div, normal_kl_div
+from kl_ext._operators import names_of
 from operator_cases import LAYOUTS, Layout
-from operators import DTYPES, ELEMENTWISE, PAIR, SINGLE, Operator, each_documented_loss, each_elementwise_operator
+from operators import (
+    DTYPES,
+    ELEMENTWISE,
+    PAIR,
+    SINGLE,
+    Operator,
+    each_documented_loss,
+    each_elementwise_operator,
+    each_reducing_operator,
+)
 from oracle import same_bits
+from reduction_cases import SHAPES, each_operator_and, each_operator_and_reduction
+from weight_cases import some_weight, spoiled
 
+aten = torch.ops.aten
 each_dynamic = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled_before() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-def operators_in(graph: GraphModule) -> list[torch._ops.OpOverload]:
-    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    return [target for target in targets if getattr(target, "namespace", None) == "kl_ext"]
 
 
 @each_elementwise_operator
@@ -52,12 +58,34 @@ def test_a_compiled_loss_and_its_gradients_have_the_bits_and_strides_of_eager(
 
     expected = step(*leaves)
     actual = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)(*leaves)
-    assert same_bits(actual, expected)
-    assert actual.stride() == expected.stride()
-    weights = torch.randn_like(expected)
-    for a, e in zip(grad(actual, leaves, weights), grad(expected, leaves, weights), strict=True):
-        assert same_bits(a, e)
-        assert a.stride() == e.stride()
+    grad_output = torch.randn_like(expected)
+    assert_same(*(value_and_gradients(value, leaves, grad_output) for value in (actual, expected)))
+
+
+@each_operator_and_reduction
+def test_one_static_graph_and_one_dynamic_graph_for_every_size_have_the_bits_of_eager(
+    operator: Operator, how: dict[str, Any], device: torch.device
+) -> None:
+    """With a weight too, and garbage in what it leaves out."""
+    function = loss_of(operator, how)
+    weights = [None, random.choice([((2, 3, 4), torch.bool), ((2, 1, 4), torch.float32)])] if operator.reduces else [None]
+    for dynamic, of_weight in itertools.product([False, True], weights):
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        names = "standard" if how.get("reduction") == "mean" and of_weight is None else "prior [D]"
+        for scale in (1, 2, 3, 16) if dynamic else (1,):
+            shapes = [tuple(n * scale for n in shape) for shape in SHAPES[names][: operator.count]]
+            leaves: Sequence[Tensor] = operator.inputs(*shapes, device=device, dtype=torch.float32, requires_grad=True)
+            weight = None
+            if of_weight is not None:
+                size, dtype = of_weight
+                weight = some_weight([n if n == 1 else n * scale for n in size], dtype, device)
+                leaves = [x.requires_grad_() for x in spoiled(leaves, weight)]
+            expected = function(weight, *leaves)
+            grad_output = torch.randn_like(expected)
+            with torch.compiler.set_stance("default" if scale == 1 else "fail_on_recompile"):
+                actual = value_and_gradients(compiled(weight, *leaves), leaves, grad_output)
+            assert_same(actual, value_and_gradients(expected, leaves, grad_output))
 
 
 @each_elementwise_operator
@@ -75,30 +103,35 @@ def test_a_compiled_loss_of_mixed_dtypes_has_the_bits_of_eager(
         assert same_bits(a, e)
 
 
-@each_elementwise_operator
-def test_the_operators_stay_whole_in_the_compiled_graphs(operator: Operator, device: torch.device) -> None:
-    """Forward and backward appear as kl_ext's operators, and only the wanted gradients are computed."""
+@each_operator_and("none", "batchmean")
+def test_the_operators_stay_whole_in_the_compiled_graphs(operator: Operator, how: dict[str, Any], device: torch.device) -> None:
+    """Forward and backward appear as kl_ext's operators, and only the wanted gradients are computed. The gradient reaches the
+    operator as it is: nothing is expanded and nothing summed around it."""
     graphs: list[GraphModule] = []
 
     def keep(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         graphs.append(graph)
         return graph.forward
 
+    shapes = SHAPES["prior [D]" if operator.reduces else "pair"][: operator.count]
     for wanted in (operator.arguments, operator.arguments[1:2]):
         graphs.clear()
         torch.compiler.reset()
-        inputs = [
-            x.requires_grad_(a in wanted)
-            for a, x in zip(operator.arguments, operator.inputs([2, 3], device=device), strict=True)
-        ]
+        inputs = operator.inputs(*shapes, device=device)
+        leaves = [x.requires_grad_() for a, x in zip(operator.arguments, inputs, strict=True) if a in wanted]
         backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-        torch.compile(operator.function, backend=backend, fullgraph=True)(*inputs).sum().backward()
+        value = torch.compile(operator.with_(how), backend=backend, fullgraph=True)(*inputs)
+        grad(value, leaves, torch.ones_like(value))
         forward, backward = graphs
-        assert operators_in(forward) == [operator.operator]
-        assert operators_in(backward) == [operator.backward_operator]
+        assert operators_in(forward.graph) == [operator.operator]
+        assert operators_in(backward.graph) == [operator.backward_operator]
         (call,) = [node for node in backward.graph.nodes if node.target is operator.backward_operator]
-        assert list(call.args[-1]) == [a in wanted for a in operator.arguments]
-        assert not any(node.target is torch.ops.aten.exp.default for graph in graphs for node in graph.graph.nodes)
+        mask = call.args[names_of(operator.backward_operator).index("output_mask")]
+        assert list(mask) == [a in wanted for a in operator.arguments]
+        beside = {target for graph in graphs for target in operators_in(graph.graph, "aten")}
+        assert not beside & {aten.sum.dim_IntList, aten.sum.default, aten.exp.default}
+        # An input that no wanted gradient depends on is not saved: zeros are expanded in its place.
+        assert aten.expand.default not in beside or wanted != operator.arguments
 
 
 @pytest.mark.parametrize(
@@ -122,24 +155,6 @@ def test_a_compiled_call_of_the_backward_operator_keeps_its_mask(
     actual = torch.compile(backward, backend="aot_eager", fullgraph=True)(*tensors)
     for a, e in zip(actual, backward(*tensors), strict=True):
         assert a is e if e is None else same_bits(a, e)
-
-
-@each_elementwise_operator
-def test_one_dynamic_graph_serves_every_size(operator: Operator, device: torch.device) -> None:
-    compiled = torch.compile(operator.function, backend="aot_eager", fullgraph=True, dynamic=True)
-    for rows, columns, stance in [
-        (4, 6, "default"),
-        (5, 6, "fail_on_recompile"),
-        (7, 3, "fail_on_recompile"),
-        (128, 9, "fail_on_recompile"),
-    ]:
-        inputs = operator.inputs([rows, columns], [columns], device=device, dtype=torch.float32, requires_grad=True)
-        with torch.compiler.set_stance(stance):
-            actual = compiled(*inputs)
-        expected = operator.function(*inputs)
-        assert same_bits(actual, expected)
-        for a, e in zip(grad(actual.sum(), inputs), grad(expected.sum(), inputs), strict=True):
-            torch.testing.assert_close(a, e)  # the gradient of the broadcast input is a sum, whose order torch may choose
 
 
 @each_elementwise_operator
@@ -183,6 +198,20 @@ def test_clamp_bounds_computed_at_run_time_are_honoured(operator: Operator, dyna
             assert same_bits(a, e)
 
 
+@each_reducing_operator
+@each_dynamic
+def test_numbers_for_q_and_for_dim_compile(operator: Operator, dynamic: bool, device: torch.device) -> None:
+    def loss(mu: Tensor, log_var: Tensor, mean: float, dim: int) -> Tensor:
+        return operator(mu, log_var, mean, operator.numbers[1], reduction="sum", dim=dim) + operator(
+            mu, log_var, dtype=DTYPES[3]
+        ).sum(dim)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    inputs = operator.inputs((4, 4), (4, 4), device=device, dtype=torch.float32)
+    for mean, dim in ((0.5, 0), (0.25, 0), (0.75, -1)):
+        assert same_bits(compiled(*inputs, mean, dim), loss(*inputs, mean, dim))
+
+
 @each_elementwise_operator
 def test_transforms_inside_a_compiled_function_give_what_they_give_in_eager(operator: Operator, device: torch.device) -> None:
     def transformed(*inputs: Tensor) -> tuple[Any, ...]:
@@ -193,7 +222,8 @@ def test_transforms_inside_a_compiled_function_give_what_they_give_in_eager(oper
 
     inputs = operator.inputs([4, 3], device=device)
     compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs), transformed(*inputs), rtol=1e-14, atol=1e-14)
+    actual, expected = (tree_leaves(function(*inputs)) for function in (compiled, transformed))
+    assert all(same_bits(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 @each_elementwise_operator
@@ -220,8 +250,12 @@ def test_a_loss_compiles_where_no_gradient_is_recorded(
     assert same_bits(actual, operator.function(*inputs))
 
 
-def encoder_step(device: torch.device) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
-    """What a user compiles: an encoder whose output is split, a learned prior, both losses."""
+# What a user compiles: a step, the arguments for so many samples, and the parameters.
+Step = tuple[Callable[..., Tensor], Callable[[int], list[Tensor]], list[Tensor]]
+
+
+def with_a_learned_prior(device: torch.device) -> Step:
+    """An encoder whose output is split, a learned prior, both losses."""
     encoder = torch.nn.Linear(6, 2 * 4).to(device)
     prior = [torch.randn(4, device=device, requires_grad=True) for _ in range(2)]
 
@@ -230,18 +264,52 @@ def encoder_step(device: torch.device) -> tuple[Callable[[Tensor], Tensor], list
         per_sample = PAIR.function(mu, log_var, *prior) + 0.5 * SINGLE.function(mu, log_var)
         return per_sample.sum(-1).mean() + SINGLE.function(*prior).sum()
 
-    return step, [*encoder.parameters(), *prior]
+    return step, lambda rows: [torch.randn(rows, 6, device=device)], [*encoder.parameters(), *prior]
 
 
-def test_a_training_step_compiled_by_inductor_serves_every_batch_size(device: torch.device) -> None:
-    step, parameters = encoder_step(device)
+def with_a_prior_of_each_class(device: torch.device) -> Step:
+    encoder = torch.nn.Linear(6, 2 * 4).to(device)
+    table = torch.randn(2, 3, 4, device=device, requires_grad=True)
+
+    def step(x: Tensor, labels: Tensor) -> Tensor:
+        mu, log_var = encoder(x).chunk(2, -1)
+        return gaussian_kl_div(mu, log_var, *table[:, labels], reduction="batchmean")
+
+    return (
+        step,
+        lambda rows: [torch.randn(rows, 6, device=device), torch.randint(3, (rows,), device=device)],
+        [*encoder.parameters(), table],
+    )
+
+
+def with_a_mask_of_lengths(device: torch.device) -> Step:
+    encoder = torch.nn.Linear(6, 2 * 4).to(device)
+
+    def step(x: Tensor, lengths: Tensor) -> Tensor:
+        mu, log_var = encoder(x).chunk(2, -1)
+        keep = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+        of_log_var = gaussian_kl_div(mu, log_var, weight=keep, reduction="mean")
+        return of_log_var + normal_kl_div(mu, log_var.exp(), weight=keep, reduction="mean")
+
+    return (
+        step,
+        lambda rows: [torch.randn(rows, 7, 6, device=device), torch.arange(rows, device=device) % 8],
+        [*encoder.parameters()],
+    )
+
+
+@pytest.mark.parametrize("make", [with_a_learned_prior, with_a_prior_of_each_class, with_a_mask_of_lengths])
+def test_a_training_step_compiled_by_inductor_serves_every_batch_size(
+    make: Callable[[torch.device], Step], device: torch.device
+) -> None:
+    step, arguments, parameters = make(device)
     with fresh_inductor_cache():
         compiled = torch.compile(step, backend="inductor", fullgraph=True, dynamic=True)
         for rows, stance in [(8, "default"), (13, "fail_on_recompile"), (32, "fail_on_recompile")]:
-            x = torch.randn(rows, 6, device=device)
+            given = arguments(rows)
             with torch.compiler.set_stance(stance):
-                actual = compiled(x)
-            expected = step(x)
+                actual = compiled(*given)
+            expected = step(*given)
             torch.testing.assert_close(actual, expected)
             torch.testing.assert_close(grad(actual, parameters), grad(expected, parameters))
 
@@ -249,13 +317,13 @@ def test_a_training_step_compiled_by_inductor_serves_every_batch_size(device: to
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_training_step_compiles_under_autocast(backend: str, device: torch.device) -> None:
     """The encoder runs in bfloat16; the losses are float32 and the gradients are the parameters' own."""
-    step, parameters = encoder_step(device)
+    step, arguments, parameters = with_a_learned_prior(device)
 
     def autocast_step(x: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             return step(x)
 
-    x = torch.randn(8, 6, device=device)
+    (x,) = arguments(8)
     with fresh_inductor_cache():
         actual, expected = torch.compile(autocast_step, backend=backend, fullgraph=True)(x), autocast_step(x)
         assert actual.dtype == expected.dtype == torch.float32

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,31 +14,21 @@ from torch._inductor.utils import fresh_inductor_cache
 from torch.autograd import grad
 from torch.fx import GraphModule
 
+from compiled import assert_same, backward_compiled, loss_of, operators_in
 from operator_cases import Layout, each_elementwise_operator_and_wanted, each_layout
-from operators import DTYPES, PAIR, SINGLE, Operator, each_documented_loss, each_elementwise_operator
-from oracle import same_bits
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled_before() -> Iterator[None]:
-    torch.compiler.reset()
-    compiled_autograd.reset()
-    yield
-    torch.compiler.reset()
-    compiled_autograd.reset()
-
-
-@contextmanager
-def backward_compiled(backend: str = "aot_eager", dynamic: bool = True) -> Iterator[list[GraphModule]]:
-    """Backward passes in here are captured, into the list that it gives, and run compiled."""
-    graphs: list[GraphModule] = []
-
-    def compile_backward(graph: GraphModule) -> Callable[..., Any]:
-        graphs.append(graph)
-        return torch.compile(graph, backend=backend, fullgraph=True)
-
-    with compiled_autograd._enable(compile_backward, dynamic=dynamic):
-        yield graphs
+from operators import (
+    DTYPES,
+    GAUSSIAN,
+    PAIR,
+    REDUCING,
+    SINGLE,
+    Operator,
+    each_documented_loss,
+    each_elementwise_operator,
+    each_reducing_operator,
+)
+from reduction_cases import REDUCTIONS, SHAPES, each_reduction
+from weight_cases import some_weight
 
 
 def gradients_in_both_ways(
@@ -53,12 +43,6 @@ def gradients_in_both_ways(
     return list(compiled), list(eager), graphs
 
 
-def assert_same(compiled: Sequence[Tensor], eager: Sequence[Tensor]) -> None:
-    for c, e in zip(compiled, eager, strict=True):
-        assert same_bits(c, e)
-        assert c.stride() == e.stride()
-
-
 @each_elementwise_operator
 @each_layout
 def test_a_compiled_backward_of_an_eager_forward_gives_the_bits_of_eager(
@@ -68,6 +52,27 @@ def test_a_compiled_backward_of_an_eager_forward_gives_the_bits_of_eager(
     compiled, eager, graphs = gradients_in_both_ways(lambda *leaves: operator.function(*view(*leaves)), leaves)
     assert_same(compiled, eager)
     assert len(graphs) == 1
+
+
+@each_reducing_operator
+@each_reduction
+def test_a_compiled_backward_of_an_eager_reduction_gives_the_bits_of_eager(
+    operator: Operator, how: dict[str, Any], device: torch.device
+) -> None:
+    """Of so many inputs, with a weight too, and whichever gradients are wanted: of one capture each."""
+    others: list[Any] = [("standard", None, range(2)), ("prior of the middle", None, range(4))]
+    for name, of_weight, wanted in [
+        *(others if how.get("reduction", "none") in ("none", "batchmean") else [("prior [D]", None, range(4))]),
+        ("prior [D]", ((2, 3, 4), torch.float32), range(4)),
+        ("prior [D]", ((2, 1, 4), torch.bool), (0, 3)),
+    ]:
+        inputs = operator.inputs(*SHAPES[name], dtype=torch.float32, device=device)
+        weight = of_weight and some_weight(*of_weight, device=device)
+        leaves = [inputs[i].requires_grad_() for i in wanted]
+        function = functools.partial(loss_of(operator, how), weight, *inputs)
+        compiled, eager, graphs = gradients_in_both_ways(lambda *_, function=function: function(), leaves)
+        assert_same(compiled, eager)
+        assert len(graphs) == 1 and operators_in(graphs[0].graph) == [operator.backward_operator]
 
 
 @each_elementwise_operator_and_wanted
@@ -114,6 +119,34 @@ def test_a_capture_is_used_again_for_the_same_graph_and_never_for_another(operat
         for bounds in ({}, {"clamp_min": -0.5}, {"clamp_max": 0.5}, {"clamp_min": -0.25, "clamp_max": 0.25})
         for _ in range(2)
     ]
+    assert_captures_are_told_apart(steps)
+
+
+@each_reducing_operator
+def test_a_capture_is_never_used_for_another_reduction(operator: Operator, device: torch.device) -> None:
+    leaves = operator.inputs((3, 3, 3), (3, 3, 3), device=device, requires_grad=True)
+    hows = [*REDUCTIONS.values(), operator.taken({"reduction": "sum", "clamp_max": 0.5}), {"reduction": "mean", "dim": 1}]
+    assert_captures_are_told_apart(
+        [lambda how=how: list(grad(operator(*leaves, **how).sum(), leaves)) for how in hows for _ in range(2)]
+    )
+
+
+def test_a_capture_is_never_used_for_another_weight(device: torch.device) -> None:
+    """With and without one, of other dtypes and shapes; other numbers in it are no other weight."""
+    leaves = GAUSSIAN.inputs((3, 4), (3, 4), dtype=torch.float32, device=device, requires_grad=True)
+    kinds = [((3, 4), torch.bool), ((3, 4), torch.float32), ((3, 1), torch.bool), ((4,), torch.float16), ((), torch.float32)]
+    weights = [None, None, *(some_weight(*kind, device=device) for kind in kinds for _ in range(2))]
+    assert_captures_are_told_apart(
+        [
+            lambda weight=weight, how=how: list(grad(loss_of(GAUSSIAN, how)(weight, *leaves), leaves))
+            for weight in weights
+            for how in ({"reduction": "sum"}, {"reduction": "mean"})
+        ]
+    )
+
+
+def assert_captures_are_told_apart(steps: Sequence[Callable[[], list[Tensor]]]) -> None:
+    """Steps of which there are two of each kind."""
     expected = [run() for run in steps]
     with backward_compiled("eager") as graphs:
         for _ in range(2):
@@ -148,7 +181,7 @@ def test_one_graph_may_hold_both_losses_several_times(device: torch.device) -> N
 
     leaves = PAIR.inputs([4, 3], device=device, requires_grad=True)
     compiled, eager, graphs = gradients_in_both_ways(step, leaves)
-    torch.testing.assert_close(compiled, eager, rtol=1e-14, atol=1e-14)
+    assert_same(compiled, eager)
     assert len(graphs) == 1
 
 
@@ -163,6 +196,30 @@ def test_hooks_and_packed_tensors_work_in_a_compiled_backward(operator: Operator
     leaves = operator.inputs([4, 3], device=device, requires_grad=True)
     compiled, eager, _ = gradients_in_both_ways(step, leaves)
     assert_same(compiled, eager)
+
+
+# A capture takes its time: of the second, a reduction of each kind.
+PACKED = [(operator, name) for operator in REDUCING for name in REDUCTIONS]
+PACKED = [case for case in PACKED if case[0] == REDUCING[0] or case[1] in ("none", "sum of 0 and 2", "batchmean")]
+
+
+@pytest.mark.parametrize("operator, how", [(d, REDUCTIONS[name]) for d, name in PACKED], ids=str)
+def test_packed_tensors_of_a_reduction_work_in_a_compiled_backward(
+    operator: Operator, how: dict[str, Any], device: torch.device
+) -> None:
+    """Whichever gradients are wanted: an input that none depends on is not saved, and made up on the device of the others."""
+    for name in ("standard", "prior [D]"):
+        inputs = operator.inputs(*SHAPES[name], device=device)
+        for wanted in (range(len(inputs)), [0], [1]):
+            leaves = [inputs[i].detach().requires_grad_() for i in wanted]
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: x * 2, lambda x: x / 2):
+                given = dict(enumerate(inputs)) | dict(zip(wanted, leaves, strict=True))
+                value = operator(*given.values(), **how).sum()
+            expected = grad(value, leaves, retain_graph=True)
+            with backward_compiled() as graphs:
+                assert_same(grad(value, leaves), expected)
+            assert not [graph for graph in graphs if torch.ops.aten.zeros.default in operators_in(graph.graph, "aten")]
+            compiled_autograd.reset()
 
 
 @each_elementwise_operator

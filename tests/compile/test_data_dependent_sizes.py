@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -70,13 +70,6 @@ def shared(selection: Selection, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if selection is by_length_transposed:
         return x[0][:, None], y[0][:, None]
     return x[0], y[:1]
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled_before() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 class Module(torch.nn.Module):

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad, grad
 from torch.autograd.graph import saved_tensors_hooks
 
-from operators import DTYPES, HALF_TYPES, Operator, each_elementwise_operator
+from operators import DTYPES, HALF_TYPES, Operator, each_elementwise_operator, each_reducing_operator
 from oracle import same_bits
+from weight_cases import REDUCTIONS, SHAPES, WEIGHT_DTYPES, some_weight
 
 each_half = pytest.mark.parametrize("half", HALF_TYPES, ids=str)
 
@@ -41,6 +42,24 @@ def test_the_result_is_float64_where_an_input_is_and_float32_elsewhere(
         expected = torch.float64 if torch.float64 in dtypes else torch.float32
         with autocast(device, half):
             assert same_bits(operator.function(*inputs), operator.operator(*inputs, dtype=expected))
+
+
+@each_reducing_operator
+@pytest.mark.parametrize("of_weight", WEIGHT_DTYPES, ids=str)
+def test_weighted_terms_are_float32_and_float64_stays(operator: Operator, of_weight: torch.dtype, device: torch.device) -> None:
+    for dtype in DTYPES:
+        leaves = operator.inputs(*SHAPES["prior [D]"], dtype=dtype, device=device, requires_grad=True)
+        weight = some_weight((2, 3, 1), of_weight, device)
+        wide = torch.float64 if torch.float64 in (dtype, of_weight) else torch.float32
+        for how in REDUCTIONS.values():
+            expected = operator.function(*leaves, weight=weight, **how, dtype=wide)
+            grad_output = torch.randn_like(expected)
+            with autocast(device, torch.bfloat16):
+                value = operator.function(*leaves, weight=weight, **how)
+            assert same_bits(value.detach(), expected.detach())
+            pairs = (grad(x, leaves, grad_output) for x in (value, expected))
+            for a, e in zip(*pairs, strict=True):
+                assert a.dtype == dtype and same_bits(a, e)
 
 
 @each_elementwise_operator
