@@ -21,6 +21,7 @@ from operators import (
     SINGLE,
     Operator,
     clamp,
+    close,
     each_documented_loss,
     each_elementwise_operator,
     each_operator,
@@ -31,7 +32,7 @@ from reduction_cases import SHAPES, each_operator_and, each_operator_and_reducti
 
 pytestmark = pytest.mark.usefixtures("no_fallback")
 
-SUMS_CLOSE = {"rtol": 1e-11, "atol": 1e-11}
+SUMS_CLOSE = close(24)
 
 
 @each_elementwise_operator
@@ -45,7 +46,7 @@ def test_gradients_in_any_layout_equal_those_of_the_formula_in_float64(
     weights = torch.randn_like(actual)
     for leaf, a, e in zip(leaves, grad(actual, leaves, weights), grad(expected, leaves, weights), strict=True):
         assert a.shape == leaf.shape
-        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(a, e, **SUMS_CLOSE)
 
 
 @each_operator_and_reduction

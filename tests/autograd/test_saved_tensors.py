@@ -15,7 +15,7 @@ from torch.autograd import grad
 from torch.autograd.graph import saved_tensors_hooks
 
 from operator_cases import intermediates, leaves_for, subsets
-from operators import OPERATORS, PAIR, SINGLE, Operator, each_operator
+from operators import OPERATORS, PAIR, SINGLE, Operator, close, each_operator
 from oracle import same_bits
 
 
@@ -112,7 +112,7 @@ def test_changing_an_input_in_place_is_caught_where_a_gradient_needs_it_and_allo
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 result.backward()
         else:
-            torch.testing.assert_close(grad(result, leaves), tuple(expected), rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(grad(result, leaves), tuple(expected), **close(6))
 
 
 @each_operator

@@ -186,7 +186,7 @@ def test_vmap_over_the_backward_operator_reduces_each_examples_broadcast(operato
                 in_dims = tuple(0 if b else None for b in batched[: operator.count + 1])
                 expected = one_by_one(backward, in_dims, *inputs)
                 for a, e in zip(vmap(backward, in_dims=in_dims)(*inputs), expected, strict=True):
-                    torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+                    assert same_bits(a, e)
 
 
 @each_reducing_operator

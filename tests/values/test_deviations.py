@@ -17,7 +17,7 @@ from halves import HALVES, apart, encoded, joins
 from kl_ext import gaussian_kl_div, normal_kl_div
 from kl_ext.reference import normal_kl_div as plain
 from layouts import LAYOUTS, describe, expanded, iterator_strides
-from operators import DTYPES, NORMAL
+from operators import CLOSE, DTYPES, NORMAL
 from oracle import same_bits
 from ordered_sum import reduced_sum
 from test_normal_math import FINITE, INFINITE, SPECIAL, STANDARD_SPECIAL
@@ -138,9 +138,9 @@ def test_nothing_is_clamped(device):
 def test_the_same_as_torch_distributions_in_float64(device):
     loc_p, scale_p, loc_q, scale_q = NORMAL.inputs(*[(50, 3)] * 4, device=device)
     expected = kl_divergence(Normal(loc_p, scale_p), Normal(loc_q, scale_q))
-    torch.testing.assert_close(normal_kl_div(loc_p, scale_p, loc_q, scale_q), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(normal_kl_div(loc_p, scale_p, loc_q, scale_q), expected, **CLOSE)
     expected = kl_divergence(Normal(loc_p, scale_p), Normal(torch.zeros_like(loc_p), torch.ones_like(loc_p)))
-    torch.testing.assert_close(normal_kl_div(loc_p, scale_p), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(normal_kl_div(loc_p, scale_p), expected, **CLOSE)
 
 
 @FLOATS
@@ -228,7 +228,7 @@ def test_gradients_of_halves_are_written_at_once(halve, reduction, device):
             "plain": plain(*halve(h), *q, reduction=reduction).sum(),
         }
         gradients = {name: torch.autograd.grad(x, h, retain_graph=True)[0] for name, x in results.items()}
-        torch.testing.assert_close(gradients["at once"], gradients["plain"], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradients["at once"], gradients["plain"], **CLOSE)
         assert same_bits(gradients["at once"] + 0.0, gradients["joined"] + 0.0)
         assert gradients["at once"].stride() == gradients["joined"].stride()
         assert not joins(results["at once"].backward) and joins(results["joined"].backward)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kl_ext import gaussian_kl_div, reference
 from layouts import chunk, inside, shifted, transposed
-from operators import DTYPES, GAUSSIAN, REDUCING, Operator, each_reducing_operator
+from operators import DTYPES, GAUSSIAN, REDUCING, Operator, close, each_reducing_operator
 from oracle import NARROWED, assert_within, distance, same_bits, ulp
 from ordered_sum import reduced_sum
 from reduction_cases import random_case
@@ -37,7 +37,7 @@ from weight_cases import (
     tamed,
 )
 
-CLOSE = {"rtol": 1e-11, "atol": 1e-11}
+CLOSE = close(24)
 UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
