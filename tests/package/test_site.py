@@ -18,11 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     "index",
     "start",
+    "errors",
     "functions",
     "recipes",
     "programs",
     "export",
     "numbers",
+    "reliability",
     "speed",
     "inside",
     "cuda",
