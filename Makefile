@@ -3,11 +3,13 @@
 #
 # Variables: PYTHON (python3), VENV (.venv), TORCH (a torch version, for `make wheels` also several; unset: the one installed in
 # VENV, else the newest), ARGS (passed on to the demo, the tests or the benchmarks), WORKERS (the processes that share the tests;
-# 0: a single one without pytest-xdist), and the build's own: KL_EXT_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
+# 0: a single one without pytest-xdist), LOCK (a file with versions and hashes of all that is installed besides torch, as CI has
+# it), and the build's own: KL_EXT_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 ARGS ?=
+LOCK ?=
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 
 # Without a GPU to run them on, no CUDA kernels are built here. A plain `pip install .` would build them for all architectures.
@@ -29,7 +31,7 @@ cxx_files = $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '
 
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
-.PHONY: help demo test docs bench-quick clean check format test-oldest test-cuda-emulation test-tsan check-cuda \
+.PHONY: help demo test docs bench-quick clean check format lock test-oldest test-cuda-emulation test-tsan check-cuda \
   check-instructions fuzz fuzz-cpp nightly bench wheels
 .DELETE_ON_ERROR:
 
@@ -67,6 +69,10 @@ format: $(stamps)/check ## let clang-format and ruff rewrite the sources
 	$(bin)/clang-format -i $(cxx_files)
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
+
+# Run it when an extra of pyproject.toml changes: what .ci/run installs comes from the lock alone.
+lock: $(stamps)/test ## renew .ci/lock.txt, the versions and hashes of what CI installs
+	$(bin)/python .ci/lock.py
 
 # The oldest torch that is supported, in an environment of its own; without CUDA kernels, since it is the API that differs.
 test-oldest: ## run the test-suite with the oldest torch that is supported
@@ -131,6 +137,7 @@ $(stamps)/python:
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo "$(PYTHON) lacks the venv module; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(if $(LOCK),$(bin)/python -m pip install --require-hashes --no-deps -r $(LOCK))
 	@mkdir -p $(stamps) && touch $@
 
 $(torch): $(stamps)/python
@@ -138,7 +145,8 @@ $(torch): $(stamps)/python
 	@rm -f $(stamps)/torch-* && touch $@
 
 $(package): $(torch) $(sources)
-	$(bin)/python -m pip install -v -e .  # -v: the build shows how far it is
+	PATH="$(abspath $(bin)):$$PATH" \
+	  $(bin)/python -m pip install -v $(if $(LOCK),--no-index --no-build-isolation) -e .  # -v: the build shows how far it is
 	$(bin)/python -m kl_ext
 	@rm -f build/installed-in-* && touch $@
 
@@ -149,5 +157,5 @@ $(stamps)/wheels: $(stamps)/python pyproject.toml
 
 # The package is installed already: this adds what its extra names.
 $(stamps)/demo $(stamps)/test $(stamps)/docs $(stamps)/bench $(stamps)/check: $(package) pyproject.toml
-	$(bin)/python -m pip install 'kl_ext[$(@F)]'
+	$(bin)/python -m pip install $(if $(LOCK),--no-index) 'kl_ext[$(@F)]'
 	@touch $@
