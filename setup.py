@@ -28,6 +28,9 @@ LOCAL_VERSION = f"+{local}" if (local := os.environ.get("KL_EXT_LOCAL_VERSION"))
 # The environment's own CMake and Ninja, where it is used without being activated.
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
 
+# The date of the files in a wheel, so that two builds give the same: any will do, and this one is Hatch's.
+os.environ.setdefault("SOURCE_DATE_EPOCH", "1580601600")
+
 
 def default_jobs() -> int:
     """A compiler for each core, as long as each finds a gibibyte of memory, which is more than nvcc takes for these files."""
@@ -77,6 +80,7 @@ else:
     build_requirements.check_tools()
     requirement = f"torch=={torch_info.require()['minor']}.*"  # a binary serves the minor version it was built against
 
+(SOURCE / "build").mkdir(exist_ok=True)
 for leftover in (SOURCE / "build").glob("lib*"):  # setuptools would pack modules that have been deleted since
     shutil.rmtree(leftover)
 
@@ -84,5 +88,5 @@ setuptools.setup(
     install_requires=[requirement],
     ext_modules=[setuptools.Extension("kl_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    options={"egg_info": {"tag_build": LOCAL_VERSION}},
+    options={"egg_info": {"tag_build": LOCAL_VERSION, "egg_base": "." if "sdist" in sys.argv else "build"}},
 )

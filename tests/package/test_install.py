@@ -155,9 +155,6 @@ def test_a_wheel_is_built_from_the_sdist_and_installs(with_torch, sources, tmp_p
         metadata = archive.read(next(file for file in files if file.endswith("METADATA"))).decode()
     assert f"Requires-Dist: torch=={MINOR}.*" in metadata
     assert "Requires-Python: >=3.10" in metadata
-    needed = ("lib/libkl_ext.so", "py.typed", "include/kl_ext/ops.h", "share/cmake/kl_ext/kl_extConfig.cmake")
-    assert {f"kl_ext/{file}" for file in needed} <= files
-    assert not {file for file in files if not file.startswith("kl_ext")}
     with_torch.pip("install", "--no-deps", wheel)
     with_torch.check()
     with tarfile.open(tmp_path / name) as archive:
