@@ -32,7 +32,7 @@ cxx_files = $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
 .PHONY: help demo test docs bench-quick clean check format lock test-oldest test-cuda-emulation test-tsan check-cuda \
-  check-instructions fuzz fuzz-cpp nightly bench wheels
+  check-instructions test-compilers fuzz fuzz-cpp nightly bench wheels
 .DELETE_ON_ERROR:
 
 ##@ For users
@@ -110,6 +110,10 @@ check-cuda: $(package) ## build the CUDA kernels, which needs nvcc and no GPU, a
 # Of the CPU kernels and calls, which a busy machine does not change; needs valgrind.
 check-instructions: $(stamps)/test ## count the instructions of the CPU kernels and compare them with their ceilings
 	$(bin)/python benchmarks/instructions/count.py $(ARGS)
+
+# Those in the PATH: g++-10 to g++-15, clang++-14 to clang++-20, and aarch64-linux-gnu-g++ with qemu-aarch64.
+test-compilers: $(stamps)/test ## hash the results of the CPU kernels from every compiler; writes docs/reports/compilers.md
+	$(bin)/python tests/compilers.py
 
 fuzz: $(stamps)/test ## run random scripts (100,000, an hour) until one is wrong; ARGS="--seed 7" repeats a run
 	$(bin)/python tests/fuzz/fuzz.py $(ARGS)

@@ -71,11 +71,12 @@ def workers() -> int:
 
 
 def bits(context: Context) -> Found:
-    """GPU results equal to the CPU's, bit by bit, and 20 runs equal to each other."""
+    """GPU results equal to the CPU's, bit by bit, of the hash in the repository, and 20 runs equal to each other."""
+    files = ["tests/values/test_one_hash.py", "tests/values/test_device_bits.py"]
     if context.dry_run:
-        return run_tests(context, "bits", context.seconds, "tests/values/test_device_bits.py", "-k", "cpu and (empty or moved)")
+        return run_tests(context, "bits", context.seconds, *files, "-k", "cpu and (empty or moved or give_the_hash)")
     os.environ.update(variables_of_the_build())
-    chosen = ["tests/values/test_device_bits.py", "tests/values/test_determinism.py", "-k", "cuda"]
+    chosen = [*files, "tests/values/test_determinism.py", "-k", "cuda"]
     return run_tests(context, "bits", context.seconds - 5, *chosen, workers=workers())
 
 

@@ -1,9 +1,8 @@
-"""The CPU kernels give the same bits whatever compiles them and whatever they run on: one hash of a million results."""
+"""The same bits whatever compiles the kernels and whatever they run on: one hash of all results on a fixed set."""
 
 from __future__ import annotations
 
 import filecmp
-import hashlib
 import platform
 import re
 import shutil
@@ -11,47 +10,73 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import torch.utils.cpp_extension
 
+import compiled_kernels
+import hashed
+from compiled_kernels import ARM, EMULATOR, ROOT, needs
 from kl_ext import _library
-
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = Path(__file__).with_name("every_kernel.cpp")  # prints a hash of each kernel's results
-HASH = "b23e70dec217f60a"  # of all that it prints
-# As CMakeLists.txt compiles the portable kernels; then what it adds for others.
-FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
-VECTORS = {
-    "DEFAULT": [],
-    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
-    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
-}
-COMPILERS = [
-    f"{name}-{version}" for name, versions in {"g++": range(10, 16), "clang++": range(14, 21)}.items() for version in versions
-]
-ARM, EMULATOR, LIBRARIES = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
+from operators import DTYPES, OPERATORS
+from ordered_sum import reduced_sum
 
 
-def printed(compiler: str, flags: list[str], capability: str, kernels: Path, folder: Path, *emulator: str) -> list[str]:
-    program = folder / "every_kernel"
-    flags = [*flags, f"-DKL_EXT_CPU_CAPABILITY={capability}", "-I", str(ROOT / "csrc")]
-    subprocess.run([compiler, *flags, PROGRAM, kernels, "-o", program], check=True)
-    return subprocess.run([*emulator, program], check=True, capture_output=True, text=True).stdout.splitlines()
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    return hashed.lines(torch.device("cpu"))
 
 
-def assert_same(lines: list[str]) -> None:
-    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == HASH
+def test_the_operators_give_the_hash(device: torch.device) -> None:
+    assert hashed.hash_of(hashed.lines(device)) == hashed.HASH
 
 
-def runs_here(capability: str) -> bool:
-    order = list(VECTORS)
-    here = torch.backends.cpu.get_cpu_capability()
-    return capability == "DEFAULT" or (here in order and order.index(here) >= order.index(capability))
+def test_the_set_has_a_million_numbers_of_every_operator_dtype_weight_and_reduction(lines: list[str]) -> None:
+    assert sum(x.numel() for call in hashed.calls() for x in call.inputs(hashed.FLAT)) > 1e6
+    names = [line.rpartition(" ")[0] for line in lines]
+    assert len(set(names)) == len(names)
+    for operator in OPERATORS:
+        for dtype in map(hashed.name_of, DTYPES):
+            for count in operator.counts:
+                for weight in ("unweighted", "weighted", "masked") if operator.reduces else ("unweighted",):
+                    of_call = f"{operator} {count} {dtype} wide {weight} "
+                    found = {name.removeprefix(of_call) for name in names if name.startswith(of_call)}
+                    wanted = {"terms", *(f"gradient{i}" for i in range(count))}
+                    wanted |= {"sum", "sum0", "sum1", "mean1", "batchmean"} if operator.reduces else set()
+                    wanted |= {f"prior_gradient{i}" for i in range(count)} if count == 4 else set()
+                    assert wanted <= found
 
 
-def needs(*tools: str) -> None:
-    for tool in tools:
-        if shutil.which(tool) is None:
-            pytest.skip(f"there is no {tool}")
+def test_the_set_holds_every_kind_of_result() -> None:
+    """NaN, infinities, zeros and subnormal numbers, so that their bits are compared too."""
+    tiny = torch.finfo(torch.float32).tiny
+    for call in hashed.calls():
+        if call.dtype == torch.float32 and call.range == "wide":
+            found = dict(hashed.results(call, torch.device("cpu")))
+            assert found["terms"].isnan().any() and found["terms"].isinf().any() and found["terms"].isfinite().any()
+            gradients = torch.cat([found[f"gradient{i}"] for i in range(call.count)]).abs()
+            assert ((gradients > 0) & (gradients < tiny)).any() and (gradients == 0).any()
+            assert all(x.unique().numel() > 100 for x in found.values() if x.numel() == hashed.TERMS)
+            assert all(x.isfinite().all() for name, x in found.items() if "sum" in name or "mean" in name)
+
+
+def test_one_bit_and_another_order_change_the_hash(lines: list[str]) -> None:
+    call = next(c for c in hashed.calls() if c.operator.reduces and c.dtype == torch.float32)
+    found = dict(hashed.results(call, torch.device("cpu")))
+    terms = call.operator.operator(*call.inputs(hashed.FLAT))
+    assert torch.equal(reduced_sum(terms, [0]), found["sum"])
+    in_another_order = terms.cumsum(0)[-1]
+    one_bit = found["terms"].clone().view(torch.int32)
+    one_bit[7] ^= 1
+    for name, wrong in (("sum", in_another_order), ("terms", one_bit.view(torch.float32))):
+        place = lines.index(f"{call} {name} {hashed.checksum(found[name])}")
+        changed = [*lines[:place], f"{call} {name} {hashed.checksum(wrong)}", *lines[place + 1 :]]
+        assert hashed.hash_of(lines) == hashed.HASH != hashed.hash_of(changed)
+
+
+def test_the_checksum_tells_the_sign_of_zero_and_no_nan_from_another() -> None:
+    nans = torch.tensor([0x7FC00000, 0x7FC00001, -1], dtype=torch.int32).view(torch.float32)
+    assert len({hashed.checksum(x) for x in nans}) == 1
+    assert hashed.checksum(torch.tensor(0.0)) != hashed.checksum(torch.tensor(-0.0))
 
 
 def built_kernels(capability: str) -> Path:
@@ -63,51 +88,70 @@ def built_kernels(capability: str) -> Path:
     pytest.skip("the library was not built in this source folder, or not for these vectors")
 
 
-@pytest.mark.parametrize("capability", VECTORS)
-def test_the_kernels_of_this_build_give_the_hash(capability: str, tmp_path: Path) -> None:
-    if not runs_here(capability):
+@pytest.mark.parametrize("capability", compiled_kernels.VECTORS)
+def test_the_kernels_of_this_build_give_the_hash(capability: str, tmp_path: Path, lines: list[str]) -> None:
+    if not compiled_kernels.runs_here(capability):
         pytest.skip(f"this processor has no {capability}")
     needs("g++")
-    lines = printed("g++", FLAGS, capability, built_kernels(capability), tmp_path)
-    assert len(lines) > 100
-    assert len({line.split()[-1] for line in lines}) > 0.9 * len(lines), "kernels that compute nothing"
-    assert_same(lines)
-
-
-def test_a_wrong_bit_changes_the_hash(tmp_path: Path) -> None:
-    needs("g++")
-    lines = printed("g++", FLAGS, "DEFAULT", built_kernels("DEFAULT"), tmp_path)
-    with pytest.raises(AssertionError):
-        assert_same([*lines[:-1], lines[-1][:-1] + ("0" if lines[-1][-1] != "0" else "1")])
+    printed = compiled_kernels.printed("g++", compiled_kernels.flags_of(capability), built_kernels(capability), tmp_path)
+    assert [line for line in printed if line not in lines] == []
+    assert hashed.hash_of(printed) == hashed.HASH
 
 
 def test_the_flags_are_those_of_the_build() -> None:
     build = (ROOT / "CMakeLists.txt").read_text()
     (kernels,) = re.findall(r"^ *(-O3 .*?) \$\{flags", build, re.MULTILINE)
-    assert set(kernels.split()) <= set(FLAGS)
+    assert set(kernels.split()) <= set(compiled_kernels.FLAGS)
     assert "-ffp-contract=off" in build
-    for capability, flags in VECTORS.items():
+    for capability, flags in compiled_kernels.VECTORS.items():
         assert not flags or f"set(flags_{capability} {' '.join(flags)})" in build
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64")
-@pytest.mark.parametrize("capability", VECTORS)
-@pytest.mark.parametrize("level", ["-O2", "-O3"])
-@pytest.mark.parametrize("compiler", ["g++", *COMPILERS])
-def test_every_compiler_gives_the_hash(compiler: str, level: str, capability: str, tmp_path: Path) -> None:
-    if not runs_here(capability):
+@pytest.mark.parametrize("capability", compiled_kernels.VECTORS)
+@pytest.mark.parametrize("level", compiled_kernels.LEVELS)
+@pytest.mark.parametrize("compiler", compiled_kernels.COMPILERS)
+def test_every_compiler_gives_the_hash_in_vectors(compiler: str, level: str, capability: str, tmp_path: Path) -> None:
+    if not compiled_kernels.runs_here(capability):
         pytest.skip(f"this processor has no {capability}")
     needs(compiler)
-    flags = [*FLAGS, level, *VECTORS[capability]]
-    assert_same(printed(compiler, flags, capability, ROOT / "csrc" / "cpu" / "kernels.cpp", tmp_path))
+    assert compiled_kernels.hash_of(compiler, level, capability, tmp_path) == hashed.HASH
+    if level == "-O3" and capability != "DEFAULT":
+        code = compiled_kernels.disassembled(compiled_kernels.kernels_of(compiler, level, capability))
+        assert not compiled_kernels.not_vectorised(code, capability)
+
+
+# What a compiler may do wrong, or a change of the sources: a file of csrc, what stands there, and what is put in its place.
+FAULTS = {
+    "another coefficient": ("math/exponential.h", "0x1.55555ap-2f", "0x1.55555cp-2f"),
+    "another order": ("math/summation.h", "kLanes = 64", "kLanes = 32"),
+    "contraction": ("math/platform.h", "#pragma once", "#pragma once"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_kernels_changes_the_hash(fault: str, tmp_path: Path) -> None:
+    needs("g++")
+    if not compiled_kernels.runs_here("AVX2"):
+        pytest.skip("this processor has no AVX2")
+    csrc = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    file, there, instead = FAULTS[fault]
+    text = (csrc / file).read_text()
+    assert there in text
+    (csrc / file).write_text(text.replace(there, instead))
+    flags = compiled_kernels.flags_of("AVX2", csrc)
+    contraction = ["-ffp-contract=fast"] if fault == "contraction" else []
+    kernels = tmp_path / "kernels.o"
+    subprocess.run(["g++", *flags, "-O1", *contraction, "-c", csrc / "cpu/kernels.cpp", "-o", kernels], check=True)
+    assert hashed.hash_of(compiled_kernels.printed("g++", flags, kernels, tmp_path)) != hashed.HASH
 
 
 @pytest.mark.slow
 def test_arm_gives_the_hash(tmp_path: Path) -> None:
     needs(ARM, EMULATOR)  # on Debian and Ubuntu: apt install g++-aarch64-linux-gnu qemu-user
-    kernels = ROOT / "csrc" / "cpu" / "kernels.cpp"
-    assert_same(printed(ARM, FLAGS, "DEFAULT", kernels, tmp_path, EMULATOR, "-L", LIBRARIES))
+    assert compiled_kernels.hash_of(ARM, "-O3", "DEFAULT", tmp_path) == hashed.HASH
 
 
 @pytest.mark.slow
