@@ -55,14 +55,26 @@ struct Format<double> {
   static constexpr double kInfinity = __builtin_huge_val();
 };
 
+// GCC has the builtin from version 11 on.
+template <class To, class From>
+KL_EXT_INLINE To bit_cast(From from) {
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 11
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+#else
+  return __builtin_bit_cast(To, from);
+#endif
+}
+
 template <class T>
 KL_EXT_INLINE typename Format<T>::Bits to_bits(T x) {
-  return __builtin_bit_cast(typename Format<T>::Bits, x);
+  return bit_cast<typename Format<T>::Bits>(x);
 }
 
 template <class T>
 KL_EXT_INLINE T from_bits(typename Format<T>::Bits bits) {
-  return __builtin_bit_cast(T, bits);
+  return bit_cast<T>(bits);
 }
 
 // IEEE operations with one rounding. Contraction is off everywhere, so operations are fused only where fma is written.
