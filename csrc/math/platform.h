@@ -55,26 +55,33 @@ struct Format<double> {
   static constexpr double kInfinity = __builtin_huge_val();
 };
 
-// GCC has the builtin from version 11 on.
-template <class To, class From>
-KL_EXT_INLINE To bit_cast(From from) {
+// GCC has it from version 11 on.
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 11
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(to));
-  return to;
+#define KL_EXT_HAS_BIT_CAST 0
 #else
-  return __builtin_bit_cast(To, from);
+#define KL_EXT_HAS_BIT_CAST 1
+#endif
+
+template <class T>
+KL_EXT_INLINE typename Format<T>::Bits to_bits(T x) {
+#if KL_EXT_HAS_BIT_CAST
+  return __builtin_bit_cast(typename Format<T>::Bits, x);
+#else
+  typename Format<T>::Bits result;
+  __builtin_memcpy(&result, &x, sizeof(result));
+  return result;
 #endif
 }
 
 template <class T>
-KL_EXT_INLINE typename Format<T>::Bits to_bits(T x) {
-  return bit_cast<typename Format<T>::Bits>(x);
-}
-
-template <class T>
 KL_EXT_INLINE T from_bits(typename Format<T>::Bits bits) {
-  return bit_cast<T>(bits);
+#if KL_EXT_HAS_BIT_CAST
+  return __builtin_bit_cast(T, bits);
+#else
+  T result;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
+#endif
 }
 
 // IEEE operations with one rounding. Contraction is off everywhere, so operations are fused only where fma is written.
