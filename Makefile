@@ -32,7 +32,7 @@ cxx_files = $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
 .PHONY: help demo test docs bench-quick clean check format lock test-oldest test-cuda-emulation test-tsan check-cuda \
-  check-instructions test-compilers fuzz fuzz-cpp nightly bench wheels
+  check-instructions test-compilers test-matrix fuzz fuzz-cpp nightly bench wheels
 .DELETE_ON_ERROR:
 
 ##@ For users
@@ -77,6 +77,10 @@ lock: $(stamps)/test ## renew .ci/lock.txt, the versions and hashes of what CI i
 # The oldest torch that is supported, in an environment of its own; without CUDA kernels, since it is the API that differs.
 test-oldest: ## run the test-suite with the oldest torch that is supported
 	$(MAKE) test VENV=.venv-oldest TORCH=$(oldest).0 KL_EXT_CUDA=0
+
+# What it needs here is what its report is written with. It finds each Python on the PATH, in pyenv, or by uv.
+test-matrix: $(stamps)/test ## build and test with each torch and Python (hours); writes docs/reports/matrix.md
+	$(bin)/python tests/matrix.py $(ARGS)
 
 # Sanitized, threads take turns in one order of the three, and tensors are cut at one limit. The sanitizers have to be there
 # before Python allocates anything.
