@@ -32,7 +32,7 @@ cxx_files = $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
 .PHONY: help demo test docs bench-quick clean check format lock test-oldest test-cuda-emulation test-tsan check-cuda \
-  check-instructions test-compilers test-matrix fuzz fuzz-cpp nightly bench wheels
+  check-instructions test-compilers test-matrix test-exhaustive fuzz fuzz-cpp nightly bench wheels
 .DELETE_ON_ERROR:
 
 ##@ For users
@@ -125,6 +125,10 @@ fuzz: $(stamps)/test ## run random scripts (100,000, an hour) until one is wrong
 # Needs no torch, but a clang++ with libFuzzer; inputs are kept in build/fuzz/corpus. ARGS="--seconds 600 sums" chooses a target.
 fuzz-cpp: ## fuzz the headers without torch against slow twins, a minute for each of six targets
 	$(PYTHON) tests/fuzz/headers.py $(ARGS)
+
+# Alone on two cores; needs g++ or another compiler as CXX. ARGS="--only climb --seed 7" runs a part and writes nothing.
+test-exhaustive: $(stamps)/test ## measure errors on every float32 and 16-bit pair; writes docs/reports/exhaustive.md
+	$(bin)/python tests/exhaustive/exhaustive.py $(ARGS)
 
 nightly: $(stamps)/test ## run the tests that are too slow for make test; writes docs/reports/nightly.md
 	$(bin)/python tests/nightly.py $(ARGS)

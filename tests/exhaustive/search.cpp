@@ -139,19 +139,20 @@ void true_pair(Block& block, Call call) {
   }
 }
 
-// Against N(0, 1), and means that are 0.
+// Against N(0, 1), and means that are 0. Infinity gives what the plain formula gives, NaN.
 void true_single(Block& block, Call call) {
   for (int i = 0; i < kBlock; ++i) {
     const double p = block.input[1][i], low = call.low, high = call.high;
     const double not_low = p < low ? low : p;
     const Exponential ratio = exponential(not_low > high ? high : not_low);
     const bool pass = (p >= low) & (p <= high);
-    block.exact[0][i] = block.scale[0][i] = 0.5 * ratio.phi;
+    block.exact[0][i] = block.scale[0][i] = (p == HUGE_VAL) & (high == HUGE_VAL) ? NAN : 0.5 * ratio.phi;
     block.exact[1][i] = block.scale[1][i] = pass ? 0.5 * ratio.minus_one : 0;
   }
 }
 
 // Of equal means and q = 1; 0, infinity and numbers that are no deviations give what docs/numbers.md has.
+template <bool standard>
 void true_ratio(Block& block) {
   for (int i = 0; i < kBlock; ++i) {
     const double p = block.input[1][i];
@@ -159,7 +160,8 @@ void true_ratio(Block& block) {
     const double value = ratio_value(regular ? p : 1);
     const double invalid = p == 0 ? HUGE_VAL : NAN, deviation = p >= 0 ? p : NAN;
     block.exact[0][i] = block.scale[0][i] = regular ? value : invalid;
-    block.exact[1][i] = block.scale[1][i] = (deviation - 1) * (deviation + 1) / deviation;
+    const double slope = (deviation - 1) * (deviation + 1) / deviation;
+    block.exact[1][i] = block.scale[1][i] = standard & (p == HUGE_VAL) ? HUGE_VAL : slope;
     block.exact[2][i] = block.scale[2][i] = -(deviation - 1) * (deviation + 1);
   }
 }
@@ -253,7 +255,7 @@ void evaluate_single(Block& block, Call call) {
 template <class F, int quantities>
 void evaluate_normal(Block& block, Call call) {
   measure<F, Range::kNarrow, float>(block, call);
-  true_ratio(block);
+  true_ratio<F::kInputs == 2>(block);
   judge(block, quantities, kFloat);
 }
 
