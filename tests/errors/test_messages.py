@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from building import SOURCE
-from conftest import why_no_cuda
 from messages import PAGE, SECTIONS, Message, page
+from this_run import why_no_cuda
 
 MESSAGES = [message for messages, _ in SECTIONS.values() for message in messages]
 

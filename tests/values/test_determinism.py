@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import digests
-from conftest import SEED
 from digests import CLAMPS, DIGESTS, cases_of_terms, compute, differing, digest, inputs_of
 from operators import ELEMENTWISE
+from this_run import SEED
 
 each_capability = pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 each_part = pytest.mark.parametrize("part", DIGESTS)
