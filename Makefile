@@ -31,8 +31,8 @@ cxx_files = $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '
 
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
-.PHONY: help demo test docs bench-quick clean check format lock test-oldest test-cuda-emulation test-tsan check-cuda \
-  check-instructions test-compilers test-matrix test-exhaustive fuzz fuzz-cpp nightly bench wheels
+.PHONY: help demo test docs bench-quick clean check format lock test-oldest test-matrix test-cuda-emulation \
+  test-tsan check-cuda check-instructions test-compilers fuzz fuzz-cpp test-exhaustive nightly bench wheels
 .DELETE_ON_ERROR:
 
 ##@ For users

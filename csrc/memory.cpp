@@ -14,7 +14,6 @@
 #include <iterator>
 #include <list>
 #include <map>
-#include <memory>
 #include <mutex>
 #include <new>
 #include <optional>
@@ -53,38 +52,52 @@ struct Block {
   bool is_offered = false; // the system may take it, and does only when memory runs short
 };
 
+// The size of a block is written this far before its data, at least a page: torch asks that what frees a storage needs no more
+// than the address of the data, or the storage cannot be copied on write.
+constexpr size_t kBefore = 64 * kKiB;
+
+size_t& size_of(char* data) { return *reinterpret_cast<size_t*>(data - kBefore); }
+
 // The size of the block that is made for a result of this many bytes.
 size_t rounded(size_t size) {
   const size_t unit = size < kHugePage ? kUnit : kHugePage;
   return (size + unit - 1) / unit * unit;
 }
 
-// Ordinary pages, or nullptr if the system has no memory.
+// Address space, or nullptr if the system has none.
 char* map(size_t size) {
   void* const mapped = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   return mapped == MAP_FAILED ? nullptr : static_cast<char*>(mapped);
 }
 
+// The data of a block of ordinary pages, or nullptr.
+char* map_ordinary(size_t size) {
+  char* const start = map(kBefore + size);
+  return start == nullptr ? nullptr : start + kBefore;
+}
+
 // Huge pages where they are available. Aligned to them in any case.
 char* map_huge(size_t size) {
-  char* const start = map(size + kHugePage);
+  char* const start = map(kBefore + size + kHugePage);
   if (start == nullptr) {
     return nullptr;
   }
-  char* const data = start + (kHugePage - reinterpret_cast<std::uintptr_t>(start) % kHugePage) % kHugePage;
-  if (data > start) {
-    munmap(start, data - start);
+  const auto earliest = reinterpret_cast<std::uintptr_t>(start + kBefore);
+  const size_t skipped = (kHugePage - earliest % kHugePage) % kHugePage;
+  char* const used = start + skipped;
+  if (skipped > 0) {
+    munmap(start, skipped);
   }
-  if (data < start + kHugePage) {
-    munmap(data + size, start + kHugePage - data);
+  if (skipped < kHugePage) {
+    munmap(used + kBefore + size, kHugePage - skipped);
   }
   if (kHugePages) {
-    madvise(data, size, MADV_HUGEPAGE); // best effort: an error changes nothing
+    madvise(used, kBefore + size, MADV_HUGEPAGE); // best effort: an error changes nothing
   }
-  return data;
+  return used + kBefore;
 }
 
-void unmap(const Block& block) { munmap(block.data, block.size); }
+void unmap(const Block& block) { munmap(block.data - kBefore, kBefore + block.size); }
 
 // The blocks that no tensor holds. No thread waits for the lock: one that finds it taken maps or unmaps memory instead.
 class Kept {
@@ -167,28 +180,26 @@ Kept& kept = *new Kept;
 
 struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(size_t size) override {
-    auto context = std::make_unique<Block>(); // first: where it fails, there is no block yet that would be lost
     std::optional<Block> block = kept.take(size);
     if (!block) {
       const size_t whole = rounded(size);
-      char* const data = whole < kHugePage ? map(whole) : map_huge(whole);
+      char* const data = whole < kHugePage ? map_ordinary(whole) : map_huge(whole);
       if (data == nullptr) {
         return c10::GetCPUAllocator()->allocate(size); // which reports the error
       }
+      size_of(data) = whole;
       block = Block{data, whole};
     }
-    *context = *block;
-    c10::DataPtr result(block->data, context.release(), &release, at::kCPU);
     c10::profiledCPUMemoryReporter().New(block->data, size);
-    return result;
+    return {block->data, block->data, &release, at::kCPU};
   }
 
   void copy_data(void* to, const void* from, size_t size) const override { default_copy_data(to, from, size); }
 
   static void release(void* context) {
-    const std::unique_ptr<Block> block(static_cast<Block*>(context));
-    c10::profiledCPUMemoryReporter().Delete(block->data);
-    kept.give(*block);
+    char* const data = static_cast<char*>(context);
+    c10::profiledCPUMemoryReporter().Delete(data);
+    kept.give({data, size_of(data)});
   }
 };
 
