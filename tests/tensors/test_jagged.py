@@ -358,6 +358,9 @@ def test_compiled_whole(how: dict[str, Any]) -> None:
     given = [*as_given(leaves[:2], ["jagged"] * 2), *leaves[2:]]
     results = []
     for function in (kl_ext.gaussian_kl_div, compiled):
+        if torch.__version__.startswith("2.11."):
+            # It cannot compile even x + y of jagged tensors once their longest sequence is known, as the first call needs it.
+            given = [*as_given(leaves[:2], ["jagged"] * 2), *leaves[2:]]
         result = values_of(function(*given, **how))
         results.append((result, *torch.autograd.grad(result.nansum(), leaves)))
     for a, b in zip(*results, strict=True):
