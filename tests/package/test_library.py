@@ -49,7 +49,7 @@ def test_the_operators_have_the_functions_argument_names(name):
 def test_import_adds_at_most_50_ms_to_torchs(tmp_path):
     script = "import torch, time; t = time.perf_counter(); import kl_ext; print(time.perf_counter() - t)"
     seconds = []
-    for _ in range(5):  # the least: whatever else the machine does comes on top
+    for _ in range(20):  # the least: whatever else the machine does comes on top
         seconds.append(float(run_python("-c", script, cwd=tmp_path).stdout))
         if seconds[-1] <= 0.05:
             return
