@@ -66,15 +66,15 @@ using PrepareQ = void (*)(void* out, const void* log_var_q, std::int64_t numel, 
 using Divide = void (*)(void* numbers, std::int64_t numel, std::int64_t divisor);
 
 // The kernels of one formula, [wide] or by range. Null where there is none: weighted terms have none for half types and one
-// grad_output, formulas with a single range none for the narrow one, and those with nothing that depends on q alone none given
-// q.
+// grad_output, formulas with a single range none for the narrow one, those with nothing that depends on q alone none given q, and
+// a sum of bools, which are weights, has none.
 struct FormulaKernels {
   ForwardKernel forward[2][kStorages];
   BackwardKernel backward[2][kStorages];
   BackwardOfOne backward_of_one[2][kStorages];
   Accumulate accumulate[2][kArithmetics];
-  SumChunks sum_chunks[2][kStorages];
-  SumRowChunks sum_row_chunks[2][kStorages];
+  SumChunks sum_chunks[2][kReadable];
+  SumRowChunks sum_row_chunks[2][kReadable];
   // In the narrow range.
   ForwardKernel forward_given_q[kArithmetics];
   BackwardKernel backward_given_q[kArithmetics];

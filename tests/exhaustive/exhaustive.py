@@ -30,14 +30,9 @@ from tqdm import tqdm  # noqa: E402
 
 import normal_cases  # noqa: E402
 import oracle  # noqa: E402
+from compiled_kernels import FLAGS, VECTORS  # noqa: E402
 from reports import write_report  # noqa: E402
 
-# As CMakeLists.txt compiles the kernels.
-FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
-VECTORS = {
-    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
-    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
-}
 ALL = 1 << 32
 LEAST_POINTS = 10**10  # of a climb
 
