@@ -10,6 +10,7 @@ import importlib.metadata
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import tomllib
@@ -35,8 +36,12 @@ def main() -> None:
     uv = shutil.which("uv", path=sysconfig.get_path("scripts"))
     assert uv, "the extra `test` has it"
     options = ("--generate-hashes", "--upgrade", "--prerelease=explicit", "--python-version=3.11", "--no-annotate", "--quiet")
-    command = [uv, "pip", "compile", *options, "--custom-compile-command=make lock", "--output-file", LOCK, "-"]
-    subprocess.run(command, input="\n".join(requirements()), text=True, check=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as overrides:
+        overrides.write("torch; python_version < '3'")  # for no Python, whoever requires it
+        overrides.flush()
+        command = [uv, "pip", "compile", *options, "--custom-compile-command=make lock", f"--override={overrides.name}"]
+        command += ["--output-file", LOCK, "-"]
+        subprocess.run(command, input="\n".join(requirements()), text=True, check=True)
 
 
 if __name__ == "__main__":
