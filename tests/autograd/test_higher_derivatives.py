@@ -12,6 +12,7 @@ from torch.autograd import grad, gradcheck
 
 from batching import no_fallback  # noqa: F401 (a fixture)
 from operators import (
+    DERIVATIVES_CLOSE,
     DTYPES,
     HALF_TYPES,
     OPERATORS,
@@ -23,8 +24,6 @@ from reduction_cases import SHAPES, each_reduction
 
 # gradcheck also checks the batched modes, and those must not go example by example.
 pytestmark = pytest.mark.usefixtures("no_fallback")
-
-SUMS_CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 
 
 def nested_derivatives(function: Callable[..., Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
@@ -44,7 +43,7 @@ def test_derivatives_up_to_the_fourth_equal_those_of_the_formula(operator: Opera
     inputs = operator.inputs([2, 3], device=device, requires_grad=True)
     weights = [torch.randn(2, 3, dtype=torch.float64, device=device) for _ in range(order)]
     actual, expected = (nested_derivatives(f, inputs, weights) for f in (operator.function, operator.formula))
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual, expected, **DERIVATIVES_CLOSE)
 
 
 @each_reducing_operator
@@ -60,7 +59,7 @@ def test_third_derivatives_of_a_reduction_equal_those_of_the_formula(
             total = sum((g * (i + 1)).sum() for i, g in enumerate(grad(total, leaves, create_graph=True)))
         return grad(total, leaves)
 
-    torch.testing.assert_close(third(operator.with_(how)), third(operator.formula_with(how)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(third(operator.with_(how)), third(operator.formula_with(how)), **DERIVATIVES_CLOSE)
 
 
 @each_operator
@@ -98,7 +97,7 @@ def test_derivatives_of_any_order_are_finite_far_outside_the_clamp(
         nested_derivatives(lambda *a, f=f: f(*a, **bounds), inputs, weights) for f in (operator.function, operator.formula)
     )
     assert expected.isfinite().all()
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual, expected, **DERIVATIVES_CLOSE)
 
 
 @each_operator
@@ -117,8 +116,8 @@ def test_the_backward_operator_is_itself_differentiable_in_both_modes(operator: 
     options = {"check_batched_grad": True, "check_forward_ad": True, "check_batched_forward_grad": True}
     assert gradcheck(backward, [x.requires_grad_() for x in inputs], fast_mode=True, **options)
     (actual, actual_tangent), (expected, expected_tangent) = (torch.func.jvp(f, inputs, tangents) for f in (backward, formula))
-    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(actual_tangent, expected_tangent, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(actual, expected, **DERIVATIVES_CLOSE)
+    torch.testing.assert_close(actual_tangent, expected_tangent, **DERIVATIVES_CLOSE)
 
 
 @each_reducing_operator
@@ -136,7 +135,7 @@ def test_the_backward_operator_of_a_reduction_is_itself_differentiable(
     tensors = (torch.randn_like(operator.formula(*inputs, **how)), *inputs)
     tangents = tuple(torch.randn_like(x) for x in tensors)
     actual, expected = (torch.func.jvp(f, tensors, tangents) for f in (backward, by_formula))
-    torch.testing.assert_close(actual, expected, **SUMS_CLOSE)
+    torch.testing.assert_close(actual, expected, **DERIVATIVES_CLOSE)
     leaves = [x.requires_grad_() for x in tensors]
     seconds = [grad(sum((g * g).sum() for g in f(*leaves)), leaves) for f in (backward, by_formula)]
-    torch.testing.assert_close(*seconds, **SUMS_CLOSE)
+    torch.testing.assert_close(*seconds, **DERIVATIVES_CLOSE)

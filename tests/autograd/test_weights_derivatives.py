@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from batching import batching_fallbacks, no_fallback  # noqa: F401 (a fixture)
 from halves import joins
 from layouts import chunk
-from operators import Operator, each_reducing_operator
+from operators import DERIVATIVES_CLOSE, Operator, each_reducing_operator
 from oracle import same_bits
 from weight_cases import (
     SHAPES,
@@ -37,7 +37,6 @@ from weight_cases import (
 )
 
 Function = Callable[..., Tensor]
-CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def positive_weight(size: Sequence[int], device: Any) -> Tensor:
@@ -102,7 +101,7 @@ def test_a_transform_gives_what_it_gives_of_the_formula(operator: Operator, how:
             with batching_fallbacks(shown=False):
                 expected = transform(formula(operator, weight, how))(*inputs)
             for a, e in zip(tree_flatten(actual)[0], tree_flatten(expected)[0], strict=True):
-                torch.testing.assert_close(a, e, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(a, e, **DERIVATIVES_CLOSE, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # What is left out
@@ -399,9 +398,11 @@ def test_vectorised_jacobians_and_hessians_of_torch_autograd(operator: Operator,
         functions = weighted(operator, weight, how), formula(operator, weight, how)
         for options in ({"vectorize": True}, {"vectorize": True, "strategy": "forward-mode"}):
             with batching_fallbacks(shown=False):
-                torch.testing.assert_close(*(functional.jacobian(f, inputs, **options) for f in functions), **CLOSE)
+                torch.testing.assert_close(*(functional.jacobian(f, inputs, **options) for f in functions), **DERIVATIVES_CLOSE)
         with batching_fallbacks(shown=False):
-            torch.testing.assert_close(*(functional.hessian(summed(f), inputs, vectorize=True) for f in functions), **CLOSE)
+            torch.testing.assert_close(
+                *(functional.hessian(summed(f), inputs, vectorize=True) for f in functions), **DERIVATIVES_CLOSE
+            )
 
 
 @each_reducing_operator

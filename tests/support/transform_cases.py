@@ -12,7 +12,7 @@ from torch.func import grad as func_grad
 from torch.utils._pytree import tree_flatten, tree_map
 
 from batching import batching_fallbacks
-from operators import Operator
+from operators import DERIVATIVES_CLOSE, Operator
 from oracle import same_bits
 
 Function = Callable[..., Any]
@@ -75,7 +75,7 @@ def assert_same_as_formula(
     (actual_leaves, actual_tree), (expected_leaves, expected_tree) = tree_flatten(actual), tree_flatten(expected)
     assert actual_tree == expected_tree
     for a, e in zip(actual_leaves, expected_leaves, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10, msg=lambda m: f"{about}: {m}")
+        torch.testing.assert_close(a, e, **DERIVATIVES_CLOSE, msg=lambda m: f"{about}: {m}")
 
 
 def one_by_one(f: Callable[..., Any], in_dims: Sequence[int | None], *inputs: Tensor) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import kl_ext
-from operators import GAUSSIAN
+from operators import DERIVATIVES_CLOSE, GAUSSIAN
 from ranks import Ranks
 from reduction_cases import REDUCTIONS
 from sharding_cases import (
@@ -297,7 +297,7 @@ def check_second(how: dict[str, Any], seed: int) -> None:
     expected = torch.autograd.grad(exact, leaves, create_graph=True)
     second = torch.autograd.grad(sum(x.square().sum() for x in first), tensors)
     for got, x in zip(second, torch.autograd.grad(sum(x.square().sum() for x in expected), leaves), strict=True):
-        torch.testing.assert_close(got.full_tensor(), x, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(got.full_tensor(), x, **DERIVATIVES_CLOSE)
 
 
 @each_kind
