@@ -32,7 +32,7 @@ cxx_files = $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
 .PHONY: help demo test docs bench-quick clean check format lock test-oldest test-matrix test-cuda-emulation \
-  test-tsan check-cuda check-instructions test-compilers fuzz fuzz-cpp test-exhaustive nightly bench wheels
+  test-asan test-tsan check-cuda check-instructions test-compilers fuzz fuzz-cpp test-exhaustive nightly bench wheels
 .DELETE_ON_ERROR:
 
 ##@ For users
@@ -100,6 +100,13 @@ define build-sanitized
 	$(bin)/cmake --install build/$(1) --prefix build/$(1)/package/kl_ext
 	cp kl_ext/*.py build/$(1)/package/kl_ext/
 endef
+
+# -fsanitize=vptr needs what torch does not export.
+comma := ,
+test-asan: export KL_EXT_CUDA = 0
+test-asan: $(stamps)/test ## run the kernels' tests under sanitizers; writes docs/reports/asan.md
+	$(call build-sanitized,asan,-fsanitize=address$(comma)undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined)
+	WORKERS=$(WORKERS) $(bin)/python tests/asan.py $(ARGS)
 
 test-tsan: export KL_EXT_CUDA = 0
 test-tsan: $(stamps)/test ## run threads that share everything under ThreadSanitizer; ARGS=60 sets how many seconds
