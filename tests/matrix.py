@@ -171,7 +171,7 @@ def refused(binary: Cell, cell: Cell) -> str:
     imported = run(cell, cell.executable, "-c", "import kl_ext", cwd=binary.source)
     if imported.returncode == 0:
         return "FAILED: it was imported"
-    message = imported.stdout.partition("\nImportError: ")[2].strip()
+    message = ["", *imported.stdout.split("\nImportError: ")[1:]][-1].strip()  # after the one that caused it
     if binary.python != cell.python:
         wanted = [f"kl_ext: {binary.source / 'kl_ext'} has no compiled part for this Python"]
     else:

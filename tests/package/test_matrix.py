@@ -111,6 +111,14 @@ def test_a_binary_that_is_not_refused_as_it_should_be_has_failed(old, new, pair)
     assert matrix.refused(*pair).startswith("FAILED: ")
 
 
+def test_a_binary_of_another_python_is_refused_with_the_message_for_that(pair):
+    binary, other = pair[0], Cell("3.99", pair[1].torch)
+    (binary.source / "kl_ext" / "_C.py").unlink()
+    pair[1].folder.rename(other.folder)
+    said = matrix.refused(binary, other)
+    assert said.startswith("refused: *kl_ext: ") and "has no compiled part for this Python" in said
+
+
 def test_a_binary_that_is_missing_is_said_to_be(pair):
     shutil.rmtree(pair[0].source)
     assert matrix.refused(*pair) == "not available"
