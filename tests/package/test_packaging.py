@@ -49,6 +49,24 @@ def test_the_sdist_holds_the_whole_checkout(tmp_path):
     assert {name.partition("/")[0] for name in held - tracked - others} <= {"PKG-INFO", "setup.cfg", "kl_ext.egg-info"}
 
 
+# The extras. The site is built with its own alone: test_site.py.
+
+
+@pytest.mark.parametrize(
+    ("extra", "program"),
+    [
+        ("demo", "examples/train_vae.py"),
+        ("bench", "benchmarks/bench.py"),
+        ("bench", "benchmarks/gpu_check.py"),
+        ("wheels", "build_backend/wheels.py"),
+    ],
+)
+def test_an_extra_brings_all_that_its_program_imports(extra, program):
+    only_extra = SOURCE / "tests" / "support" / "only_extra.py"
+    done = run(sys.executable, only_extra, extra, SOURCE / program, "--help", cwd=SOURCE)
+    assert done.returncode == 0, done.stdout
+
+
 # CMake.
 
 
