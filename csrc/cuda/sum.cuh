@@ -13,13 +13,16 @@
 namespace kl_ext::cuda {
 
 // Like blocks_per_processor in elementwise.cuh. Half types are bound by their arithmetic, which more warps keep busier.
-template <class Direction, math::Range range, class T, class Access>
+template <class Direction, math::Range range, class T, class Access, bool kShares = false>
 constexpr int sum_blocks_per_processor() {
   constexpr bool kIsWeighted = Direction::F::kIsWeighted;
   if (sizeof(T) == sizeof(double) && (Direction::kIsBackward || kIsWeighted) && range == math::Range::kWide) {
     return 1;
   }
   if (!Access::kNeighbours && (Direction::kIsBackward || kIsWeighted)) { // for the offsets of many operands
+    return 2;
+  }
+  if (kShares) { // launches of few threads do not fill a multiprocessor
     return 2;
   }
   if (sizeof(T) == sizeof(double) || Direction::kOutputs * Access::kItems > 16) {
@@ -71,10 +74,11 @@ KL_EXT_INLINE void leave(const SumShape<T>& shape, int output, std::int64_t part
 }
 
 // Rows: the reduced dimensions are the fast ones. A chunk belongs to `width` neighbouring threads, a power of two; together
-// they have one lane for each of their items: lane = items * thread + item for neighbours, else thread + width * item. In sums
-// of more than 64 chunks, those that take turns in a lane are beside each other in a block.
-template <class Direction, math::Range range, class T, class Input, class Output, class Access>
-__global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access>())
+// they have one lane for each of their items: lane = items * thread + item for neighbours, else thread + width * item. Where
+// threads share lanes, a chunk has as many times these threads. In sums of more than 64 chunks, those that take turns in a lane
+// are beside each other in a block.
+template <class Direction, math::Range range, class T, class Input, class Output, class Access, bool kShares>
+__global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access, kShares>())
     sum_rows(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,
              const math::Settings<T> settings) {
   constexpr int kItems = Access::kItems;
@@ -82,9 +86,11 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   KL_EXT_SHARED(T, of_chunks, Direction::kOutputs * kPlaces);
   const std::uint32_t width = 1u << shape.log_width;
   const std::uint32_t thread = threadIdx.x & (width - 1);
-  const std::uint32_t item_index = (blockIdx.x * shape.threads + threadIdx.x) >> shape.log_width;
+  const std::int32_t log_sharers = kShares ? shape.log_sharers : 0;
+  const std::uint32_t sharer = (threadIdx.x >> shape.log_width) & ((1u << log_sharers) - 1);
+  const std::uint32_t item_index = (blockIdx.x * shape.threads + threadIdx.x) >> (shape.log_width + log_sharers);
   const std::uint32_t row = shape.divider.quotient(item_index);
-  const std::int32_t log_turns = kChunksTakeTurns<Access> ? shape.log_turns : 0;
+  const std::int32_t log_turns = kChunksTakeTurns<Access> && !kShares ? shape.log_turns : 0;
   const std::uint32_t partial = (item_index - row * shape.divider.divisor) >> log_turns;
   const std::uint32_t turn = item_index & ((1u << log_turns) - 1);
   const std::int64_t first_term = (chunk_of(partial, log_turns) + turn * math::kLanes) * math::kChunk;
@@ -100,21 +106,30 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
     return typename Access::template Thread<Direction::kOperands>(plan, origin + term, gap, valid(term));
   };
   T lanes[Direction::kOutputs][kItems] = {};
-  add_terms<Direction, range, T, Input, Output, Access>(thread * (Access::kNeighbours ? kItems : 1), width * kItems, count,
-                                                        settings, at, valid, {}, lanes);
+  const std::int32_t first = thread * (Access::kNeighbours ? kItems : 1);
+  if constexpr (kShares) {
+    KL_EXT_SHARED(T, exchange, kItems * kThreads);
+    const auto most = static_cast<std::int32_t>(shape.count < math::kChunk ? shape.count : math::kChunk);
+    const std::int32_t lanes_in_use = width * kItems;
+    add_shared_terms<Direction, range, T, Input, Output, Access>(sharer * lanes_in_use + first, lanes_in_use << log_sharers,
+                                                                 count, most, settings, at, valid,
+                                                                 {1u << log_sharers, sharer, width}, exchange, lanes[0]);
+  } else {
+    add_terms<Direction, range, T, Input, Output, Access>(first, width * kItems, count, settings, at, valid, {}, lanes);
+  }
   KL_EXT_UNROLL
   for (int output = 0; output < Direction::kOutputs; ++output) {
     if (shape.slots[output] < 0) {
       continue;
     }
     T sum[1] = {fold_among_neighbours<Access::kNeighbours>(lanes[output], width)};
-    if constexpr (kChunksTakeTurns<Access>) {
+    if constexpr (kChunksTakeTurns<Access> && !kShares) {
       if (log_turns > 0) {
         const std::uint32_t place = output * kPlaces + (threadIdx.x >> shape.log_width);
         sum[0] = add_turns(sum[0], of_chunks, place, thread == 0, turn == 0, 1u << log_turns);
       }
     }
-    if (thread == 0 && turn == 0 && !is_idle) {
+    if (thread == 0 && sharer == 0 && turn == 0 && !is_idle) {
       leave<Direction>(shape, output, partial, shape.first + row, 0, 1, sum);
     }
   }
@@ -169,6 +184,10 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   }
 }
 
+// Whether threads may share lanes in sums by rows. Few gradients are sums by rows, and their terms would need much memory.
+template <class Direction>
+constexpr bool kMayShare = !Direction::kIsBackward;
+
 // Launches a kernel on the layout, and returns what it leaves of a sum. plan: of the kernel's Access.
 
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class Plan>
@@ -196,22 +215,35 @@ template <class Direction, math::Range range, class T, class Input, class Output
 Partials launch_rows(const SumLayout& layout, const Plan& plan, SumShape<T> shape, const Settings& settings,
                      CUstream_st* stream) {
   const std::int64_t width = std::max<std::int64_t>(1, math::lanes_in_use(layout.count) / Access::kItems);
-  const std::int64_t threads = block_of(width, layout.sums * layout.chunks);
-  const bool take_turns = kChunksTakeTurns<Access> && layout.chunks > math::kLanes && threads == kThreads;
+  const std::int64_t chunks = layout.sums * layout.chunks;
+  const std::int64_t sharers = kMayShare<Direction> ? sharers_of(layout.count, width * chunks, kThreads / width) : 1;
+  const std::int64_t of_chunk = width * sharers;
+  const std::int64_t threads = std::max(of_chunk, block_of(of_chunk, chunks));
+  const bool take_turns = kChunksTakeTurns<Access> && layout.chunks > math::kLanes && sharers == 1 && threads == kThreads;
   const std::int64_t turns = take_turns ? next_power_of_two(turns_of(layout.chunks)) : 1;
   const Partials partials{take_turns ? lanes_of(layout.chunks) : layout.chunks, take_turns};
   const std::int64_t items = partials.count * turns; // for each row
   shape.threads = static_cast<std::uint32_t>(threads);
   shape.log_width = log2_of(width);
+  shape.log_sharers = log2_of(sharers);
   shape.log_turns = log2_of(turns);
   shape.divider = Divider(items);
-  const std::int64_t rows = (KL_EXT_INDICES - kThreads) / width / items; // in one launch
+  const std::int64_t rows = (KL_EXT_INDICES - kThreads) / of_chunk / items; // in one launch
   for (shape.first = 0; shape.first < layout.sums; shape.first += rows) {
     shape.items = static_cast<std::uint32_t>(std::min(rows, layout.sums - shape.first) * items);
-    const std::int64_t blocks = ceil_divide(shape.items * width, threads);
-    constexpr auto kernel = sum_rows<Direction, range, T, Input, Output, Access>;
-    KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), shape.threads, stream, plan, shape,
-                             to_settings<T>(settings));
+    const std::int64_t blocks = ceil_divide(shape.items * of_chunk, threads);
+    const auto launch = [&]<bool kShares>() {
+      constexpr auto kernel = sum_rows<Direction, range, T, Input, Output, Access, kShares>;
+      KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), shape.threads, stream, plan, shape,
+                               to_settings<T>(settings));
+    };
+    if constexpr (kMayShare<Direction>) {
+      if (sharers > 1) {
+        launch.template operator()<true>();
+        continue;
+      }
+    }
+    launch.template operator()<false>();
   }
   return partials;
 }

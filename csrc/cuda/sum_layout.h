@@ -6,12 +6,7 @@
 
 #include "../math/summation.h"
 #include "layout.h"
-
-// A launch that sums with at most this many threads has small blocks, so that every multiprocessor gets some. An emulation of
-// CUDA on the host makes it smaller, so that small tensors are summed like large ones.
-#if !defined(KL_EXT_FEW_THREADS)
-#define KL_EXT_FEW_THREADS (std::int64_t{1} << 17)
-#endif
+#include "tuning.h"
 
 namespace kl_ext::cuda {
 
@@ -60,6 +55,18 @@ inline std::int64_t turns_of(std::int64_t chunks) {
 KL_EXT_INLINE std::int64_t chunk_of(std::uint32_t partial, std::int32_t log_turns) {
   constexpr std::uint32_t kBetween = math::kChunk - math::kLanes; // chunks of a group that are not the first of a lane
   return static_cast<std::int64_t>(partial) + (log_turns > 0 ? partial / math::kLanes * std::int64_t{kBetween} : 0);
+}
+
+// The threads that share each lane of a sum of `count` terms, a power of two, in a launch of so many threads without sharing.
+inline std::int64_t sharers_of(std::int64_t count, std::int64_t threads, std::int64_t most) {
+  const std::int64_t steps = ceil_divide(std::min<std::int64_t>(count, math::kChunk), math::kLanes); // of a lane
+  const std::int64_t few = std::min(KL_EXT_SHARING_THREADS, KL_EXT_INDICES - 256);
+  most = std::min<std::int64_t>(most, KL_EXT_MOST_SHARERS);
+  std::int64_t sharers = 1;
+  while (sharers < steps && 2 * sharers <= most && 2 * sharers * threads <= few) {
+    sharers *= 2;
+  }
+  return sharers;
 }
 
 struct SumLayout {
@@ -187,6 +194,7 @@ struct SumShape {
   std::int32_t log_width;
   std::int32_t log_lanes;          // columns: the threads of a column
   std::int32_t log_turns;          // rows: the items that take turns in a lane
+  std::int32_t log_sharers;        // the threads that share each lane
   std::int32_t slots[kMaxOutputs]; // the index of an output among the summed ones, or -1
   T divisor;
 };

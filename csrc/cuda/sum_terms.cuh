@@ -150,4 +150,56 @@ KL_EXT_INLINE void add_terms(std::int32_t first, std::int32_t stride, std::int32
   }
 }
 
+// The threads that share a lane, `distance` apart in the block. They compute consecutive terms of it at the same time and leave
+// them in shared memory, where the first of them, the owner, adds them in their order.
+struct Sharers {
+  std::uint32_t count;
+  std::uint32_t own; // which of them this thread is
+  std::uint32_t distance;
+};
+
+// Like add_terms, for threads that share lanes. All threads of the block must call it together. most: the terms of a chunk,
+// unless it is the last and shorter. exchange: room for kItems numbers for each thread.
+template <class Direction, math::Range range, class T, class Input, class Output, class Access, class At, class Valid,
+          class Exchange>
+KL_EXT_DEVICE void add_shared_terms(std::int32_t first, std::int32_t stride, std::int32_t count, std::int32_t most,
+                                    math::Settings<T> settings, const At& at, const Valid& valid, const Sharers& sharers,
+                                    Exchange exchange, T (&lanes)[Access::kItems]) {
+  constexpr int kSteps = kStepsAtOnce<Direction, Access>;
+  for (std::int32_t start = 0; start < most; start += kSteps * stride) {
+    Step<Direction, range, T, Input, Output, Access> steps[kSteps];
+    KL_EXT_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      const std::int32_t term = first + start + step * stride;
+      if (term < count) {
+        steps[step].load(at(term));
+      }
+    }
+    KL_EXT_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      if (start + step * stride >= most) {
+        break; // for all threads of the block
+      }
+      const std::int32_t term = first + start + step * stride;
+      T terms[1][Access::kItems] = {}; // a missing term is +0, which changes no lane: a lane is never -0
+      if (term < count) {
+        steps[step].compute(at(term), settings, {}, terms);
+      }
+      __syncthreads();
+      for (int item = 0; item < Access::kItems; ++item) {
+        const bool exists = term < count && (Access::kIsWhole || item < valid(term));
+        exchange[item * kThreads + threadIdx.x] = exists ? terms[0][item] : T(0);
+      }
+      __syncthreads();
+      if (sharers.own == 0) {
+        for (std::uint32_t sharer = 0; sharer < sharers.count; ++sharer) {
+          for (int item = 0; item < Access::kItems; ++item) {
+            lanes[item] += exchange[item * kThreads + threadIdx.x + sharer * sharers.distance];
+          }
+        }
+      }
+    }
+  }
+}
+
 } // namespace kl_ext::cuda

@@ -192,8 +192,11 @@ NAMES = {
     "sum_columns<Forward<math::StandardDivergence>, (math::Range)0, float, math::BFloat16, math::BFloat16, VectorTerms<8>>": (
         "forward_columns StandardDivergence bfloat16 vectors narrow"
     ),
-    "sum_rows<Forward<math::StandardDivergence>, (math::Range)0, float, float, float, RowTerms<4> >": (
+    "sum_rows<Forward<math::StandardDivergence>, (math::Range)0, float, float, float, RowTerms<4>, (bool)0>": (
         "forward_rows StandardDivergence float32 rows narrow"
+    ),
+    "sum_rows<Forward<math::StandardDivergence>, (math::Range)0, float, float, float, RowTerms<4>, true>": (
+        "forward_shared_rows StandardDivergence float32 rows narrow"
     ),
     "sum_columns<BackwardGivenQ<math::Divergence>, (math::Range)0, float, float, float, VectorTerms<4> >": (
         "backward_columns DivergenceGivenQ float32 vectors narrow"

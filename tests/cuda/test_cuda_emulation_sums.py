@@ -71,6 +71,27 @@ def test_chunks_take_turns_in_lanes(emulated, dtype):
     check_sum(emulated, layouts_of_halves(normal([2, 2 * 66 * 1024], dtype, 2), 1), [1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_share_the_lanes_of_few_rows(emulated, dtype):
+    """Up to 16 threads to a lane: as many as it has terms, as fit a block, and as make a launch one of few threads."""
+    width = 64 * dtype.itemsize // 16  # threads of a chunk in vectors
+    for few in (2**17, 8 * 64 * width):
+        emulated.set_few_threads(few)
+        for rows, length in ((1, 1024), (3, 192), (2, 960), (1, 4096), (1, 4096 + 8), (5, 1032), (2, 1000), (3, 72)):
+            chunks, steps = rows * -(-length // 1024), -(-min(length, 1024) // 64)
+            sharers = 1
+            while sharers < steps and 2 * sharers * width <= 256 and 2 * sharers * width * chunks <= few:
+                sharers *= 2
+            assert sharers > 1
+            blocks = -(-chunks * width * sharers // max(64, width * sharers))
+            assert check_sum(emulated, normal([rows, length], dtype, 2), [1])[0] == blocks
+            assert check_sum(emulated, normal([rows, length], dtype, 4), [1], "mean")[0] == blocks
+        for length in (65, 1023, 1025, 2049):  # no whole vectors: two numbers to a thread
+            check_sum(emulated, normal([3, length], dtype, 2), [1])
+            check_sum(emulated, [*normal([3, length], dtype, 2), *normal([3, 1], dtype, 2)], [1])
+            check_sum(emulated, [*normal([8, length], dtype, 2), *normal([length], dtype, 2)], [0, 1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_chunks_of_columns_than_lanes(emulated, dtype):
     for rows, width in ((64 * 1024 + 1, 8), (130 * 1024, 3)):

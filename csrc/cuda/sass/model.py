@@ -53,9 +53,10 @@ class Cost:
 
 
 def cost_of(name: Name, path: Sequence[Instruction]) -> Cost | None:
-    """The cost of the path that all 128-bit accesses are on; nothing for a kernel that is not known."""
+    """The cost of the path that all 128-bit accesses are on; nothing for a kernel that is not known. Where threads share lanes
+    they wait for their loads and barriers."""
     inputs, _, result = name.dtype.partition("->")
-    if name.formula not in INPUTS or not path:
+    if name.formula not in INPUTS or not path or "_shared_" in name.kernel:
         return None
     read = INPUTS[name.formula] * BYTES[inputs]
     written = BYTES[result or inputs]  # by forward

@@ -20,7 +20,7 @@ RANGES = {"(Range)0": "narrow", "(Range)1": "wide"}
 class Name(NamedTuple):
     """A kernel in the words of the table; "-" where a word does not apply. An unknown kernel is its C++ name."""
 
-    kernel: str  # forward, backward; with _rows or _columns those that sum; or a function of finish.cu
+    kernel: str  # forward, backward; with _rows or _columns those that sum, _shared_ if threads share lanes; or of finish.cu
     formula: str = "-"
     dtype: str = "-"  # of the inputs, and after -> of the result where it has another; of the arithmetic where strided
     access: str = "-"  # rows, vectors, strided; of what a sum leaves, chunks or lanes
@@ -54,9 +54,11 @@ def name_of(demangled: str) -> Name:
     try:
         if len(arguments) <= 2:
             return Name(function, "-", DTYPES[arguments[0]], *(GROUPS[group] for group in arguments[1:]))
+        shares = arguments.pop() in ("true", "(bool)1") if len(arguments) == 7 else False
         formula, reach, arithmetic, inputs, result, access = arguments
         given = ""
         if function.startswith("sum_"):
+            function = function.replace("_", "_shared_") if shares else function
             direction, _, formula = formula.removesuffix(">").partition("<")
             if direction == "BackwardGivenQ":
                 direction, given = "Backward", "GivenQ"
