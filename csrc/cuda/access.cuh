@@ -14,8 +14,6 @@
 
 namespace kl_ext::cuda {
 
-constexpr std::uint32_t kThreads = 256;
-
 // One vector of each operand per thread; the last one may be short. kInRows: at most two dimensions, and no splats.
 template <int kNumbers, bool kInRows>
 struct Vectors {

@@ -12,6 +12,7 @@
 
 namespace kl_ext::cuda {
 
+constexpr std::uint32_t kThreads = 256; // of a block; the most, in sums
 constexpr std::int64_t kVectorBytes = 16;
 constexpr int kMaxVectorDims = 4;
 constexpr int kMaxStridedDims = 25;

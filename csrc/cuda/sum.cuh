@@ -23,7 +23,7 @@ constexpr int sum_blocks_per_processor() {
     return 2;
   }
   if (kShares) { // launches of few threads do not fill a multiprocessor
-    return 2;
+    return Direction::kIsBackward && !Direction::kSharesQ && Direction::kOutputs * Access::kItems > 16 ? 1 : 2;
   }
   if (sizeof(T) == sizeof(double) || Direction::kOutputs * Access::kItems > 16) {
     return 2;
@@ -73,6 +73,12 @@ KL_EXT_INLINE void leave(const SumShape<T>& shape, int output, std::int64_t part
   store_rounded(shape.results.data[output], shape.results.dtype[output], column, gap, valid, sums);
 }
 
+// The terms of a chunk, unless it is the last and shorter.
+template <class T>
+KL_EXT_INLINE std::int32_t most_of_chunk(const SumShape<T>& shape) {
+  return static_cast<std::int32_t>(shape.count < math::kChunk ? shape.count : math::kChunk);
+}
+
 // Rows: the reduced dimensions are the fast ones. A chunk belongs to `width` neighbouring threads, a power of two; together
 // they have one lane for each of their items: lane = items * thread + item for neighbours, else thread + width * item. Where
 // threads share lanes, a chunk has as many times these threads. In sums of more than 64 chunks, those that take turns in a lane
@@ -109,11 +115,11 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   const std::int32_t first = thread * (Access::kNeighbours ? kItems : 1);
   if constexpr (kShares) {
     KL_EXT_SHARED(T, exchange, kItems * kThreads);
-    const auto most = static_cast<std::int32_t>(shape.count < math::kChunk ? shape.count : math::kChunk);
     const std::int32_t lanes_in_use = width * kItems;
+    const Sharers sharers{1u << log_sharers, sharer, width};
     add_shared_terms<Direction, range, T, Input, Output, Access>(sharer * lanes_in_use + first, lanes_in_use << log_sharers,
-                                                                 count, most, settings, at, valid,
-                                                                 {1u << log_sharers, sharer, width}, exchange, lanes[0]);
+                                                                 count, most_of_chunk(shape), settings, at, valid, {}, sharers,
+                                                                 shape.slots, exchange, lanes);
   } else {
     add_terms<Direction, range, T, Input, Output, Access>(first, width * kItems, count, settings, at, valid, {}, lanes);
   }
@@ -136,20 +142,26 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
 }
 
 // Columns: the kept dimensions are the fast ones. A thread has one lane of as many columns as it has items; `width`
-// neighbouring threads have neighbouring columns; a block has as many chunks as fit.
-template <class Direction, math::Range range, class T, class Input, class Output, class Access>
-__global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access>())
+// neighbouring threads have neighbouring columns; a block has as many chunks as fit. Where threads share lanes, a lane has as
+// many of them; a block may then have only a part of the lanes of a chunk, and leaves the sums of its lanes.
+template <class Direction, math::Range range, class T, class Input, class Output, class Access, bool kShares>
+__global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access, kShares>())
     sum_columns(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,
                 const math::Settings<T> settings) {
   constexpr int kItems = Access::kItems;
-  KL_EXT_SHARED(T, exchange, kItems * kThreads / 2);
+  KL_EXT_SHARED(T, exchange, kItems * kThreads / (kShares ? 1 : 2));
   const std::uint32_t width = 1u << shape.log_width;
   const std::uint32_t lane_count = 1u << shape.log_lanes;
-  const std::uint32_t lane = (threadIdx.x >> shape.log_width) & (lane_count - 1);
+  const std::uint32_t lane_in_block = (threadIdx.x >> shape.log_width) & (lane_count - 1);
+  const std::int32_t log_sharers = kShares ? shape.log_sharers : 0;
+  const std::int32_t log_parts = kShares ? shape.log_parts : 0;
+  const std::uint32_t sharer = (threadIdx.x >> (shape.log_width + shape.log_lanes)) & ((1u << log_sharers) - 1);
   const std::uint32_t row_of_tiles = shape.divider.quotient(blockIdx.x);
   const std::uint32_t tile = blockIdx.x - row_of_tiles * shape.divider.divisor;
-  const std::uint32_t log_chunk_threads = shape.log_width + shape.log_lanes;
-  const std::uint32_t chunk = row_of_tiles * (shape.threads >> log_chunk_threads) + (threadIdx.x >> log_chunk_threads);
+  const std::uint32_t log_part_threads = shape.log_width + shape.log_lanes + log_sharers;
+  const std::uint32_t place = row_of_tiles * (shape.threads >> log_part_threads) + (threadIdx.x >> log_part_threads);
+  const std::uint32_t chunk = place >> log_parts;
+  const std::uint32_t lane = ((place & ((1u << log_parts) - 1)) << shape.log_lanes) + lane_in_block;
   const std::int32_t log_gap = Access::kNeighbours ? 0 : shape.log_width;
   const std::int32_t gap = 1 << log_gap;
   const std::int64_t column =
@@ -171,13 +183,29 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
       q.template load<Input>(at(lane), settings);
     }
   }
-  add_terms<Direction, range, T, Input, Output, Access>(lane, lane_count, count, settings, at, all, q, lanes);
-
+  if constexpr (kShares) {
+    const std::int32_t lanes_in_use = lane_count << log_parts;
+    const Sharers sharers{1u << log_sharers, sharer, lane_count << shape.log_width};
+    add_shared_terms<Direction, range, T, Input, Output, Access>(lane + sharer * lanes_in_use, lanes_in_use << log_sharers,
+                                                                 count, most_of_chunk(shape), settings, at, all, q, sharers,
+                                                                 shape.slots, exchange, lanes);
+    if (log_parts > 0) {
+      KL_EXT_UNROLL
+      for (int output = kFirstSummed<Direction>; output < Direction::kOutputs; ++output) {
+        if (shape.slots[output] >= 0 && sharer == 0 && count > 0) {
+          leave<Direction>(shape, output, std::int64_t{chunk} * math::kLanes + lane, column, gap, valid, lanes[output]);
+        }
+      }
+      return;
+    }
+  } else {
+    add_terms<Direction, range, T, Input, Output, Access>(lane, lane_count, count, settings, at, all, q, lanes);
+  }
   KL_EXT_UNROLL
   for (int output = kFirstSummed<Direction>; output < Direction::kOutputs; ++output) {
     if (shape.slots[output] >= 0) {
-      fold_across_block(lanes[output], exchange, lane, lane_count, width);
-      if (lane == 0 && count > 0) {
+      fold_across_block(lanes[output], exchange, lane_in_block, lane_count, width);
+      if (lane == 0 && sharer == 0 && count > 0) {
         leave<Direction>(shape, output, chunk, column, gap, valid, lanes[output]);
       }
     }
@@ -194,21 +222,29 @@ template <class Direction, math::Range range, class T, class Input, class Output
 Partials launch_columns(const SumLayout& layout, const Plan& plan, SumShape<T> shape, const Settings& settings,
                         CUstream_st* stream) {
   constexpr int kItems = Access::kItems;
-  const std::int64_t lanes = math::lanes_in_use(layout.count);
-  const std::int64_t across = next_power_of_two(ceil_divide(layout.sums, kItems)); // threads beside each other, at most
-  const std::int64_t threads = block_of(across * lanes, layout.chunks);
-  const std::int64_t width = std::min(threads / lanes, across);
+  const LaneSharing sharing(layout, kItems);
+  const bool shares = sharing.sharers > 1;
+  const std::int64_t of_column = sharing.lanes * sharing.sharers; // the threads of a column in a block
+  const std::int64_t threads = shares ? std::min<std::int64_t>(kThreads, sharing.across * of_column)
+                                      : block_of(sharing.across * sharing.lanes, layout.chunks);
+  const std::int64_t width = std::min(threads / of_column, sharing.across);
   const std::int64_t tiles = ceil_divide(layout.sums, width * kItems);
-  const std::int64_t blocks = tiles * ceil_divide(layout.chunks, threads / (width * lanes));
+  const std::int64_t blocks = tiles * ceil_divide(layout.chunks * sharing.parts, threads / (width * of_column));
   shape.threads = static_cast<std::uint32_t>(threads);
   shape.log_width = log2_of(width);
-  shape.log_lanes = log2_of(lanes);
+  shape.log_lanes = log2_of(sharing.lanes);
+  shape.log_sharers = log2_of(sharing.sharers);
+  shape.log_parts = log2_of(sharing.parts);
   shape.divider = Divider(tiles);
   shape.items = static_cast<std::uint32_t>(layout.chunks);
-  constexpr auto kernel = sum_columns<Direction, range, T, Input, Output, Access>;
-  KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), shape.threads, stream, plan, shape,
-                           to_settings<T>(settings));
-  return {layout.chunks, /*are_lanes=*/false};
+  const auto launch = [&]<bool kShares>() {
+    constexpr auto kernel = sum_columns<Direction, range, T, Input, Output, Access, kShares>;
+    KL_EXT_LAUNCH_EXCHANGING(kernel, static_cast<std::uint32_t>(blocks), shape.threads, stream, plan, shape,
+                             to_settings<T>(settings));
+  };
+  shares ? launch.template operator()<true>() : launch.template operator()<false>();
+  const bool are_lanes = sharing.parts > 1;
+  return {are_lanes ? layout.chunks * math::kLanes : layout.chunks, are_lanes};
 }
 
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class Plan>

@@ -10,9 +10,11 @@
 
 namespace kl_ext::cuda {
 
+constexpr int kMostItems = 8; // of a thread
+
 // The threads per block, for a launch of threads * count of them or more.
 inline std::int64_t block_of(std::int64_t threads, std::int64_t count) {
-  return count <= KL_EXT_FEW_THREADS / threads ? 64 : 256;
+  return count <= KL_EXT_FEW_THREADS / threads ? 64 : kThreads;
 }
 
 // A tensor that merges to more dimensions has at least 2^36 terms. Kernel parameters are limited to 4 KiB.
@@ -60,7 +62,7 @@ KL_EXT_INLINE std::int64_t chunk_of(std::uint32_t partial, std::int32_t log_turn
 // The threads that share each lane of a sum of `count` terms, a power of two, in a launch of so many threads without sharing.
 inline std::int64_t sharers_of(std::int64_t count, std::int64_t threads, std::int64_t most) {
   const std::int64_t steps = ceil_divide(std::min<std::int64_t>(count, math::kChunk), math::kLanes); // of a lane
-  const std::int64_t few = std::min(KL_EXT_SHARING_THREADS, KL_EXT_INDICES - 256);
+  const std::int64_t few = std::min(KL_EXT_SHARING_THREADS, KL_EXT_INDICES - kThreads);
   most = std::min<std::int64_t>(most, KL_EXT_MOST_SHARERS);
   std::int64_t sharers = 1;
   while (sharers < steps && 2 * sharers <= most && 2 * sharers * threads <= few) {
@@ -171,12 +173,35 @@ inline bool shares_q(const SumLayout& layout, const std::int32_t (&slots)[kMaxOu
   return shares;
 }
 
+// How the threads of a sum by columns share its lanes; `items`: the columns of a thread. Where threads share lanes and a sum is
+// many chunks, a block has so few lanes of a chunk that its threads reach across neighbouring columns, and leaves sums of lanes.
+struct LaneSharing {
+  std::int64_t across;  // threads beside each other, at most
+  std::int64_t sharers; // threads of a lane
+  std::int64_t lanes;   // of a block and chunk
+  std::int64_t parts;   // blocks that have the lanes of a chunk
+
+  LaneSharing(const SumLayout& layout, int items) : across(next_power_of_two(ceil_divide(layout.sums, items))) {
+    const std::int64_t in_use = math::lanes_in_use(layout.count);
+    const std::int64_t most = layout.chunks > 1 ? KL_EXT_MOST_SHARERS : kThreads / in_use;
+    sharers = sharers_of(layout.count, across * in_use * layout.chunks, most);
+    lanes = in_use;
+    if (sharers > 1 && layout.chunks > 1) {
+      lanes = std::min(in_use, kThreads / (std::min<std::int64_t>(across, KL_EXT_WIDTH_OF_PARTS) * sharers));
+    }
+    parts = in_use / lanes;
+  }
+};
+
 // The most numbers of the arithmetic type that a sum keeps between its launches: its partial sums, and what finish_sums makes
 // of them before it is done.
 inline std::int64_t scratch_numel(const Summation& summation) {
   const SumLayout layout = lay_out(summation);
-  const std::int64_t parts = ceil_divide(layout.chunks, std::int64_t{kMaxGroups} * math::kChunk);
-  return layout.chunks > 1 ? (layout.chunks + parts) * layout.outputs * layout.sums : 0;
+  // More items to a thread are fewer threads, more of which share lanes.
+  const bool may_leave_lanes = layout.by_columns && LaneSharing(layout, kMostItems).sharers > 1;
+  const std::int64_t partials = may_leave_lanes ? layout.chunks * math::kLanes : layout.chunks;
+  const std::int64_t parts = ceil_divide(layout.chunks, may_leave_lanes ? kMaxGroups : std::int64_t{kMaxGroups} * math::kChunk);
+  return layout.chunks > 1 ? (partials + parts) * layout.outputs * layout.sums : 0;
 }
 
 // The parameters of a summing kernel. `width` neighbouring threads share a chunk (rows), or have a column each (columns).
@@ -195,6 +220,7 @@ struct SumShape {
   std::int32_t log_lanes;          // columns: the threads of a column
   std::int32_t log_turns;          // rows: the items that take turns in a lane
   std::int32_t log_sharers;        // the threads that share each lane
+  std::int32_t log_parts;          // columns: the blocks that have the lanes of a chunk
   std::int32_t slots[kMaxOutputs]; // the index of an output among the summed ones, or -1
   T divisor;
 };

@@ -159,12 +159,14 @@ struct Sharers {
 };
 
 // Like add_terms, for threads that share lanes. All threads of the block must call it together. most: the terms of a chunk,
-// unless it is the last and shorter. exchange: room for kItems numbers for each thread.
+// unless it is the last and shorter. slots: see SumShape. exchange: room for kItems numbers for each thread.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class At, class Valid,
           class Exchange>
 KL_EXT_DEVICE void add_shared_terms(std::int32_t first, std::int32_t stride, std::int32_t count, std::int32_t most,
-                                    math::Settings<T> settings, const At& at, const Valid& valid, const Sharers& sharers,
-                                    Exchange exchange, T (&lanes)[Access::kItems]) {
+                                    math::Settings<T> settings, const At& at, const Valid& valid,
+                                    const Q<Direction, T, Access>& q, const Sharers& sharers,
+                                    const std::int32_t (&slots)[kMaxOutputs], Exchange exchange,
+                                    T (&lanes)[Direction::kOutputs][Access::kItems]) {
   constexpr int kSteps = kStepsAtOnce<Direction, Access>;
   for (std::int32_t start = 0; start < most; start += kSteps * stride) {
     Step<Direction, range, T, Input, Output, Access> steps[kSteps];
@@ -181,20 +183,26 @@ KL_EXT_DEVICE void add_shared_terms(std::int32_t first, std::int32_t stride, std
         break; // for all threads of the block
       }
       const std::int32_t term = first + start + step * stride;
-      T terms[1][Access::kItems] = {}; // a missing term is +0, which changes no lane: a lane is never -0
+      T terms[Direction::kOutputs][Access::kItems] = {};
       if (term < count) {
-        steps[step].compute(at(term), settings, {}, terms);
+        steps[step].compute(at(term), settings, q, terms);
       }
-      __syncthreads();
-      for (int item = 0; item < Access::kItems; ++item) {
-        const bool exists = term < count && (Access::kIsWhole || item < valid(term));
-        exchange[item * kThreads + threadIdx.x] = exists ? terms[0][item] : T(0);
-      }
-      __syncthreads();
-      if (sharers.own == 0) {
-        for (std::uint32_t sharer = 0; sharer < sharers.count; ++sharer) {
-          for (int item = 0; item < Access::kItems; ++item) {
-            lanes[item] += exchange[item * kThreads + threadIdx.x + sharer * sharers.distance];
+      KL_EXT_UNROLL
+      for (int output = kFirstSummed<Direction>; output < Direction::kOutputs; ++output) {
+        if (slots[output] < 0) {
+          continue;
+        }
+        __syncthreads();
+        for (int item = 0; item < Access::kItems; ++item) { // a missing term is +0, which changes no lane: a lane is never -0
+          const bool exists = term < count && (Access::kIsWhole || item < valid(term));
+          exchange[item * kThreads + threadIdx.x] = exists ? terms[output][item] : T(0);
+        }
+        __syncthreads();
+        if (sharers.own == 0) {
+          for (std::uint32_t sharer = 0; sharer < sharers.count; ++sharer) {
+            for (int item = 0; item < Access::kItems; ++item) {
+              lanes[output][item] += exchange[item * kThreads + threadIdx.x + sharer * sharers.distance];
+            }
           }
         }
       }

@@ -13,6 +13,11 @@
 #define KL_EXT_SHARING_THREADS KL_EXT_FEW_THREADS
 #endif
 
+// The threads beside each other, which read neighbouring columns, where a block has only some lanes of a chunk.
+#if !defined(KL_EXT_WIDTH_OF_PARTS)
+#define KL_EXT_WIDTH_OF_PARTS 8
+#endif
+
 // The most threads that share a lane. It has at most 16 terms of a chunk.
 #if !defined(KL_EXT_MOST_SHARERS)
 #define KL_EXT_MOST_SHARERS 16

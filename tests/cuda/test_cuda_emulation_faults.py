@@ -99,6 +99,8 @@ def sum_few_terms(emulated: Emulated) -> None:
     inputs[:, 2:][..., torch.arange(1000) % 64 != 5] = 0
     check_sum(emulated, [*inputs], [1])
     check_sum(emulated, [*torch.randn(2, 3, 999)], [1])  # 8 threads to a lane, twice
+    check_sum(emulated, [*torch.randn(2, 1000, 8)], [0])
+    check_sum(emulated, [*torch.randn(2, 1100, 8)], [0])  # parts of lanes
 
 
 def sum_what_is_left(emulated: Emulated) -> None:
@@ -123,7 +125,7 @@ class Change(NamedTuple):
 
 
 CHANGES = {
-    "exchange too small": Change("sum.cuh", r"kItems \* kThreads / 2", "kItems * kThreads / 4", "beyond its"),
+    "exchange too small": Change("sum.cuh", r"kShares \? 1 : 2", "kShares ? 1 : 4", "beyond its"),
     "half the lanes left out": Change("exchange.cuh", r"if \(is_upper\)", "if (lane > 48)", "no thread has written"),
     "all lanes write": Change("exchange.cuh", r"if \(is_upper\)", "if (lane < 64)", "no barrier after the write"),
     "shuffle across warps": Change("exchange.cuh", "distance < 32", "distance <= 32", "part of a warp"),
@@ -132,16 +134,21 @@ CHANGES = {
     "too few groups": Change("finish.cu", "of_groups, kMaxGroups", "of_groups, kMaxGroups / 4", "beyond its"),
     "too few places": Change("sum.cuh", "(?<=kPlaces = kThreads)", " / 2", "beyond its"),
     "too little room for sharers": Change(
-        "sum.cuh", r"(?<=exchange, kItems \* kThreads)(?=\);\n    const auto most)", " / 2", "beyond its", is_shared=True
+        "sum.cuh", r"(?<=exchange, kItems \* kThreads)(?=\);)", " / 2", "beyond its", is_shared=True
     ),
     "every second sharer leaves nothing": Change(
         "sum_terms.cuh", "(?=exchange.item . kThreads . threadIdx.x. = )", "if (sharers.own % 2 == 0) ", "no thread has written"
     ),
+    "a part of the wrong lanes": Change(
+        "sum.cuh", r"(?<=shape.log_lanes\)) \+ lane_in_block", "", "instead of", is_shared=True
+    ),
+    "a lane left out": Change("sum.cuh", "(?=sharer == 0 && count > 0)", "lane != 17 && ", "instead of", is_shared=True),
+    "sharers mistaken for lanes": Change(
+        "sum.cuh", r"\(shape.log_width \+ shape.log_lanes\)", "shape.log_width", "instead of|beyond|no barrier", is_shared=True
+    ),
     "a lane of the wrong owner": Change("sum_terms.cuh", "sharers.own == 0", "sharers.own == 1", "beyond its|instead of"),
     "a sharer left out": Change("sum_terms.cuh", "sharer = 0; ", "sharer = 1; ", "instead of"),
-    "a missing term is not +0": Change(
-        "sum_terms.cuh", r"exists \? (terms\[0\]\[item\]) : T\(0\)", "terms[0][item] + T(!exists)", "instead of"
-    ),
+    "a missing term is not +0": Change("sum_terms.cuh", r": T\(0\)(?=;\n *}\n *__sync)", ": T(1)", "instead of"),
     "terms in the wrong order": Change(
         "sum_terms.cuh", r"sharer \* sharers.distance", "(sharers.count - 1 - sharer) * sharers.distance", "instead of"
     ),

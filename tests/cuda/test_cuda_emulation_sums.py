@@ -92,6 +92,30 @@ def test_threads_share_the_lanes_of_few_rows(emulated, dtype):
             check_sum(emulated, [*normal([8, length], dtype, 2), *normal([length], dtype, 2)], [0, 1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_share_the_lanes_of_few_columns(emulated, dtype):
+    """A block has all lanes of a single chunk; of many, up to 8 threads beside each other and lanes of 256 threads in all."""
+    emulated.set_few_threads(2**17)
+    items = 16 // dtype.itemsize
+    for rows, across in ((1000, 1), (192, 2), (65, 4)):
+        shape, sharers = [rows, across * items], 2 if rows == 65 else 4
+        width = min(across, 256 // (64 * sharers))
+        assert check_sum(emulated, normal(shape, dtype, 2), [0]) == [across // width]
+    for rows, across in ((1025, 1), (1024 + 63, 2), (2048, 8), (1030, 16)):  # 16 threads to a lane
+        shape, width = [rows, across * items], min(across, 8)
+        parts = 64 // (256 // (width * 16))
+        grids = check_sum(emulated, normal(shape, dtype, 2), [0], "mean")
+        assert len(grids) == 2 and grids[0] == across // width * 2 * parts
+        prior = [*normal(shape, dtype, 2), *normal(shape[1:], dtype, 2)]
+        assert check_gradients(emulated, GAUSSIAN, torch.randn(shape).to(dtype), prior)[0] == grids[0]
+    emulated.set_few_threads(2**13)  # 2 threads to a lane
+    for shape in ([1030, 32], [1030, 29], [700, 9]):
+        prior = [*normal(shape, dtype, 2), *normal(shape[1:], dtype, 2)]
+        check_sum(emulated, prior, [0])
+        for wanted in ([True] * 4, [False, True, True, False], [False, False, False, True]):
+            check_gradients(emulated, GAUSSIAN, torch.randn(shape).to(dtype), prior, NARROW, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_chunks_of_columns_than_lanes(emulated, dtype):
     for rows, width in ((64 * 1024 + 1, 8), (130 * 1024, 3)):
