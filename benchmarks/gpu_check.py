@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_check.py --out DIR            (on a GPU machine: no network, nothing installed, no setting changed)
     python benchmarks/gpu_check.py --out DIR --dry-run  (each stage's plumbing, on any machine, in a minute)
+    python benchmarks/gpu_check.py --out DIR --lab      (instead: variants of the sums, timed side by side; also with --dry-run)
 
 Stages, in order: environment; build, of the source folder for this GPU; bits (equal to the CPU's, and in 20 runs); tests;
 bandwidth; memcheck, racecheck, synccheck and initcheck of compute-sanitizer; ncu. Each runs in processes of its own, is killed
@@ -25,8 +26,10 @@ import traceback
 from pathlib import Path
 
 from gpu.context import BENCHMARKS, ROOT, Context, Found, said_by, save
+from gpu.lab import lab
 from gpu.stages import STAGES
 
+LAB = {"lab": (570.0, lab)}
 STATUSES = {"passed": 0, "partial": 3, "unavailable": 3, "failed": 1, "timed out": 1}
 
 
@@ -74,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     }
     saved = 0.0
     for name in options.stages:
-        own = STAGES[name][0]
+        own = {**STAGES, **LAB}[name][0]
         limit = options.limit.get(name, own + saved)
         print(f"{name}: ", end="", flush=True)
         found = run_stage(name, command_of(name, limit, options), limit, options.out)
@@ -108,6 +111,10 @@ def report(result: Found) -> str:
             about.append(f"at most {found['most']:.3f} of the least bytes")
         if "of" in found:
             about.append(f"{len(found['rows'])} of {found['of']} rows")
+        if "variants" in found:
+            for row in found["rows"]:
+                times = ", ".join(f"{variant} {time:.2f}" for variant, time in row["us"].items())
+                about.append(f"{row['case']}, {row['dtype']}, {row['size']}, us: {times}")
         for goal in found.get("goals", []):
             worst = f"; worst {goal['missed'][0][0]:.3f}: {goal['missed'][0][1]}" if goal["missed"] else ""
             about.append(f"{goal['goal']}: met in {goal['met']} of {goal['of']}{worst}")
@@ -129,8 +136,9 @@ def main(arguments: list[str] | None = None) -> int:
     commit = said_by("git", "-C", str(ROOT), "rev-parse", "HEAD")
     parser.add_argument("--commit", default=commit, help="that of a copy without its history, for the record")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), metavar="STAGE", help="only these")
+    parser.add_argument("--lab", dest="stages", action="store_const", const=list(LAB), help="only time variants of the sums")
     parser.add_argument("--limit", type=limits, nargs="+", default=[], metavar="STAGE=SECONDS", help="other time limits")
-    parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=[*STAGES, *LAB], help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.out = options.out.resolve()
@@ -140,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
         return run(options)
     context = Context(options.out, options.out / f"{options.stage}.json", options.seconds, options.dry_run)
     try:
-        found = STAGES[options.stage][1](context)
+        found = {**STAGES, **LAB}[options.stage][1](context)
     except Exception as problem:
         traceback.print_exc()
         found = {"status": "failed", "problems": [f"{type(problem).__name__}: {problem}"[:1000]]}

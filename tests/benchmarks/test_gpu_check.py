@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 STAGES = ["environment", "build", "bits", "tests", "bandwidth", "memcheck", "racecheck", "synccheck", "initcheck", "ncu"]
@@ -45,6 +46,27 @@ def test_every_stage_of_a_dry_run_passes_in_its_time(dry_run):
         assert 0 < found["seconds"] <= found["limit_s"]
         assert found["log"] in logs
         assert f"{name}: passed" in printed
+
+
+def test_the_lab_builds_variants_that_give_the_same_bits(tmp_path):
+    """Two of them, under the emulation of CUDA."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--lab", "--dry-run", "--out", str(tmp_path)]
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert completed.returncode == 0, completed.stdout + (tmp_path / "lab.log").read_text()
+    stages = json.loads((tmp_path / "gpu_check.json").read_text())["stages"]
+    assert list(stages) == ["lab"] and stages["lab"]["problems"] == []
+    rows = stages["lab"]["rows"]
+    assert len(rows) == 12 and all(list(row["us"]) == ["as it is", "no sharing"] and not row["wrong"] for row in rows)
+    assert "gradients, [D] prior, bfloat16, small, us: as it is " in completed.stdout
+
+
+def test_the_lab_finds_other_bits(load, monkeypatch):
+    lab = load("gpu.lab")
+    case = lab.CASES[0]
+    call = lab.Call(case, torch.float32, 2, "cpu")
+    monkeypatch.setattr(call, "prepared", lambda value: lambda: call.results[0].fill_(value))
+    assert lab.measured(call, {"one": 1.0, "same": 1.0, "other": 2.0})["wrong"] == ["other"]
 
 
 def test_a_dry_run_shows_what_would_be_done(dry_run):
