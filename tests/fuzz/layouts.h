@@ -322,8 +322,19 @@ void sum_layouts(Bytes& bytes) {
   const std::int64_t count = cuda::numel_of(reduced_dims);
   const std::int64_t chunks = (count + 1023) / 1024;
   CHECK(layout.sums == sums && layout.count == count && layout.chunks == chunks && layout.outputs == outputs);
-  const std::int64_t parts = (chunks + (1 << 20) - 1) >> 20;
-  CHECK(cuda::scratch_numel(summation) == (chunks == 1 ? 0 : (chunks + parts) * outputs * sums));
+  const std::int64_t scratch = cuda::scratch_numel(summation);
+  const auto of_all = [&](std::int64_t numbers, int log_part) {
+    return chunks == 1 ? 0 : (numbers + ((numbers - 1) >> log_part) + 1) * outputs * sums;
+  };
+  bool may_share = false;
+  for (const int each : {2, 4, 8}) { // the numbers of a thread
+    const cuda::LaneSharing sharing(layout, each);
+    CHECK(sharing.lanes * sharing.parts == math::lanes_in_use(count) && sharing.sharers * sharing.lanes <= cuda::kThreads);
+    may_share |= layout.by_columns && sharing.sharers > 1;
+    const bool leaves_lanes = layout.by_columns && sharing.parts > 1;
+    CHECK(scratch >= (leaves_lanes ? of_all(64 * chunks, 16) : of_all(chunks, 20)));
+  }
+  CHECK(may_share || scratch == of_all(chunks, 20));
 
   if (sums > 1 && count > 1) { // which of the fastest dimensions is the faster for most operands
     int votes = 0;
