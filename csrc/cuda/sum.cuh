@@ -81,8 +81,8 @@ KL_EXT_INLINE std::int32_t most_of_chunk(const SumShape<T>& shape) {
 
 // Rows: the reduced dimensions are the fast ones. A chunk belongs to `width` neighbouring threads, a power of two; together
 // they have one lane for each of their items: lane = items * thread + item for neighbours, else thread + width * item. Where
-// threads share lanes, a chunk has as many times these threads. In sums of more than 64 chunks, those that take turns in a lane
-// are beside each other in a block.
+// n threads share each lane, a chunk has n * width threads. In sums of more than 64 chunks, those that take turns in a lane are
+// beside each other in a block.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, bool kShares>
 __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access, kShares>())
     sum_rows(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,
@@ -142,8 +142,8 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
 }
 
 // Columns: the kept dimensions are the fast ones. A thread has one lane of as many columns as it has items; `width`
-// neighbouring threads have neighbouring columns; a block has as many chunks as fit. Where threads share lanes, a lane has as
-// many of them; a block may then have only a part of the lanes of a chunk, and leaves the sums of its lanes.
+// neighbouring threads have neighbouring columns; a block has as many chunks as fit. Where n threads share each lane, a column
+// has n times as many threads. A block may then have only a part of the lanes of a chunk; it leaves the sums of its lanes.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, bool kShares>
 __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access, kShares>())
     sum_columns(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,

@@ -6,22 +6,18 @@ Other modules that happen to be installed cannot be imported.
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import runpy
 import sys
 from typing import Any
 
 from packaging.requirements import Requirement
-
-
-def canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+from packaging.utils import canonicalize_name
 
 
 def required(extra: str) -> set[str]:
     """The distributions that kl_ext with the extra requires, and those that these require."""
-    found: set[tuple[str, frozenset[str]]] = set()
-    left = [("kl-ext", frozenset({extra}))]
+    found = set()
+    left = [(canonicalize_name("kl_ext"), frozenset({extra}))]
     while left:
         name, extras = left.pop()
         if (name, extras) in found:
@@ -34,7 +30,7 @@ def required(extra: str) -> set[str]:
         for requirement in map(Requirement, requirements):
             marker = requirement.marker
             if marker is None or any(marker.evaluate({"extra": one}) for one in extras | {""}):
-                left.append((canonical(requirement.name), frozenset(requirement.extras)))
+                left.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
     return {name for name, _ in found}
 
 
@@ -56,7 +52,7 @@ def main() -> None:
     extra, *arguments = sys.argv[1:]
     allowed = required(extra) | {"pip", "setuptools"}  # a virtual environment may have these
     modules = importlib.metadata.packages_distributions()
-    others = {module for module, brought_by in modules.items() if not allowed & set(map(canonical, brought_by))}
+    others = {module for module, brought_by in modules.items() if not allowed & set(map(canonicalize_name, brought_by))}
     for name in [name for name in sys.modules if name.partition(".")[0] in others]:
         del sys.modules[name]
     sys.meta_path[:] = [WithoutOthers(finder, others) for finder in sys.meta_path]
