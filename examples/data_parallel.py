@@ -26,7 +26,14 @@ def device_of_this_process(kind: str) -> torch.device:
 
 
 def connect(device: torch.device) -> None:
-    """With the other processes, before the first sum."""
+    """With the other processes, before the first sum.
+
+    The functions of torch.distributed.nn keep the group that is there when they are imported, and an optimizer imports them.
+    The threads of a group that is kept run on after `destroy_process_group`, and one that lets go of a tensor while Python
+    ends aborts the process. So they are imported before there is a group.
+    """
+    import torch.distributed.nn
+
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
