@@ -1,11 +1,12 @@
 """Build kl_ext for each torch and each Python that it supports, and test it there: `make test-matrix`.
 
-    make test-matrix ARGS="--only python3.14"     the cells whose names contain this; the report has the last run of the others
+    make test-matrix ARGS="--only python3.14"     the cells whose names contain this; the others keep their last results
     make test-matrix ARGS="--tests tests/errors"  other tests than the usual ones
 
 A cell is one Python with one torch, in a virtual environment of its own that is kept, .venv-matrix/NAME. Together they take
 10 GB with CPU builds of torch, which PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has, and 50 GB with CUDA builds.
-What each cell said is in build/matrix/NAME. The binary of each is then imported in the cells beside it, which must refuse it.
+The log of each cell is in build/matrix/NAME, and its result in docs/reports/matrix.json, from which the report is written. The
+binary of each is then imported in the cells beside it, which must refuse it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "docs" / "reports" / "matrix.md"
+RESULTS = REPORT.with_suffix(".json")
 ENVIRONMENTS = ROOT / ".venv-matrix"
 FOLDER = ROOT / "build" / "matrix"
 
@@ -65,6 +67,21 @@ PYTHONS = [Cell("3.10", "2.13"), Cell("3.11", "2.13"), Cell("3.12", "2.13"), Cel
 CELLS = list(dict.fromkeys([*TORCHES, *PYTHONS]))
 # Both ways: a binary of the first in the environment of the second.
 PAIRS = [pair for row in (TORCHES, PYTHONS) for a, b in zip(row, row[1:]) for pair in ((a, b), (b, a))]
+
+
+@dataclass
+class Results:
+    """Of the last run of each cell and of each pair, by name."""
+
+    cells: dict[str, dict[str, Any]]
+    refusals: dict[str, str]  # by the names of both, with "in" between them
+
+    def save(self) -> None:
+        RESULTS.write_text(json.dumps(vars(self), indent=1) + "\n")
+
+
+def load() -> Results:
+    return Results(**json.loads(RESULTS.read_text()))
 
 
 class Stopped(Exception):
@@ -163,9 +180,9 @@ def try_cell(cell: Cell, tests: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def refused(binary: Cell, cell: Cell) -> str:
+def refused(binary: Cell, cell: Cell, results: Results) -> str:
     """How the Python of a cell refuses another cell's binary: the message, or what is wrong with it."""
-    built, running = (load(x).get("torch") for x in (binary, cell))
+    built, running = (results.cells.get(x.name, {}).get("torch") for x in (binary, cell))
     if not (built and running and (binary.source / "kl_ext" / "lib").exists() and cell.executable.exists()):
         return "not available"
     imported = run(cell, cell.executable, "-c", "import kl_ext", cwd=binary.source)
@@ -182,16 +199,6 @@ def refused(binary: Cell, cell: Cell) -> str:
     return f"refused: *{message.splitlines()[0].replace(str(ROOT), '…')}*"
 
 
-def refusal(binary: Cell, cell: Cell) -> Path:
-    return binary.folder / f"in-{cell.name}"
-
-
-def load(cell: Cell) -> dict[str, Any]:
-    """What the last run said of the cell."""
-    path = cell.folder / "result.json"
-    return json.loads(path.read_text()) if path.exists() else {"stopped": "not run"}
-
-
 def row_of(cell: Cell, result: dict[str, Any]) -> list[str]:
     versions = [result.get("python", cell.python), result.get("torch", cell.torch), result.get("commit", "")]
     if "stopped" in result:
@@ -201,15 +208,14 @@ def row_of(cell: Cell, result: dict[str, Any]) -> list[str]:
     return [*versions, f"{result['build']:.0f} s", check, *counts, f"{result['test']:.0f} s"]
 
 
-def report() -> None:
+def report(results: Results) -> None:
     from reports import write_report
 
-    pairs = [(a.name, b.name, file.read_text() if (file := refusal(a, b)).exists() else "not run") for a, b in PAIRS]
-    results = {cell: load(cell) for cell in CELLS}
+    pairs = [(a.name, b.name, results.refusals.get(f"{a.name} in {b.name}", "not run")) for a, b in PAIRS]
     tested: dict[str, list[str]] = {}
-    for cell, result in results.items():
+    for name, result in results.cells.items():
         if "test" in result:
-            tested.setdefault(result["tests"], []).append(cell.name)
+            tested.setdefault(result["tests"], []).append(name)
     text = "\n".join([
         "Each Python and torch is in an environment of its own. kl_ext is built there without CUDA kernels, and tested.",
         "The versions above are those of the program that saw to it.",
@@ -225,7 +231,7 @@ def report() -> None:
         "What was built and tested:",
     ])  # fmt: skip
     head = ["Python", "torch", "commit", "build", "self-check", "passed", "failed", "skipped", "tests"]
-    rows = [row_of(cell, result) for cell, result in results.items()]
+    rows = [row_of(cell, results.cells.get(cell.name, {"stopped": "not run"})) for cell in CELLS]
     write_report(REPORT, "make test-matrix", "tests/matrix.py", text, head, rows)
 
 
@@ -236,19 +242,21 @@ def main() -> int:
     options = parser.parse_args()
     failed = False
     chosen = [cell for cell in CELLS if options.only in cell.name]
+    results = load()
     for cell in chosen:
-        result = try_cell(cell, options.tests)
-        (cell.folder / "result.json").write_text(json.dumps(result, indent=1))
+        results.cells[cell.name] = result = try_cell(cell, options.tests)
+        results.save()
         print(" | ".join([cell.name, *row_of(cell, result)]), flush=True)
         failed |= not (result.get("check") and result.get("failed") == 0)
     for binary, cell in PAIRS:
         if cell in chosen or binary in chosen:
-            verdict = refused(binary, cell)
-            binary.folder.mkdir(parents=True, exist_ok=True)
-            refusal(binary, cell).write_text(verdict)
+            verdict = refused(binary, cell, results)
+            if verdict != "not available":
+                results.refusals[f"{binary.name} in {cell.name}"] = verdict
             print(" | ".join([binary.name, cell.name, verdict]), flush=True)
             failed |= verdict.startswith("FAILED")
-    report()
+    results.save()
+    report(results)
     return int(failed)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ sys.path[:0] = [str(ROOT / "cmake"), str(ROOT / "tests")]
 
 import matrix  # noqa: E402
 import torch_info  # noqa: E402
-from matrix import Cell  # noqa: E402
+from matrix import Cell, Results  # noqa: E402
 
 PYTHONS = re.findall(r'Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
 TABLES = [
@@ -50,6 +49,7 @@ def test_each_binary_is_tried_in_the_cells_beside_it():
 @pytest.mark.parametrize("cell", matrix.CELLS, ids=lambda cell: cell.name)
 def test_the_report_has_a_row_for_each_cell_and_no_failure(cell: Cell):
     (row,) = (row for row in TABLES if len(row) == 9 and row[0].startswith(cell.python) and row[1].startswith(cell.torch))
+    assert row == matrix.row_of(cell, matrix.load().cells.get(cell.name, {"stopped": "not run"}))
     build, check, passed, failed = row[3:7]
     if build.endswith(" s"):
         assert (check, failed) == ("ok", "0")
@@ -68,7 +68,7 @@ def test_the_report_has_a_row_for_each_pair_and_no_failure(pair: tuple[Cell, Cel
 
 
 @pytest.fixture
-def pair(tmp_path, monkeypatch) -> tuple[Cell, Cell]:
+def pair(tmp_path, monkeypatch) -> tuple[Cell, Cell, Results]:
     monkeypatch.setattr(matrix, "FOLDER", tmp_path)
     monkeypatch.setattr(Cell, "executable", property(lambda cell: Path(sys.executable)))
     binary, cell = Cell("3.11", "2.99"), Cell("3.11", "2.100")
@@ -78,9 +78,7 @@ def pair(tmp_path, monkeypatch) -> tuple[Cell, Cell]:
     text = "".join(f"{name} = {value!r}\n" for name, value in facts.items())
     (package / "_C.py").write_text(text + "torch_version, torch_cuda_version = '2.99.0', None\n")
     cell.folder.mkdir()
-    for built, version in ((binary, "2.99.0"), (cell, str(torch.__version__))):
-        (built.folder / "result.json").write_text(json.dumps({"torch": version}))
-    return binary, cell
+    return binary, cell, Results({binary.name: {"torch": "2.99.0"}, cell.name: {"torch": str(torch.__version__)}}, {})
 
 
 def change(binary: Cell, old: str, new: str) -> None:
@@ -112,10 +110,12 @@ def test_a_binary_that_is_not_refused_as_it_should_be_has_failed(old, new, pair)
 
 
 def test_a_binary_of_another_python_is_refused_with_the_message_for_that(pair):
-    binary, other = pair[0], Cell("3.99", pair[1].torch)
+    binary, cell, results = pair
+    other = Cell("3.99", cell.torch)
     (binary.source / "kl_ext" / "_C.py").unlink()
-    pair[1].folder.rename(other.folder)
-    said = matrix.refused(binary, other)
+    cell.folder.rename(other.folder)
+    results.cells[other.name] = results.cells.pop(cell.name)
+    said = matrix.refused(binary, other, results)
     assert said.startswith("refused: *kl_ext: ") and "has no compiled part for this Python" in said
 
 
