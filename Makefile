@@ -32,7 +32,7 @@ cxx_files = $(shell find csrc tests benchmarks examples -name '*.cpp' -o -name '
 oldest = $(shell sed -n 's/^MINIMUM = "\(.*\)"/\1/p' cmake/torch_info.py)
 
 .PHONY: help demo test docs bench-quick clean check format lock test-oldest test-matrix test-cuda-emulation \
-  test-asan test-tsan check-cuda check-instructions test-compilers fuzz fuzz-cpp test-exhaustive nightly bench wheels
+  test-asan test-tsan test-memory check-cuda check-instructions test-compilers fuzz fuzz-cpp test-exhaustive nightly bench wheels
 .DELETE_ON_ERROR:
 
 ##@ For users
@@ -109,9 +109,13 @@ test-asan: $(stamps)/test ## run the kernels' tests under sanitizers; writes doc
 	WORKERS=$(WORKERS) $(bin)/python tests/asan.py $(ARGS)
 
 test-tsan: export KL_EXT_CUDA = 0
-test-tsan: $(stamps)/test ## run threads that share everything under ThreadSanitizer; ARGS=60 sets how many seconds
+# ARGS=60 sets how many seconds, and writes nothing.
+test-tsan: $(stamps)/test ## run threads that share everything under ThreadSanitizer; writes docs/reports/tsan.md
 	$(call build-sanitized,tsan,-fsanitize=thread)
 	PYTHONPATH=build/tsan/package $(bin)/python tests/threads/tsan.py $(ARGS)
+
+test-memory: $(stamps)/test ## measure what kept memory costs and saves, and long runs; writes docs/reports/memory.md
+	$(bin)/python tests/memory.py
 
 # ARGS="--write" for csrc/cuda/README.md too. What it takes besides nvcc and c++filt comes with a CUDA torch.
 check-cuda: export KL_EXT_CUDA = all
@@ -126,12 +130,13 @@ check-instructions: $(stamps)/test ## count the instructions of the CPU kernels 
 test-compilers: $(stamps)/test ## hash the results of the CPU kernels from every compiler; writes docs/reports/compilers.md
 	$(bin)/python tests/compilers.py
 
-fuzz: $(stamps)/test ## run random scripts (100,000, an hour) until one is wrong; ARGS="--seed 7" repeats a run
+# ARGS="--seed 7" repeats a run.
+fuzz: $(stamps)/test ## run 100,000 random scripts (an hour) until one is wrong; writes docs/reports/fuzz.md
 	$(bin)/python tests/fuzz/fuzz.py $(ARGS)
 
-# Needs no torch, but a clang++ with libFuzzer; inputs are kept in build/fuzz/corpus. ARGS="--seconds 600 sums" chooses a target.
-fuzz-cpp: ## fuzz the headers without torch against slow twins, a minute for each of six targets
-	$(PYTHON) tests/fuzz/headers.py $(ARGS)
+# Needs a clang++ with libFuzzer; inputs are kept in build/fuzz/corpus. ARGS="--seconds 600 sums" chooses a target.
+fuzz-cpp: $(stamps)/test ## fuzz the headers against slow twins, a minute for each target; writes docs/reports/fuzz-cpp.md
+	$(bin)/python tests/fuzz/headers.py $(ARGS)
 
 # Alone on two cores; needs g++ or another compiler as CXX. ARGS="--only climb --seed 7" runs a part and writes nothing.
 test-exhaustive: $(stamps)/test ## measure errors on every float32 and 16-bit pair; writes docs/reports/exhaustive.md

@@ -141,8 +141,7 @@ def write(cases: list[ElementTree.Element], reports: int, said: dict[str, str], 
     outcomes = ("passed", "failure", "error", "skipped")
     rows = [[name, *(str(count[outcome]) for outcome in outcomes)] for name, count in counts.items()]
     text = [
-        f"{reports} reports of AddressSanitizer and UndefinedBehaviorSanitizer, in {minutes:.0f} minutes.",
-        "What they said of planted faults:",
+        f"It took {minutes:.0f} minutes. What AddressSanitizer and UndefinedBehaviorSanitizer said of planted faults:",
         "",
         *(f"- {fault}: `{what}`" for fault, what in said.items()),
         "",
@@ -152,7 +151,9 @@ def write(cases: list[ElementTree.Element], reports: int, said: dict[str, str], 
         "",
         "Tests that need a GPU, and slow ones, are skipped:",
     ]
-    write_report(REPORT, "make test-asan", "tests/asan.py", "\n".join(text), ["tests", *outcomes], rows)
+    passed = sum(count["passed"] for count in counts.values())
+    found = f"{reports} reports in {passed:,} tests"
+    write_report(REPORT, "make test-asan", "tests/asan.py", found, "\n".join(text), ["tests", *outcomes], rows)
 
 
 if __name__ == "__main__":

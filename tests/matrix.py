@@ -199,6 +199,10 @@ def refused(binary: Cell, cell: Cell, results: Results) -> str:
     return f"refused: *{message.splitlines()[0].replace(str(ROOT), '…')}*"
 
 
+def passes(result: dict[str, Any]) -> bool:
+    return bool(result.get("check")) and result.get("failed") == 0
+
+
 def row_of(cell: Cell, result: dict[str, Any]) -> list[str]:
     versions = [result.get("python", cell.python), result.get("torch", cell.torch), result.get("commit", "")]
     if "stopped" in result:
@@ -232,7 +236,10 @@ def report(results: Results) -> None:
     ])  # fmt: skip
     head = ["Python", "torch", "commit", "build", "self-check", "passed", "failed", "skipped", "tests"]
     rows = [row_of(cell, results.cells.get(cell.name, {"stopped": "not run"})) for cell in CELLS]
-    write_report(REPORT, "make test-matrix", "tests/matrix.py", text, head, rows)
+    passed = sum(passes(result) for result in results.cells.values())
+    refusals = sum(text.startswith("refused: ") for _, _, text in pairs)
+    found = f"{passed} of {len(CELLS)} pass, {refusals} of {len(PAIRS)} binaries are refused"
+    write_report(REPORT, "make test-matrix", "tests/matrix.py", found, text, head, rows)
 
 
 def main() -> int:
@@ -247,7 +254,7 @@ def main() -> int:
         results.cells[cell.name] = result = try_cell(cell, options.tests)
         results.save()
         print(" | ".join([cell.name, *row_of(cell, result)]), flush=True)
-        failed |= not (result.get("check") and result.get("failed") == 0)
+        failed |= not passes(result)
     for binary, cell in PAIRS:
         if cell in chosen or binary in chosen:
             verdict = refused(binary, cell, results)

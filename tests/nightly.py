@@ -1,6 +1,7 @@
 """Run the tests that are too slow for `make test`, and report what they did in docs/reports/nightly.md: `make nightly`."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ def main() -> int:
     recorder = Recorder()
     status = pytest.main(["--slow", "-m", "slow", *sys.argv[1:]], plugins=[recorder])
     rows = [[name, outcome, f"{recorder.seconds[name]:.0f} s"] for name, outcome in recorder.outcomes.items()]
-    write_report(REPORT, "make nightly", "tests/nightly.py", "", ["test", "outcome", "time"], rows)
+    counts = Counter(recorder.outcomes.values())
+    found = f"{counts['failed']} of {counts['passed'] + counts['failed']} tests failed"
+    write_report(REPORT, "make nightly", "tests/nightly.py", found, "", ["test", "outcome", "time"], rows)
     return int(status)
 
 

@@ -1,4 +1,7 @@
-"""Fuzz the headers that need no torch with libFuzzer: `make fuzz-cpp`, `make fuzz-cpp ARGS="--seconds 600 sums"`."""
+"""Fuzz the headers that need no torch with libFuzzer: `make fuzz-cpp`, `make fuzz-cpp ARGS="--seconds 600 sums"`.
+
+A run of all targets without a failure writes docs/reports/fuzz-cpp.md.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(__file__).with_suffix(".cpp")
 BUILD = ROOT / "build" / "fuzz"
+REPORT = ROOT / "docs" / "reports" / "fuzz-cpp.md"
 TARGETS = re.findall(r'\{"(\w+)", \w+\}', SOURCE.read_text())
 # No contraction, as in the build.
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off"]
@@ -56,7 +60,7 @@ def main() -> int:
     if compiler is None:
         sys.exit("make fuzz-cpp needs a clang++ with libFuzzer; on Debian and Ubuntu: apt install clang-16 libclang-rt-16-dev")
     program = build(compiler, BUILD / "headers", FUZZER)
-    failed = False
+    rows, failed = [], False
     for target in arguments.targets:
         corpus = BUILD / "corpus" / target
         run = fuzz(program, target, f"-max_total_time={arguments.seconds}", "-print_final_stats=1", corpus=corpus)
@@ -66,6 +70,14 @@ def main() -> int:
             continue
         executions, speed = re.findall(r"stat::(?:number_of_executed_units|average_exec_per_sec): *(\d+)", run.stderr)
         print(f"{target:12} {int(executions):>12,} executions, {int(speed):>9,} per second", flush=True)
+        rows.append([target, f"{int(executions):,}"])
+    if not failed and arguments.targets == TARGETS:
+        sys.path.insert(0, str(ROOT / "tests"))
+        from reports import write_report  # it takes torch
+
+        found = f"0 failures in {sum(int(count.replace(',', '')) for _, count in rows) / 1e6:.0f} million inputs"
+        text = f"Each target ran for {arguments.seconds} seconds, with {compiler}."
+        write_report(REPORT, "make fuzz-cpp", "tests/fuzz/headers.py", found, text, ["target", "inputs"], rows)
     return int(failed)
 
 

@@ -1,5 +1,7 @@
 """Run stress.py with libraries compiled with -fsanitize=thread, and fail where a report is kl_ext's: `make test-tsan`.
 
+A run of the usual time writes docs/reports/tsan.md.
+
 torch and Python are not compiled so. ThreadSanitizer sees their calls of the C library but neither their reads and writes nor
 their atomics, and so it may report them without cause. A report is kl_ext's if its code made one of the two accesses, or is
 among the innermost callers of whatever else is reported. A crash counts in any case.
@@ -13,12 +15,23 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+PAGE = HERE.parents[1] / "docs" / "reports" / "tsan.md"
+sys.path.insert(0, str(HERE.parent))
+
+from reports import write_report  # noqa: E402
+
 MODULE = re.compile(r"^ +#\d+ .*?\(([^()]*)\+0x[0-9a-f]+\)", re.MULTILINE)
 ACCESS = re.compile(r"  (?:previous )?(?:atomic )?(?:write|read) of size", re.IGNORECASE)
 REPORT = re.compile(r"^(?:WARNING|==\d+==ERROR): ThreadSanitizer.*?^(?:=====|SUMMARY)", re.MULTILINE | re.DOTALL)
+TEXT = """\
+Eight threads share leaves, graphs, the memory for results and the choice of kernels. Meanwhile another thread sets environment
+variables, the process forks, and another process ends while its threads compute. A report is kl_ext's where its code made one
+of the accesses. torch and Python are not compiled with ThreadSanitizer, which reports some of what they do without cause."""
 OURS = ("libkl_ext.so", "_bindings.", "_C.")
 
 
@@ -35,10 +48,8 @@ def is_ours(report: str) -> bool:
     return False
 
 
-def main() -> int:
-    library = Path(importlib.util.find_spec("kl_ext").origin).parent / "lib" / "libkl_ext.so"
-    if b"__tsan_init" not in library.read_bytes():
-        sys.exit(f"{library} is not compiled with -fsanitize=thread")
+def reports_of(*command: str) -> tuple[int, list[str]]:
+    """The status of a Python program, and what ThreadSanitizer says about it."""
     preloaded = subprocess.check_output(["g++", "-print-file-name=libtsan.so"], text=True).strip()
     with tempfile.TemporaryDirectory() as folder:
         options = {
@@ -55,11 +66,32 @@ def main() -> int:
             "TSAN_OPTIONS": " ".join(f"{name}={value}" for name, value in options.items()),
             "OMP_THREAD_LIMIT": "1",  # ThreadSanitizer does not see the barriers of libgomp
         }
-        status = subprocess.run([sys.executable, str(HERE / "stress.py"), *sys.argv[1:]], env=environment).returncode
-        reports = [text for log in Path(folder).iterdir() for text in REPORT.findall(log.read_text(errors="replace"))]
+        status = subprocess.run([sys.executable, *command], env=environment).returncode
+        return status, [text for log in Path(folder).iterdir() for text in REPORT.findall(log.read_text(errors="replace"))]
+
+
+def innermost(report: str) -> str:
+    """The library that made the access, or called what made it."""
+    called = [Path(module).name for module in MODULE.findall(report)]
+    return next((name for name in called if not name.startswith("libtsan")), "unknown")
+
+
+def main() -> int:
+    library = Path(importlib.util.find_spec("kl_ext").origin).parent / "lib" / "libkl_ext.so"
+    if b"__tsan_init" not in library.read_bytes():
+        sys.exit(f"{library} is not compiled with -fsanitize=thread")
+    start = time.monotonic()
+    status, reports = reports_of(str(HERE / "stress.py"), *sys.argv[1:])
+    seconds = time.monotonic() - start
     ours = [report for report in reports if is_ours(report)]
     print(*ours, sep="\n")
     print(f"stress.py ended with status {status}; {len(reports)} reports, {len(ours)} of them kl_ext's")
+    if not sys.argv[1:]:
+        found = f"{len(ours)} reports of kl_ext" + ("" if status == 0 else f", status {status}")
+        text = f"{TEXT}\nIt took {seconds:.0f} seconds."
+        counts = Counter(map(innermost, reports))
+        rows = [[name, str(count)] for name, count in counts.most_common()]
+        write_report(PAGE, "make test-tsan", "tests/threads/tsan.py", found, text, ["reports of others", "number"], rows)
     return 1 if ours or status else 0
 
 

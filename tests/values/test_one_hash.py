@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import platform
 import re
 import shutil
 import subprocess
@@ -105,21 +104,6 @@ def test_the_flags_are_those_of_the_build() -> None:
     assert "-ffp-contract=off" in build
     for capability, flags in compiled_kernels.VECTORS.items():
         assert not flags or f"set(flags_{capability} {' '.join(flags)})" in build
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64")
-@pytest.mark.parametrize("capability", compiled_kernels.VECTORS)
-@pytest.mark.parametrize("level", compiled_kernels.LEVELS)
-@pytest.mark.parametrize("compiler", compiled_kernels.COMPILERS)
-def test_every_compiler_gives_the_hash_in_vectors(compiler: str, level: str, capability: str, tmp_path: Path) -> None:
-    if not compiled_kernels.runs_here(capability):
-        pytest.skip(f"this processor has no {capability}")
-    needs(compiler)
-    assert compiled_kernels.hash_of(compiler, level, capability, tmp_path) == hashed.HASH
-    if level == "-O3" and capability != "DEFAULT":
-        code = compiled_kernels.disassembled(compiled_kernels.kernels_of(compiler, level, capability))
-        assert not compiled_kernels.not_vectorised(code, capability)
 
 
 # What a compiler may do wrong, or a change of the sources: a file of csrc, what stands there, and what is put in its place.
