@@ -1,4 +1,4 @@
-// Sums of terms [rows, columns], for lab.py: built once for each variant of csrc/cuda/tuning.h.
+// Terms [rows, columns] and their sums, for lab.py: built once for each variant of csrc/cuda/tuning.h.
 #include "cuda/sum.cuh"
 
 #include "cuda/finish.cu"
@@ -65,4 +65,26 @@ extern "C" std::int64_t lab_sum(bool backward, int inputs, bool is_prior, int dt
     launch(summation, kSettings, results, scratch, static_cast<CUstream_st*>(stream));
   }
   return cuda::scratch_numel(summation);
+}
+
+// Terms of as many inputs, or all their gradients, of contiguous tensors: outputs, grad_output if backward, inputs. Takes no
+// scratch, and is launched if some is given all the same.
+extern "C" std::int64_t lab_each(bool backward, int inputs, int dtype, std::int64_t rows, std::int64_t columns,
+                                 void* const* data, void* scratch, void* stream) {
+  const auto storage = static_cast<cuda::Storage>(dtype);
+  cuda::Iteration terms;
+  terms.ndim = 1;
+  terms.sizes[0] = rows * columns;
+  terms.operands = backward ? 2 * inputs + 1 : inputs + 1;
+  for (int i = 0; i < terms.operands; ++i) {
+    terms.operand[i] = operand_of(data[i], storage, cuda::size_of(storage), 0);
+  }
+  if (scratch != nullptr) {
+    const auto launch =
+        inputs == 2
+            ? (backward ? cuda::kernels::backward<math::StandardDivergence> : cuda::kernels::forward<math::StandardDivergence>)
+            : (backward ? cuda::kernels::backward<math::Divergence> : cuda::kernels::forward<math::Divergence>);
+    launch(terms, kSettings, static_cast<CUstream_st*>(stream));
+  }
+  return 0;
 }

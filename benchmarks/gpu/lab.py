@@ -1,6 +1,6 @@
 """The variants of csrc/cuda/tuning.h, timed side by side: gpu_check.py --lab. csrc/cuda/README.md says what each decides.
 
-Each variant is the summing kernels, built with other numbers (-D) for the GPU that is there. Calls are captured in CUDA graphs,
+Each variant is the kernels, built with other numbers (-D) for the GPU that is there. Calls are captured in CUDA graphs,
 and the variants take turns. All must give the same bits. A dry run builds two of them under the emulation of CUDA, on the CPU.
 """
 
@@ -42,23 +42,38 @@ VARIANTS = {
     "2 beside each other": ["-DKL_EXT_WIDTH_OF_PARTS=2"],
     "32 beside each other": ["-DKL_EXT_WIDTH_OF_PARTS=32"],
     "small blocks to 2^18": [f"-DKL_EXT_FEW_THREADS={threads(18)}", f"-DKL_EXT_SHARING_THREADS={threads(17)}"],
+    "launches overlap at the end": ["-DKL_EXT_OVERLAP=1"],
+    "launches overlap": ["-DKL_EXT_OVERLAP=2"],
+    "128 elementwise threads": ["-DKL_EXT_ELEMENTWISE_THREADS=128"],
+    "512 elementwise threads": ["-DKL_EXT_ELEMENTWISE_THREADS=512"],
+    "32 elementwise registers": ["-DKL_EXT_BLOCKS_PER_PROCESSOR=8"],
+    "48 elementwise registers": ["-DKL_EXT_BLOCKS_PER_PROCESSOR=5"],
 }
 OF_DRY_RUN = ["as it is", "no sharing"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A sum of terms [B, 512]."""
+    """Terms [B, 512], or sums of them."""
 
     name: str
     inputs: int = 2
     is_prior: bool = False
-    over: tuple[bool, bool] = (True, True)  # rows, columns
+    over: tuple[bool, bool] = (True, True)  # rows, columns; neither: elementwise
     backward: bool = False
 
+    @property
+    def full_inputs(self) -> int:
+        return 2 if self.is_prior else self.inputs
+
+    @property
+    def full_outputs(self) -> int:
+        if any(self.over):
+            return self.full_inputs * self.backward
+        return 1 + self.full_inputs if self.backward else 1  # with grad_output
+
     def rows(self, total: int, itemsize: int) -> int:
-        large = 4 if self.backward or (self.inputs == 4 and not self.is_prior) else 2
-        return max(2, total // (large * itemsize * COLUMNS))
+        return max(2, total // ((self.full_inputs + self.full_outputs) * itemsize * COLUMNS))
 
 
 CASES = [
@@ -68,7 +83,15 @@ CASES = [
     Case("sum over dimension 1", over=(False, True)),
     Case("sum over dimension 0", over=(True, False)),
     Case("gradients, [D] prior", inputs=4, is_prior=True, over=(True, False), backward=True),
+    Case("elementwise, N(0, 1)", over=(False, False)),
+    Case("elementwise, full q", inputs=4, over=(False, False)),
+    Case("elementwise gradients, full q", inputs=4, over=(False, False), backward=True),
 ]
+
+
+def can_run(flags: Sequence[str]) -> bool:
+    """Whether the GPU has what the variant takes."""
+    return torch.cuda.get_device_capability() >= (9, 0) or not any("OVERLAP" in flag for flag in flags)
 
 
 def command(out: Path, flags: Sequence[str], dry_run: bool) -> list[str]:
@@ -108,7 +131,7 @@ def build(folder: Path, names: Sequence[str], dry_run: bool) -> dict[str, ctypes
         out = folder / f"lab_{index}.so"
         subprocess.run(command(out, VARIANTS[names[index]], dry_run), check=True)
         library = ctypes.CDLL(str(out))
-        library.lab_sum.restype = ctypes.c_int64
+        library.lab_sum.restype = library.lab_each.restype = ctypes.c_int64
         return library
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -116,28 +139,33 @@ def build(folder: Path, names: Sequence[str], dry_run: bool) -> dict[str, ctypes
 
 
 class Call:
-    """A case's tensors, and its sum as a variant computes it."""
+    """A case's tensors, and what a variant computes of them."""
 
     def __init__(self, case: Case, dtype: torch.dtype, rows: int, device: str):
         self.case, self.dtype, self.rows, self.device = case, dtype, rows, device
         generator = torch.Generator().manual_seed(0)
         shapes = [[COLUMNS] if case.is_prior and i >= 2 else [rows, COLUMNS] for i in range(case.inputs)]
         inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-        gradients = [torch.empty(rows, COLUMNS, dtype=dtype, device=device) for _ in range(2 * case.backward)]
-        self.data = [*gradients, *[torch.ones([], dtype=dtype, device=device)] * case.backward, *inputs]
+        is_sum = any(case.over)
         kept = [size for size, reduced in zip([rows, COLUMNS], case.over) if not reduced]
-        self.results = [torch.empty(kept, device=device) for _ in range(1 + case.backward)]
+        outputs = case.full_inputs if case.backward else 1 - is_sum
+        full = [torch.empty(rows, COLUMNS, dtype=dtype, device=device) for _ in range(outputs)]
+        grad_output = torch.ones([] if is_sum else [rows, COLUMNS], dtype=dtype, device=device)
+        self.sums = [torch.empty(kept, device=device) for _ in range(is_sum * (1 + case.backward))]
+        self.results = [*full, *self.sums]
+        self.data = [*full, *[grad_output] * case.backward, *inputs]
 
     def run(self, library: ctypes.CDLL, scratch: Tensor | None) -> int:
-        """The numbers of scratch that it takes."""
-        stream = torch.cuda.current_stream().cuda_stream if self.device == "cuda" else None
-        pointers = [(ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors)) for tensors in (self.data, self.results)]
+        """The numbers of scratch that it takes. Without scratch nothing is computed."""
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream if self.device == "cuda" else None)
+        data, sums = ((ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors)) for tensors in (self.data, self.sums))
         sizes = ctypes.c_int64(self.rows), ctypes.c_int64(COLUMNS)
         place = None if scratch is None else ctypes.c_void_p(scratch.data_ptr())
-        case = self.case
-        number = DTYPES.index(self.dtype)
-        how = (case.backward, case.inputs, case.is_prior, number, *sizes, *case.over, *pointers, place, ctypes.c_void_p(stream))
-        return library.lab_sum(*how)
+        case, number = self.case, DTYPES.index(self.dtype)
+        if not self.sums:
+            return library.lab_each(case.backward, case.inputs, number, *sizes, data, place, stream)
+        of = (case.backward, case.inputs, case.is_prior, number, *sizes, *case.over)
+        return library.lab_sum(*of, data, sums, place, stream)
 
     def prepared(self, library: ctypes.CDLL) -> Callable[[], None]:
         """What runs it CALLS times, or once on the CPU."""
@@ -180,8 +208,7 @@ def measured(call: Call, libraries: dict[str, ctypes.CDLL]) -> Found:
         for result in call.results:
             result.fill_(float("nan"))
         run()
-        written = [*call.results, *call.data[: 2 * call.case.backward]]
-        bits[name] = [x.view(torch.int16 if x.element_size() == 2 else torch.int32).clone() for x in written]
+        bits[name] = [x.view(torch.int16 if x.element_size() == 2 else torch.int32).clone() for x in call.results]
     first = next(iter(bits.values()))
     wrong = [name for name, other in bits.items() if not all(map(torch.equal, first, other))]
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -202,7 +229,7 @@ def calls(context: Context) -> Iterator[tuple[str, Call]]:
 
 def lab(context: Context) -> Found:
     end = time.monotonic() + context.seconds - 15
-    names = OF_DRY_RUN if context.dry_run else list(VARIANTS)
+    names = OF_DRY_RUN if context.dry_run else [name for name, flags in VARIANTS.items() if can_run(flags)]
     libraries = build(context.folder, names, context.dry_run)
     rows: list[dict[str, Any]] = []
     found: Found = {"status": "partial", "variants": {name: VARIANTS[name] for name in names}, "rows": rows}

@@ -34,7 +34,7 @@ struct Vectors {
   class Thread {
    public:
     KL_EXT_INLINE Thread(const Plan<kOperands>& plan, std::uint32_t block, std::uint32_t thread)
-        : Thread(plan, block * kThreads + thread) {}
+        : Thread(plan, block * kElementwiseThreads + thread) {}
 
     // index: of the vector.
     KL_EXT_INLINE Thread(const Plan<kOperands>& plan, std::uint32_t index) : plan_(plan) {
@@ -197,7 +197,7 @@ struct Strided {
     KL_EXT_INLINE Thread(const Plan<kOperands>& plan, std::uint32_t block, std::uint32_t thread) : plan_(plan) {
       std::uint32_t rest[kItems];
       for (std::uint32_t item = 0; item < kItems; ++item) {
-        const std::uint32_t index = (block * kItems + item) * kThreads + thread;
+        const std::uint32_t index = (block * kItems + item) * kElementwiseThreads + thread;
         is_valid_[item] = index < plan.numel;
         rest[item] = is_valid_[item] ? index : plan.numel - 1;
         for (int operand = 0; operand < kOperands; ++operand) {

@@ -12,11 +12,12 @@ namespace kl_ext::cuda {
 // bound the compiler sinks loads below the arithmetic.
 constexpr int blocks_per_processor(math::Range range, int numbers) {
   const int weight = range == math::Range::kWide ? 2 * numbers : numbers;
-  return weight > 128 ? 2 : weight > 64 ? 3 : 4;
+  const int blocks = weight > 128 ? 2 : weight > 64 ? 3 : 4; // of 256 threads
+  return (KL_EXT_BLOCKS_PER_PROCESSOR > 0 ? KL_EXT_BLOCKS_PER_PROCESSOR : blocks) * 256 / KL_EXT_ELEMENTWISE_THREADS;
 }
 
 template <class F, math::Range range, class T, class Input, class Output, class Access>
-__global__ void __launch_bounds__(kThreads, blocks_per_processor(range, (F::kInputs + 1) * Access::kItems))
+__global__ void __launch_bounds__(kElementwiseThreads, blocks_per_processor(range, (F::kInputs + 1) * Access::kItems))
     forward(const typename Access::template Plan<F::kInputs + 1> plan, const math::Settings<T> settings) {
   constexpr int kInputs = F::kInputs;
   const typename Access::template Thread<kInputs + 1> thread(plan, blockIdx.x, threadIdx.x);
@@ -42,7 +43,7 @@ constexpr int kBackwardOperands = F::kGradients + 1 + F::kInputs;
 
 // Computes every gradient and writes those that are wanted.
 template <class F, math::Range range, class T, class Input, class Output, class Access>
-__global__ void __launch_bounds__(kThreads, blocks_per_processor(range, kBackwardOperands<F>* Access::kItems))
+__global__ void __launch_bounds__(kElementwiseThreads, blocks_per_processor(range, kBackwardOperands<F>* Access::kItems))
     backward(const typename Access::template Plan<kBackwardOperands<F>> plan, const math::Settings<T> settings) {
   constexpr int kInputs = F::kInputs;
   constexpr int kGradients = F::kGradients;
@@ -74,6 +75,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(range, kBackwar
 template <class Of>
 struct Forward {
   using F = Of;
+  using Computed = F; // the formula that a thread computes
   static constexpr int kOperands = F::kInputs + 1;
   static constexpr int kOutputs = 1;
   static constexpr bool kIsBackward = false;
@@ -87,6 +89,7 @@ struct Forward {
 template <class Of>
 struct Backward {
   using F = Of;
+  using Computed = F;
   static constexpr int kOperands = kBackwardOperands<F>;
   static constexpr int kOutputs = F::kGradients;
   static constexpr bool kIsBackward = true;
@@ -112,7 +115,7 @@ math::Settings<T> to_settings(const Settings& settings) {
           static_cast<T>(settings.offset)};
 }
 
-constexpr std::uint32_t blocks_for(std::uint32_t threads) { return (threads + kThreads - 1) / kThreads; }
+constexpr std::uint32_t blocks_for(std::uint32_t threads) { return (threads + kElementwiseThreads - 1) / kElementwiseThreads; }
 
 // Whether the range is the usual one for the formula.
 template <class F, math::Range range>
@@ -140,12 +143,12 @@ bool run_vectors(const Iteration& iteration, const Settings& settings, CUstream_
     if constexpr (kIsUsual<typename Direction::F, range>) {
       if (is_in_rows(piece)) {
         constexpr auto kernel = Direction::template kKernel<range, T, Input, Output, Vectors<kItems, true>>;
-        KL_EXT_LAUNCH(kernel, blocks, kThreads, stream, plan, to_settings<T>(settings));
+        KL_EXT_LAUNCH(kernel, blocks, kElementwiseThreads, stream, plan, to_settings<T>(settings));
         return;
       }
     }
     constexpr auto kernel = Direction::template kKernel<range, T, Input, Output, Vectors<kItems, false>>;
-    KL_EXT_LAUNCH(kernel, blocks, kThreads, stream, plan, to_settings<T>(settings));
+    KL_EXT_LAUNCH(kernel, blocks, kElementwiseThreads, stream, plan, to_settings<T>(settings));
   });
   return true;
 }
@@ -157,7 +160,7 @@ void run_strided(const Iteration& iteration, const Settings& settings, CUstream_
     using Access = Strided<T, Direction::F::kIsWeighted>;
     constexpr auto kernel = Direction::template kKernel<range, T, void, void, Access>;
     const std::uint32_t threads = (plan.numel + Access::kItems - 1) / Access::kItems;
-    KL_EXT_LAUNCH(kernel, blocks_for(threads), kThreads, stream, plan, to_settings<T>(settings));
+    KL_EXT_LAUNCH(kernel, blocks_for(threads), kElementwiseThreads, stream, plan, to_settings<T>(settings));
   });
 }
 

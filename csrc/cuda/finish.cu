@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t groups = ceil_divide(left, kGroup);
   const T* const of_part = numbers + part * kPart * columns + column;
   const auto of_column = of_groups + (team >> log_teams) * teams;
+  KL_EXT_AWAIT_LAUNCH();
   for (std::int64_t group = in_column; group - in_column < groups; group += teams) {
     const std::int64_t first = group * kGroup;
     const T sum = sum_group<kGroup, T>(of_part + first * columns, own - first, columns);
@@ -108,8 +109,8 @@ void launch_sum_partials(const T* numbers, std::int64_t count, int outputs, std:
   const std::int64_t tiles = ceil_divide(outputs * sums, kThreads / kTeam<kGroup> / teams);
   const auto blocks = static_cast<std::uint32_t>(tiles * ceil_divide(groups, kMaxGroups));
   constexpr auto kernel = sum_partials<T, kGroup>;
-  KL_EXT_LAUNCH_EXCHANGING(kernel, blocks, kThreads, stream, numbers, count, outputs, sums, log2_of(teams),
-                           static_cast<T>(divisor), parts, results);
+  KL_EXT_LAUNCH_AFTER(kernel, blocks, kThreads, stream, numbers, count, outputs, sums, log2_of(teams), static_cast<T>(divisor),
+                      parts, results);
 }
 
 template <class T>

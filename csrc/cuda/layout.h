@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "tuning.h"
 
 // The range of signed 32-bit indices. An emulation of CUDA on the host makes it smaller, so that small tensors are cut like
 // large ones.
@@ -13,6 +14,7 @@
 namespace kl_ext::cuda {
 
 constexpr std::uint32_t kThreads = 256; // of a block; the most, in sums
+constexpr std::uint32_t kElementwiseThreads = KL_EXT_ELEMENTWISE_THREADS;
 constexpr std::int64_t kVectorBytes = 16;
 constexpr int kMaxVectorDims = 4;
 constexpr int kMaxStridedDims = 25;

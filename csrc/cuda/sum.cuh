@@ -25,7 +25,8 @@ constexpr int sum_blocks_per_processor() {
   if (kShares) { // launches of few threads do not fill a multiprocessor
     return Direction::kIsBackward && !Direction::kSharesQ && Direction::kOutputs * Access::kItems > 16 ? 1 : 2;
   }
-  if (sizeof(T) == sizeof(double) || Direction::kOutputs * Access::kItems > 16) {
+  const bool keeps_much = Direction::kOutputs * Access::kItems > 16 || (Direction::kSharesQ && Access::kItems > 4);
+  if (sizeof(T) == sizeof(double) || keeps_much) {
     return 2;
   }
   return Access::kIsWhole && Access::kItems == 8 ? 4 : 3;
@@ -87,6 +88,7 @@ template <class Direction, math::Range range, class T, class Input, class Output
 __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access, kShares>())
     sum_rows(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,
              const math::Settings<T> settings) {
+  KL_EXT_LET_NEXT_BEGIN();
   constexpr int kItems = Access::kItems;
   constexpr int kPlaces = kThreads * kItems / math::kLanes;
   KL_EXT_SHARED(T, of_chunks, Direction::kOutputs * kPlaces);
@@ -148,6 +150,7 @@ template <class Direction, math::Range range, class T, class Input, class Output
 __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, range, T, Access, kShares>())
     sum_columns(const typename Access::template Plan<Direction::kOperands> plan, const SumShape<T> shape,
                 const math::Settings<T> settings) {
+  KL_EXT_LET_NEXT_BEGIN();
   constexpr int kItems = Access::kItems;
   KL_EXT_SHARED(T, exchange, kItems * kThreads / (kShares ? 1 : 2));
   const std::uint32_t width = 1u << shape.log_width;
@@ -324,10 +327,10 @@ std::optional<Partials> run_vector_sums(const SumLayout& layout, const SumShape<
     }
   }
   const auto plan = plan_vectors<Direction::kOperands>(layout.terms, kItems);
-  using GivenQ = typename SharingQ<Direction>::Type;
-  if constexpr (!std::is_void_v<GivenQ>) {
-    if (shares_q(layout, shape.slots)) {
-      return launch_sums<GivenQ, range, T, Input, Output, VectorTerms<kItems>>(layout, plan, shape, settings, stream);
+  if constexpr (kMayShareQ<typename Direction::F>) {
+    if (shares_q(layout) && (!Direction::kIsBackward || only_q_is_summed(layout, shape.slots))) {
+      return launch_sums<GivenQ<Direction>, range, T, Input, Output, VectorTerms<kItems>>(layout, plan, shape, settings,
+                                                                                          stream);
     }
   }
   return launch_sums<Direction, range, T, Input, Output, VectorTerms<kItems>>(layout, plan, shape, settings, stream);

@@ -160,17 +160,22 @@ inline SumLayout lay_out(const Summation& summation) {
   return layout;
 }
 
-// Whether every column of a pair's terms has its own q, whose gradients are sums while those of p are not. slots: see SumShape.
-inline bool shares_q(const SumLayout& layout, const std::int32_t (&slots)[kMaxOutputs]) {
+// Whether every column of a pair's terms has its own q.
+inline bool shares_q(const SumLayout& layout) {
   const Iteration& terms = layout.terms;
-  bool shares = layout.by_columns && slots[0] < 0 && slots[1] < 0;
-  shares &= terms.operand[2].data == nullptr && terms.operand[3].data == nullptr;
+  bool shares = layout.by_columns;
   for (int i = terms.operands - 2; i < terms.operands; ++i) {
     for (int dim = layout.fast_dims; dim < terms.ndim; ++dim) {
       shares &= terms.operand[i].strides[dim] == 0;
     }
   }
   return shares;
+}
+
+// Of the gradients of a pair: whether those of q are sums, and those of p are not. slots: see SumShape.
+inline bool only_q_is_summed(const SumLayout& layout, const std::int32_t (&slots)[kMaxOutputs]) {
+  const auto& operand = layout.terms.operand;
+  return slots[0] < 0 && slots[1] < 0 && operand[2].data == nullptr && operand[3].data == nullptr;
 }
 
 // How the threads of a sum by columns share its lanes; `items`: the columns of a thread. Where threads share lanes and a sum is

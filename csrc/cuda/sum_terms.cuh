@@ -6,26 +6,22 @@
 
 namespace kl_ext::cuda {
 
-// The backward of a pair in which every column has its own q, in sums by columns: a thread keeps its columns, and computes only
+// A direction of a pair in which every column has its own q, in sums by columns: a thread keeps its columns, and computes only
 // once what depends on q alone.
-template <class Of>
-struct BackwardGivenQ : Backward<Of> {
-  using Given = typename Of::GivenQ;
+template <class Direction>
+struct GivenQ : Direction {
+  using Computed = typename Direction::F::GivenQ;
   static constexpr bool kSharesQ = true;
 };
 
-template <class Direction>
-struct SharingQ {
-  using Type = void;
-};
-
 template <class F>
-  requires(!std::is_void_v<typename F::GivenQ> && !F::kIsWeighted)
-struct SharingQ<Backward<F>> {
-  using Type = BackwardGivenQ<F>;
-};
+constexpr bool kMayShareQ = !std::is_void_v<typename F::GivenQ> && !F::kIsWeighted;
 
-// The q of a thread's columns: the last inputs of a GivenQ. Empty for other directions.
+// The inputs that are loaded for each term: all, or those of p.
+template <class Direction>
+constexpr int kOwnInputs = Direction::kSharesQ ? 2 : Direction::F::kInputs;
+
+// The q of a thread's columns: the last inputs of what is computed given q. Empty for other directions.
 template <class Direction, class T, class Access>
 struct Q {
   static constexpr int kItems = Direction::kSharesQ ? Access::kItems : 1;
@@ -40,7 +36,7 @@ struct Q {
       for (int i = 0; i < 2; ++i) {
         inputs[i][item] = thread.template get<T>(loaded[i], kFirst + i, item);
       }
-      inputs[2][item] = Direction::Given::template prepared</*forward=*/false>(inputs[1][item], settings);
+      inputs[2][item] = Direction::Computed::template prepared<!Direction::kIsBackward>(inputs[1][item], settings);
     }
   }
 };
@@ -50,18 +46,18 @@ struct Q {
 template <class Direction, class Access>
 constexpr int kStepsAtOnce =
     Direction::kIsBackward                       ? 1
-    : Access::kNeighbours && Access::kItems <= 4 ? 8 / Direction::F::kInputs
-                                                 : (4 / Direction::F::kInputs > 0 ? 4 / Direction::F::kInputs : 1);
+    : Access::kNeighbours && Access::kItems <= 4 ? 8 / kOwnInputs<Direction>
+                                                 : (4 / kOwnInputs<Direction> > 0 ? 4 / kOwnInputs<Direction> : 1);
 
 // A thread's numbers in one step, and their computation. Every gradient is computed.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access>
 struct Step {
   using F = typename Direction::F;
+  using Computed = typename Direction::Computed;
   using Thread = typename Access::template Thread<Direction::kOperands>;
-  static constexpr int kInputs = F::kInputs;
-  static constexpr int kFirstInput = Direction::kOperands - kInputs;
-  static constexpr int kOwn = Direction::kSharesQ ? 2 : kInputs;                // inputs that are loaded for each term
-  static constexpr int kOwnGradients = Direction::kSharesQ ? 2 : F::kGradients; // gradients of those
+  static constexpr int kFirstInput = Direction::kOperands - F::kInputs;
+  static constexpr int kOwn = kOwnInputs<Direction>;
+  static constexpr int kOwnGradients = Direction::kSharesQ ? 2 : F::kGradients; // gradients of those inputs
 
   typename Access::template Loaded<Input> inputs[kOwn];
   typename Access::template Loaded<Output> grad_output[1]; // for a backward
@@ -82,23 +78,21 @@ struct Step {
     T own[Direction::kIsBackward ? kOwnGradients : 1][Access::kItems];
     KL_EXT_UNROLL
     for (int item = 0; item < Access::kItems; ++item) {
-      T values[kInputs + (Direction::kSharesQ ? 1 : 0)];
+      T values[Computed::kInputs];
       for (int i = 0; i < kOwn; ++i) {
         values[i] = thread.template get<T>(inputs[i], kFirstInput + i, item);
       }
+      if constexpr (Direction::kSharesQ) {
+        for (int i = 0; i < 3; ++i) {
+          values[2 + i] = q.inputs[i][item];
+        }
+      }
       if constexpr (!Direction::kIsBackward) {
-        results[0][item] = F::template forward<range>(values, settings);
+        results[0][item] = Computed::template forward<range>(values, settings);
       } else {
         T gradients[F::kGradients];
         const T grad = thread.template get<T>(grad_output[0], Direction::kOutput, item);
-        if constexpr (Direction::kSharesQ) {
-          for (int i = 0; i < 3; ++i) {
-            values[2 + i] = q.inputs[i][item];
-          }
-          Direction::Given::template backward<range>(grad, values, settings, gradients);
-        } else {
-          F::template backward<range>(grad, values, settings, gradients);
-        }
+        Computed::template backward<range>(grad, values, settings, gradients);
         for (int i = 0; i < F::kGradients; ++i) {
           results[i][item] = gradients[i];
         }
@@ -115,7 +109,7 @@ struct Step {
 
 // The first output that may be summed.
 template <class Direction>
-constexpr int kFirstSummed = Direction::kSharesQ ? 2 : 0;
+constexpr int kFirstSummed = Direction::kIsBackward && Direction::kSharesQ ? 2 : 0;
 
 // Adds a thread's terms to its lanes: terms first, first + stride, ... below count. at(term) gives access to a term, and
 // valid(term) the number of its items that exist.

@@ -1,7 +1,18 @@
-// The numbers that decide how sums are shared out among threads and blocks. They change no result, for the order of a sum is
-// fixed (math/summation.h), only its speed; each can be given to the compiler (-D) to try another. An emulation of CUDA on the
-// host makes them smaller, so that small tensors are summed like large ones.
+// The numbers that decide how work is shared out among threads, blocks and launches. They change no result, for the order of a
+// sum is fixed (math/summation.h), only the speed; each can be given to the compiler (-D) to try another. An emulation of CUDA
+// on the host makes them smaller, so that small tensors are summed like large ones.
 #pragma once
+
+// The threads of a block of an elementwise kernel.
+#if !defined(KL_EXT_ELEMENTWISE_THREADS)
+#define KL_EXT_ELEMENTWISE_THREADS 256
+#endif
+
+// How many times 256 threads of an elementwise kernel a multiprocessor has room for, which bounds the registers of a thread. 0:
+// as many as elementwise.cuh says, by the numbers that a thread holds.
+#if !defined(KL_EXT_BLOCKS_PER_PROCESSOR)
+#define KL_EXT_BLOCKS_PER_PROCESSOR 0
+#endif
 
 // A launch that sums with at most this many threads has small blocks, so that every multiprocessor gets some.
 #if !defined(KL_EXT_FEW_THREADS)
@@ -21,4 +32,11 @@
 // The most threads that share a lane. It has at most 16 terms of a chunk.
 #if !defined(KL_EXT_MOST_SHARERS)
 #define KL_EXT_MOST_SHARERS 16
+#endif
+
+// When the launch that adds up partial sums begins: 0, once the launch before it has ended; 1, once all blocks of that one have
+// ended or are about to; 2, once all of them have begun. It waits for the partial sums in any case. 1 and 2 need compute
+// capability 9.0.
+#if !defined(KL_EXT_OVERLAP)
+#define KL_EXT_OVERLAP 0
 #endif

@@ -57,7 +57,7 @@ def test_the_lab_builds_variants_that_give_the_same_bits(tmp_path):
     stages = json.loads((tmp_path / "gpu_check.json").read_text())["stages"]
     assert list(stages) == ["lab"] and stages["lab"]["problems"] == []
     rows = stages["lab"]["rows"]
-    assert len(rows) == 12 and all(list(row["us"]) == ["as it is", "no sharing"] and not row["wrong"] for row in rows)
+    assert len(rows) == 18 and all(list(row["us"]) == ["as it is", "no sharing"] and not row["wrong"] for row in rows)
     assert "gradients, [D] prior, bfloat16, small, us: as it is " in completed.stdout
 
 

@@ -198,7 +198,7 @@ NAMES = {
     "sum_rows<Forward<math::StandardDivergence>, (math::Range)0, float, float, float, RowTerms<4>, true>": (
         "forward_shared_rows StandardDivergence float32 rows narrow"
     ),
-    "sum_columns<BackwardGivenQ<math::Divergence>, (math::Range)0, float, float, float, VectorTerms<4> >": (
+    "sum_columns<GivenQ<Backward<math::Divergence> >, (math::Range)0, float, float, float, VectorTerms<4> >": (
         "backward_columns DivergenceGivenQ float32 vectors narrow"
     ),
     "(anonymous namespace)::sum_partials<double, 64>": "sum_partials float64 lanes",

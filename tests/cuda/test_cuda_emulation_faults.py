@@ -103,6 +103,10 @@ def sum_few_terms(emulated: Emulated) -> None:
     check_sum(emulated, [*torch.randn(2, 1100, 8)], [0])  # parts of lanes
 
 
+def sum_given_q(emulated: Emulated) -> None:
+    check_sum(emulated, [*torch.randn(2, 1030, 16), *torch.randn(2, 16)], [0])
+
+
 def sum_what_is_left(emulated: Emulated) -> None:
     finish_sums(emulated, torch.randn(64 * 1024, 1), True, torch.empty(1))
 
@@ -114,12 +118,15 @@ class Change(NamedTuple):
     said: str  # of the fault
     which: int = 0  # of the matches
     is_shared: bool = False  # whether it is where threads share lanes
+    is_given_q: bool = False  # whether it is where columns share q
 
     @property
     def compiled(self) -> tuple[str, Callable[[Emulated], None]]:
         """The source with it that is compiled anew, and what runs it."""
         if self.file == "finish.cu":
             return "finish.cu", sum_what_is_left
+        if self.is_given_q:
+            return "Divergence_forward_sum.cu", sum_given_q
         few = self.is_shared or self.file == "sum_terms.cuh"
         return "StandardDivergence_forward_sum.cu", sum_few_terms if few else sum_terms
 
@@ -153,6 +160,11 @@ CHANGES = {
         "sum_terms.cuh", r"sharer \* sharers.distance", "(sharers.count - 1 - sharer) * sharers.distance", "instead of"
     ),
     "all of a team write": Change("finish.cu", "speaks(?= && group)", "true", "no barrier after the write"),
+    "no wait for the partial sums": Change("finish.cu", r"KL_EXT_AWAIT_LAUNCH\(\);", "", "does not wait for the launch before"),
+    "q of another direction": Change("sum_terms.cuh", "prepared<!", "prepared<", "instead of", is_given_q=True),
+    "q of another column": Change(
+        "sum_terms.cuh", r"(?<=values\[2 \+ i\] = q.inputs\[i\]\[)item", "0", "instead of", is_given_q=True
+    ),
     "half a team shuffles": Change("finish.cu", r"(?=return fold)", "if (threadIdx.x % 2) return 0;", "shuffles at"),
 }
 for source in sorted((ROOT / "csrc/cuda").glob("*.cu*")):
@@ -164,7 +176,7 @@ for source in sorted((ROOT / "csrc/cuda").glob("*.cu*")):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_fault_in_a_real_kernel_is_found(tmp_path, change):
-    file, pattern, replacement, said, which, _ = CHANGES[change]
+    file, pattern, replacement, said, which, *_ = CHANGES[change]
     source, use = CHANGES[change].compiled
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     path = tmp_path / "csrc/cuda" / file

@@ -59,9 +59,9 @@ def name_of(demangled: str) -> Name:
         given = ""
         if function.startswith("sum_"):
             function = function.replace("_", "_shared_") if shares else function
+            if formula.startswith("GivenQ<"):
+                formula, given = formula.removeprefix("GivenQ<").removesuffix(">"), "GivenQ"
             direction, _, formula = formula.removesuffix(">").partition("<")
-            if direction == "BackwardGivenQ":
-                direction, given = "Backward", "GivenQ"
             function = f"{direction.lower()}{function.removeprefix('sum')}"
         dtype = DTYPES[arithmetic if inputs == "void" else inputs] + ("" if inputs == result else f"->{DTYPES[result]}")
         if access.startswith("Strided"):

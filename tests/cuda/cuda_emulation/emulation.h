@@ -3,6 +3,7 @@
 // has to wait for others; those of any other kernel run one after the other. What a GPU would let pass or hang on is a Fault.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "shared.h"
@@ -39,6 +40,19 @@ void launch(bool exchanging, std::uint32_t blocks, std::uint32_t threads, const 
   run_grid(name_of<kernel>(), exchanging, blocks, threads, [](const void* context) { (*static_cast<Run*>(context))(); }, &run);
 }
 
+// How many threads have waited for the launch before theirs.
+inline std::uint64_t awaits = 0;
+
+// A launch that may overlap with the one before, for which all its threads wait. Here they run one after the other all the same.
+template <auto kernel, class... Arguments>
+void launch_after(const Site& site, std::uint32_t blocks, std::uint32_t threads, const Arguments&... arguments) {
+  awaits = 0;
+  launch<kernel>(true, blocks, threads, arguments...);
+  if (awaits != std::uint64_t{std::min(blocks, last_blocks)} * threads) {
+    fail(site, "does not wait for the launch before it");
+  }
+}
+
 } // namespace kl_ext::emulation
 
 inline void __syncthreads(const kl_ext::emulation::Site& site = kl_ext::emulation::Site::current()) {
@@ -62,6 +76,11 @@ T __shfl_xor_sync(std::uint32_t mask, T value, std::uint32_t lane_mask,
   (static_cast<void>(stream), kl_ext::emulation::launch<kernel>(false, blocks, threads, __VA_ARGS__))
 #define KL_EXT_LAUNCH_EXCHANGING(kernel, blocks, threads, stream, ...) \
   (static_cast<void>(stream), kl_ext::emulation::launch<kernel>(true, blocks, threads, __VA_ARGS__))
+#define KL_EXT_LAUNCH_AFTER(kernel, blocks, threads, stream, ...) \
+  (static_cast<void>(stream),                                     \
+   kl_ext::emulation::launch_after<kernel>(kl_ext::emulation::Site::current(), blocks, threads, __VA_ARGS__))
+#define KL_EXT_AWAIT_LAUNCH() static_cast<void>(++kl_ext::emulation::awaits)
+#define KL_EXT_LET_NEXT_BEGIN() static_cast<void>(0)
 #define KL_EXT_UNROLL
 #define KL_EXT_DEVICE inline
 #define KL_EXT_INLINE inline
