@@ -112,7 +112,7 @@ test-tsan: export KL_EXT_CUDA = 0
 # ARGS=60 sets how many seconds, and writes nothing.
 test-tsan: $(stamps)/test ## run threads that share everything under ThreadSanitizer; writes docs/reports/tsan.md
 	$(call build-sanitized,tsan,-fsanitize=thread)
-	PYTHONPATH=build/tsan/package $(bin)/python tests/threads/tsan.py $(ARGS)
+	$(bin)/python tests/threads/tsan.py $(ARGS)
 
 test-memory: $(stamps)/test ## measure what kept memory costs and saves, and long runs; writes docs/reports/memory.md
 	$(bin)/python tests/memory.py
@@ -142,7 +142,8 @@ fuzz-cpp: $(stamps)/test ## fuzz the headers against slow twins, a minute for ea
 test-exhaustive: $(stamps)/test ## measure errors on every float32 and 16-bit pair; writes docs/reports/exhaustive.md
 	$(bin)/python tests/exhaustive/exhaustive.py $(ARGS)
 
-nightly: $(stamps)/test ## run the tests that are too slow for make test; writes docs/reports/nightly.md
+# ARGS="-n 2 tests/layouts" runs some, two at a time; the others keep their last results.
+nightly: $(stamps)/test ## run the tests that are too slow for make test (an hour); writes docs/reports/nightly.md
 	$(bin)/python tests/nightly.py $(ARGS)
 
 # On a GPU: benchmarks/README.md. ARGS="--device cuda" only writes benchmarks/results/cuda.json.

@@ -1,15 +1,29 @@
-"""Run the tests that are too slow for `make test`, and report what they did in docs/reports/nightly.md: `make nightly`."""
+"""Run the tests that are too slow for `make test`, and report what they did in docs/reports/nightly.md: `make nightly`.
 
+    make nightly ARGS="-n 2"              two at a time
+    make nightly ARGS="tests/layouts"     some of them; the others keep their last results
+
+The results are in docs/reports/nightly.json, from which the report is written.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from reports import write_report
+from reports import describe_machine, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "docs" / "reports" / "nightly.md"
+RESULTS = REPORT.with_suffix(".json")
+SLOW = ("--slow", "-m", "slow")
+OUTCOMES = ("passed", "failed", "skipped")
 
 
 class Recorder:
@@ -24,14 +38,53 @@ class Recorder:
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[report.nodeid] = report.outcome
 
+    def by_function(self, commit: str | None) -> dict[str, dict[str, Any]]:
+        """Of all cases of a test together."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, outcome in self.outcomes.items():
+            of = found.setdefault(function_of(name), {**dict.fromkeys(OUTCOMES, 0), "seconds": 0.0, "commit": commit})
+            of[outcome] += 1
+            of["seconds"] += self.seconds[name]
+        return found
+
+
+def function_of(name: str) -> str:
+    return name.partition("[")[0]
+
+
+def slow_tests() -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *SLOW, "tests"]
+    lines = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    return list(dict.fromkeys(function_of(line) for line in lines if "::" in line))
+
+
+def report(results: dict[str, dict[str, Any]], names: list[str]) -> None:
+    rows = []
+    total: Counter[str] = Counter()
+    for name in names:
+        of = results.get(name)
+        if of is None:
+            rows.append([name, "not run", "", ""])
+            continue
+        total.update({outcome: of[outcome] for outcome in OUTCOMES})
+        said = ", ".join(f"{of[outcome]} {outcome}" for outcome in OUTCOMES if of[outcome])
+        rows.append([name, said, f"{of['seconds']:.0f} s", of["commit"][:7]])
+    left = sum(name not in results for name in names)
+    found = f"{total['failed']} of {total['passed'] + total['failed']} cases failed" + (
+        f", {left} tests not run" if left else ""
+    )
+    write_report(REPORT, "make nightly", "tests/nightly.py", found, "", ["test", "cases", "time", "commit"], rows)
+
 
 def main() -> int:
     recorder = Recorder()
-    status = pytest.main(["--slow", "-m", "slow", *sys.argv[1:]], plugins=[recorder])
-    rows = [[name, outcome, f"{recorder.seconds[name]:.0f} s"] for name, outcome in recorder.outcomes.items()]
-    counts = Counter(recorder.outcomes.values())
-    found = f"{counts['failed']} of {counts['passed'] + counts['failed']} tests failed"
-    write_report(REPORT, "make nightly", "tests/nightly.py", found, "", ["test", "outcome", "time"], rows)
+    status = pytest.main([*SLOW, *sys.argv[1:]], plugins=[recorder])
+    names = slow_tests()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results |= recorder.by_function(describe_machine("cpu")["commit"])
+    results = {name: results[name] for name in names if name in results}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    report(results, names)
     return int(status)
 
 

@@ -9,7 +9,6 @@ among the innermost callers of whatever else is reported. A crash counts in any 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -20,7 +19,9 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PAGE = HERE.parents[1] / "docs" / "reports" / "tsan.md"
+ROOT = HERE.parents[1]
+PACKAGE = ROOT / "build" / "tsan" / "package"
+PAGE = ROOT / "docs" / "reports" / "tsan.md"
 sys.path.insert(0, str(HERE.parent))
 
 from reports import write_report  # noqa: E402
@@ -62,6 +63,7 @@ def reports_of(*command: str) -> tuple[int, list[str]]:
         }
         environment = {
             **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")])),
             "LD_PRELOAD": preloaded,
             "TSAN_OPTIONS": " ".join(f"{name}={value}" for name, value in options.items()),
             "OMP_THREAD_LIMIT": "1",  # ThreadSanitizer does not see the barriers of libgomp
@@ -77,7 +79,7 @@ def innermost(report: str) -> str:
 
 
 def main() -> int:
-    library = Path(importlib.util.find_spec("kl_ext").origin).parent / "lib" / "libkl_ext.so"
+    library = PACKAGE / "kl_ext" / "lib" / "libkl_ext.so"
     if b"__tsan_init" not in library.read_bytes():
         sys.exit(f"{library} is not compiled with -fsanitize=thread")
     start = time.monotonic()
