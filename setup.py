@@ -17,6 +17,7 @@ from pathlib import Path
 
 import setuptools
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "cmake"))
 import build_requirements
@@ -74,6 +75,14 @@ class CMakeBuild(build_ext):
             sys.exit(f"kl_ext: CMake stopped with status {completed.returncode}; what is wrong stands above.")
 
 
+class Metadata(egg_info):
+    """With the local version of this build: the setup.cfg of an sdist says that there is none."""
+
+    def finalize_options(self) -> None:
+        self.tag_build = LOCAL_VERSION
+        super().finalize_options()
+
+
 if "sdist" in sys.argv:
     requirement = f"torch>={torch_info.MINIMUM}"
 else:
@@ -87,6 +96,6 @@ for leftover in (SOURCE / "build").glob("lib*"):  # setuptools would pack module
 setuptools.setup(
     install_requires=[requirement],
     ext_modules=[setuptools.Extension("kl_ext._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-    options={"egg_info": {"tag_build": LOCAL_VERSION, "egg_base": "." if "sdist" in sys.argv else "build"}},
+    cmdclass={"build_ext": CMakeBuild, "egg_info": Metadata},
+    options={"egg_info": {"egg_base": "." if "sdist" in sys.argv else "build"}},
 )

@@ -154,8 +154,9 @@ def outcomes(path: Path) -> dict[str, Any]:
 
 def try_cell(cell: Cell, tests: Sequence[str]) -> dict[str, Any]:
     """Everything that the report says of the cell."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = {"commit": commit.stdout.strip(), "tests": " ".join(tests)}
+    from reports import commit
+
+    result: dict[str, Any] = {"commit": commit(), "tests": " ".join(tests)}
     shutil.rmtree(cell.folder, ignore_errors=True)
     cell.folder.mkdir(parents=True)
     try:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from reports import describe_machine, write_report
+from reports import commit, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "docs" / "reports" / "nightly.md"
@@ -38,11 +38,11 @@ class Recorder:
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[report.nodeid] = report.outcome
 
-    def by_function(self, commit: str | None) -> dict[str, dict[str, Any]]:
+    def by_function(self) -> dict[str, dict[str, Any]]:
         """Of all cases of a test together."""
         found: dict[str, dict[str, Any]] = {}
         for name, outcome in self.outcomes.items():
-            of = found.setdefault(function_of(name), {**dict.fromkeys(OUTCOMES, 0), "seconds": 0.0, "commit": commit})
+            of = found.setdefault(function_of(name), {**dict.fromkeys(OUTCOMES, 0), "seconds": 0.0, "commit": commit()})
             of[outcome] += 1
             of["seconds"] += self.seconds[name]
         return found
@@ -53,8 +53,9 @@ def function_of(name: str) -> str:
 
 
 def slow_tests() -> list[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *SLOW, "tests"]
-    lines = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    # Not from the folder, which `python -m` would put first on the path: its kl_ext may not be compiled.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", *SLOW, str(ROOT / "tests")]
+    lines = subprocess.run(command, cwd="/", stdout=subprocess.PIPE, text=True).stdout.splitlines()
     return list(dict.fromkeys(function_of(line) for line in lines if "::" in line))
 
 
@@ -68,7 +69,7 @@ def report(results: dict[str, dict[str, Any]], names: list[str]) -> None:
             continue
         total.update({outcome: of[outcome] for outcome in OUTCOMES})
         said = ", ".join(f"{of[outcome]} {outcome}" for outcome in OUTCOMES if of[outcome])
-        rows.append([name, said, f"{of['seconds']:.0f} s", of["commit"][:7]])
+        rows.append([name, said, f"{of['seconds']:.0f} s", of["commit"]])
     left = sum(name not in results for name in names)
     found = f"{total['failed']} of {total['passed'] + total['failed']} cases failed" + (
         f", {left} tests not run" if left else ""
@@ -81,7 +82,7 @@ def main() -> int:
     status = pytest.main([*SLOW, *sys.argv[1:]], plugins=[recorder])
     names = slow_tests()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results |= recorder.by_function(describe_machine("cpu")["commit"])
+    results |= recorder.by_function()
     results = {name: results[name] for name in names if name in results}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     report(results, names)

@@ -18,6 +18,12 @@ from measure.machine import describe_machine
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
 
 
+def commit() -> str:
+    """Seven digits of that of the sources, marked where they differ from it; empty outside a checkout."""
+    full = describe_machine("cpu")["commit"] or ""
+    return full[:7] + full[40:]
+
+
 def write_report(
     path: Path, command: str, program: str, found: str, text: str, head: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:

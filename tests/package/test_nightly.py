@@ -23,7 +23,7 @@ def test_some(n):
     if n == 3:
         pytest.skip("why")
 """
-LAST = {"passed": 4, "failed": 0, "skipped": 1, "seconds": 70.2, "commit": "1234567890"}
+LAST = {"passed": 4, "failed": 0, "skipped": 1, "seconds": 70.2, "commit": "1234567"}
 
 
 def test_results_are_kept_until_a_test_is_run_again_or_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,10 +53,13 @@ def test_wheels_and_pages_are_named_for_their_torch(minor, cuda, local, page):
     assert wheels.index_page(f"kl_ext-0.1.0+{local}-cp311-cp311-manylinux_2_34_x86_64.whl") == page
 
 
-def test_the_local_version_is_in_the_metadata(tmp_path):
+@pytest.mark.parametrize("of_sdist", [False, True], ids=["of a checkout", "of an sdist"])
+def test_the_local_version_is_in_the_metadata(of_sdist, tmp_path):
     """That it is also kl_ext.__version__ is seen where a wheel is built, below."""
     copy = tmp_path / "copy"
     shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "__pycache__"))
+    if of_sdist:  # setuptools leaves it there
+        (copy / "setup.cfg").write_text("[egg_info]\ntag_build = \ntag_date = 0\n")
     script = "import sys, kl_ext_build; kl_ext_build.prepare_metadata_for_build_wheel(sys.argv[1])"
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": "build_backend"}
