@@ -41,8 +41,9 @@ class Recorder:
     def by_function(self) -> dict[str, dict[str, Any]]:
         """Of all cases of a test together."""
         found: dict[str, dict[str, Any]] = {}
+        new = {**dict.fromkeys(OUTCOMES, 0), "seconds": 0.0, "commit": commit()}
         for name, outcome in self.outcomes.items():
-            of = found.setdefault(function_of(name), {**dict.fromkeys(OUTCOMES, 0), "seconds": 0.0, "commit": commit()})
+            of = found.setdefault(function_of(name), {**new})
             of[outcome] += 1
             of["seconds"] += self.seconds[name]
         return found
