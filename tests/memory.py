@@ -2,7 +2,8 @@
 
 Each training runs with 512 MiB kept, the default, and with none, in turns of one process: time and page faults. In processes of
 their own: the most memory that is resident, what the system takes back when it wants to, what is left to others where
-address space is limited, and by how much many calls make a process grow and slow down.
+address space is limited, what a training needs in a control group of little memory, and by how much many calls make a process
+grow and slow down.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from resource import RLIMIT_AS, RUSAGE_SELF, getrusage, setrlimit
 from typing import Any
@@ -35,6 +37,7 @@ REPORT = Path(__file__).resolve().parents[1] / "docs" / "reports" / "memory.md"
 MIB = 2**20
 ROUNDS = 25
 KEPT = (512, 0)
+LARGE = "images four times as large, term by term"
 
 
 def digits() -> Callable[[], Tensor]:
@@ -97,7 +100,7 @@ WORK: dict[str, tuple[Callable[[], Callable[[], Tensor]], int]] = {
     "a training on digits, small results": (digits, 100),
     "an autoencoder of images, summed": (lambda: maps(256, False), 3),
     "an autoencoder of images, term by term": (lambda: maps(256, True), 3),
-    "images four times as large, term by term": (lambda: maps(512, True), 2),
+    LARGE: (lambda: maps(512, True), 2),
     "the loss alone, results of 256 KiB": (lambda: alone(2**16), 200),
     "the loss alone, results of 8 MiB": (lambda: alone(2**21), 10),
 }
@@ -187,11 +190,99 @@ def others() -> int:
         return 16 * len(tensors)
 
 
-def child(kept: int, *arguments: str) -> Any:
-    """What a function of this file finds in a process of its own."""
+def filled() -> None:
+    """Writes how many MiB torch has got so far, after 512 MiB of results have come and gone, until the process ends."""
+    leave_512_mib()
+    tensors = []
+    while True:
+        tensors.append(torch.ones(16 * MIB // 4))
+        print(16 * len(tensors), flush=True)
+
+
+def pace(name: str) -> float:
+    """The seconds of a step, a median."""
+    make, _ = WORK[name]
+    step = make()
+    step(), step()
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+@contextmanager
+def control_group(mib: int) -> Iterator[Path]:
+    """A group whose processes have this much memory together, and are killed when they need more. Version 1 or 2."""
+    memory, limit = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+    if not memory.exists():
+        memory, limit = Path("/sys/fs/cgroup"), "memory.max"
+    group = memory / f"kl_ext-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / limit).write_text(str(mib * MIB))
+        yield group
+    finally:
+        for wait in (0.0, 0.1, 1.0, 10.0):  # a process that was killed stays in its group for a moment
+            time.sleep(wait)
+            with suppress(OSError):
+                group.rmdir()
+                break
+
+
+def has_control_groups() -> bool:
+    try:
+        with control_group(1024):
+            return True
+    except OSError:
+        return False
+
+
+def run(kept: int, *arguments: str, mib: int | None = None) -> subprocess.CompletedProcess[str]:
+    """A function of this file in a process of its own, which prints what it finds. With `mib`, in a group of that memory."""
     variables = {**os.environ, "KL_EXT_KEEP_MEMORY": str(kept)}
-    done = subprocess.run([sys.executable, __file__, *arguments], env=variables, check=True, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, *arguments]
+    if mib is None:
+        return subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True)
+    with control_group(mib) as group:
+        join = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
+        return subprocess.run([*join, *command], env=variables, stdout=subprocess.PIPE, text=True)
+
+
+def child(kept: int, *arguments: str, mib: int | None = None) -> Any:
+    """What a function of this file finds in a process of its own."""
+    done = run(kept, *arguments, mib=mib)
+    done.check_returncode()
     return json.loads(done.stdout)
+
+
+def least_memory(kept: int, name: str) -> int:
+    """The MiB of the smallest group in which a training runs twice of two times, to 16."""
+    fails, works = 0, 1024
+    while works - fails > 16:
+        mib = (fails + works) // 2
+        if all(run(kept, "peak", name, mib=mib).returncode == 0 for _ in range(2)):
+            works = mib
+        else:
+            fails = mib
+    return works
+
+
+def small_groups() -> str:
+    """What is kept, where a control group has little memory."""
+    if not has_control_groups():
+        return "No control group could be made here: what is kept, where one has little memory, was not measured."
+    used = child(0, "taken_back")[0]
+    got = [int(run(kept, "filled", mib=used + 768).stdout.split()[-1]) for kept in KEPT]
+    least = [least_memory(kept, LARGE) for kept in KEPT]
+    mib = max(least) + 64
+    paces = [[child(kept, "pace", LARGE, mib=mib) for kept in KEPT] for _ in range(5)]
+    kept, none = (statistics.median(found) for found in zip(*paces, strict=True))
+    return f"""In a control group of {used + 768} MiB, where a process that has called kl_ext needs {used}, torch gets {got[0]}
+MiB for tensors of its own after 512 MiB of results have come and gone, or {got[1]} with nothing kept. The least group in which
+the training on {LARGE} runs has {least[0]} MiB, or {least[1]} with nothing kept; in one of
+{mib} MiB a step takes {1e3 * kept:.3g} ms, or {1e3 * none:.3g}."""
 
 
 def long_runs() -> tuple[str, str]:
@@ -221,6 +312,7 @@ def main() -> None:
     before, left, taken = child(512, "taken_back")
     without = child(0, "taken_back")
     tensors = [child(kept, "others") for kept in KEPT]
+    groups = small_groups()
     found, runs = long_runs()
     text = f"""With 512 MiB kept (`KL_EXT_KEEP_MEMORY=512`, the default) / with nothing kept (`0`), in one thread: page faults
 and milliseconds of a step, its time with 512 as a share of that with 0, and the most MiB that are resident. Medians of
@@ -231,6 +323,8 @@ the system has taken what it may (`MADV_PAGEOUT`), {taken - before} MiB are left
 
 Where the address space is limited (`ulimit -v`) what is kept counts. With 768 MiB to go, and 512 MiB of results that came and
 went, torch gets {tensors[0]} MiB for tensors of its own, or {tensors[1]} with nothing kept.
+
+{groups}
 
 From the first tenth of a run to the last, the memory of the process and the time of a call, beside a call of torch:
 
