@@ -61,10 +61,11 @@ def device(request) -> torch.device:
 @pytest.fixture(params=["forward", "reverse", "random"])
 def emulated(request):
     """The emulated CUDA kernels, with threads and blocks that take turns in this order; sums as for few threads, as for many,
-    or as either."""
+    or as either, in blocks that prepare q or do not."""
     from emulated_kernels import library
 
     seed = seed_of(request.node)
     library().set_order(request.param, seed)
     library().set_few_threads({"forward": 2**17, "reverse": 0}.get(request.param, seed % 2 * 2**17))
+    library().set_prepares_q(seed % 3 > 0)
     return library()

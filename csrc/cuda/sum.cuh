@@ -25,7 +25,8 @@ constexpr int sum_blocks_per_processor() {
   if (kShares) { // launches of few threads do not fill a multiprocessor
     return Direction::kIsBackward && !Direction::kSharesQ && Direction::kOutputs * Access::kItems > 16 ? 1 : 2;
   }
-  const bool keeps_much = Direction::kOutputs * Access::kItems > 16 || (Direction::kSharesQ && Access::kItems > 4);
+  const bool keeps_q = Direction::kSharesQ && !Access::kIsWhole;
+  const bool keeps_much = Direction::kOutputs * Access::kItems > 16 || (keeps_q && Access::kItems > 4);
   if (sizeof(T) == sizeof(double) || keeps_much) {
     return 2;
   }
@@ -105,7 +106,8 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   const bool is_idle = item_index >= shape.items;
   const std::int64_t left = is_idle ? 0 : shape.count - first_term;
   const std::int32_t count = static_cast<std::int32_t>(left < math::kChunk ? left : math::kChunk);
-  const std::int64_t origin = (shape.first + row) * shape.count + first_term;
+  std::int64_t origin = (shape.first + row) * shape.count + first_term;
+  KL_EXT_KEEP(origin);
   const std::int32_t log_gap = Access::kNeighbours ? 0 : shape.log_width;
   const std::int32_t gap = 1 << log_gap;
 
@@ -113,6 +115,16 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   const auto at = [&](std::int32_t term) {
     return typename Access::template Thread<Direction::kOperands>(plan, origin + term, gap, valid(term));
   };
+  const auto q = [&] { // of all rows
+    if constexpr (Direction::kSharesQ) {
+      KL_EXT_SHARED(T, columns_q, 3 * kMostColumns<T>);
+      const SharedQ<Direction, T, Access, decltype(columns_q + 0)> shared(columns_q + 0);
+      shared.template fill<Input>(plan, shape.threads, settings);
+      return shared;
+    } else {
+      return Q<Direction, T, Access>{};
+    }
+  }();
   T lanes[Direction::kOutputs][kItems] = {};
   const std::int32_t first = thread * (Access::kNeighbours ? kItems : 1);
   if constexpr (kShares) {
@@ -120,10 +132,10 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
     const std::int32_t lanes_in_use = width * kItems;
     const Sharers sharers{1u << log_sharers, sharer, width};
     add_shared_terms<Direction, range, T, Input, Output, Access>(sharer * lanes_in_use + first, lanes_in_use << log_sharers,
-                                                                 count, most_of_chunk(shape), settings, at, valid, {}, sharers,
+                                                                 count, most_of_chunk(shape), settings, at, valid, q, sharers,
                                                                  shape.slots, exchange, lanes);
   } else {
-    add_terms<Direction, range, T, Input, Output, Access>(first, width * kItems, count, settings, at, valid, {}, lanes);
+    add_terms<Direction, range, T, Input, Output, Access>(first, width * kItems, count, settings, at, valid, q, lanes);
   }
   KL_EXT_UNROLL
   for (int output = 0; output < Direction::kOutputs; ++output) {
@@ -253,18 +265,17 @@ Partials launch_columns(const SumLayout& layout, const Plan& plan, SumShape<T> s
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class Plan>
 Partials launch_rows(const SumLayout& layout, const Plan& plan, SumShape<T> shape, const Settings& settings,
                      CUstream_st* stream) {
-  const std::int64_t width = std::max<std::int64_t>(1, math::lanes_in_use(layout.count) / Access::kItems);
-  const std::int64_t chunks = layout.sums * layout.chunks;
-  const std::int64_t sharers = kMayShare<Direction> ? sharers_of(layout.count, width * chunks, kThreads / width) : 1;
-  const std::int64_t of_chunk = width * sharers;
-  const std::int64_t threads = std::max(of_chunk, block_of(of_chunk, chunks));
-  const bool take_turns = kChunksTakeTurns<Access> && layout.chunks > math::kLanes && sharers == 1 && threads == kThreads;
+  const ChunkSharing sharing(layout, Access::kItems, kMayShare<Direction>);
+  const std::int64_t of_chunk = sharing.of_chunk();
+  const std::int64_t threads = Direction::kSharesQ ? kThreads : std::max(of_chunk, block_of(of_chunk, sharing.chunks));
+  const bool shares = sharing.sharers > 1;
+  const bool take_turns = kChunksTakeTurns<Access> && layout.chunks > math::kLanes && !shares && threads == kThreads;
   const std::int64_t turns = take_turns ? next_power_of_two(turns_of(layout.chunks)) : 1;
   const Partials partials{take_turns ? lanes_of(layout.chunks) : layout.chunks, take_turns};
   const std::int64_t items = partials.count * turns; // for each row
   shape.threads = static_cast<std::uint32_t>(threads);
-  shape.log_width = log2_of(width);
-  shape.log_sharers = log2_of(sharers);
+  shape.log_width = log2_of(sharing.width);
+  shape.log_sharers = log2_of(sharing.sharers);
   shape.log_turns = log2_of(turns);
   shape.divider = Divider(items);
   const std::int64_t rows = (KL_EXT_INDICES - kThreads) / of_chunk / items; // in one launch
@@ -277,7 +288,7 @@ Partials launch_rows(const SumLayout& layout, const Plan& plan, SumShape<T> shap
                                to_settings<T>(settings));
     };
     if constexpr (kMayShare<Direction>) {
-      if (sharers > 1) {
+      if (shares) {
         launch.template operator()<true>();
         continue;
       }
@@ -287,17 +298,18 @@ Partials launch_rows(const SumLayout& layout, const Plan& plan, SumShape<T> shap
   return partials;
 }
 
-// Launches by columns or by rows, as the layout says. RowTerms only exist for rows, directions that share q only for columns.
+// Launches by columns or by rows, as the layout says. RowTerms only exist for rows, the VectorTerms of directions that share q
+// only for columns.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class Plan>
 Partials launch_sums(const SumLayout& layout, const Plan& plan, SumShape<T> shape, const Settings& settings,
                      CUstream_st* stream) {
   static_assert(sizeof(Plan) + sizeof(SumShape<T>) + sizeof(math::Settings<T>) <= 4096);
   shape.count = layout.count;
   shape.columns = layout.sums;
-  if constexpr (Direction::kSharesQ) {
-    return launch_columns<Direction, range, T, Input, Output, Access>(layout, plan, shape, settings, stream);
-  } else if constexpr (Access::kIsWhole) {
+  if constexpr (Access::kIsWhole) {
     return launch_rows<Direction, range, T, Input, Output, Access>(layout, plan, shape, settings, stream);
+  } else if constexpr (Direction::kSharesQ) {
+    return launch_columns<Direction, range, T, Input, Output, Access>(layout, plan, shape, settings, stream);
   } else {
     return layout.by_columns ? launch_columns<Direction, range, T, Input, Output, Access>(layout, plan, shape, settings, stream)
                              : launch_rows<Direction, range, T, Input, Output, Access>(layout, plan, shape, settings, stream);
@@ -323,6 +335,12 @@ std::optional<Partials> run_vector_sums(const SumLayout& layout, const SumShape<
   if constexpr (!Direction::kIsBackward) { // gradients are summed where an operand is broadcast: in rows, a splat
     if (!layout.by_columns && is_in_rows(layout.terms) && layout.terms.sizes[0] % kItems == 0) {
       const auto plan = plan_rows<Direction::kOperands>(layout.terms, kItems);
+      if constexpr (kMayShareQ<typename Direction::F>) {
+        if (ChunkSharing(layout, kItems, true).prepares_q(layout, kMostColumns<T>)) {
+          return launch_sums<GivenQ<Direction>, range, T, Input, Output, RowTerms<kItems>>(layout, plan, shape, settings,
+                                                                                           stream);
+        }
+      }
       return launch_sums<Direction, range, T, Input, Output, RowTerms<kItems>>(layout, plan, shape, settings, stream);
     }
   }

@@ -50,6 +50,8 @@ struct RowTerms {
       in_row_ = vector - row_ * plan.vectors.divisor;
     }
 
+    KL_EXT_INLINE std::uint32_t vector_in_row() const { return in_row_; }
+
     template <class S, int kCount>
     KL_EXT_INLINE void load(int first, Held<S, kItems> (&loaded)[kCount]) const {
       for (int i = 0; i < kCount; ++i) {

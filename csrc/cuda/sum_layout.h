@@ -198,6 +198,33 @@ struct LaneSharing {
   }
 };
 
+// How the threads of a sum by rows of vectors share its chunks; `items`: the numbers of a thread.
+struct ChunkSharing {
+  std::int64_t width;   // threads of a chunk, were there no others
+  std::int64_t sharers; // threads of a lane
+  std::int64_t chunks;  // of all sums
+  std::int64_t most;    // terms of a chunk
+
+  ChunkSharing(const SumLayout& layout, int items, bool may_share)
+      : width(std::max<std::int64_t>(1, math::lanes_in_use(layout.count) / items)),
+        sharers(may_share ? sharers_of(layout.count, width * layout.sums * layout.chunks, kThreads / width) : 1),
+        chunks(layout.sums * layout.chunks),
+        most(std::min<std::int64_t>(layout.count, math::kChunk)) {}
+
+  std::int64_t of_chunk() const { return width * sharers; }
+
+  // Whether each block computes what depends on q alone: all rows have one q, and there are rows enough in a block.
+  bool prepares_q(const SumLayout& layout, std::int64_t most_columns) const {
+    const Iteration& terms = layout.terms;
+    bool fits = !layout.by_columns && terms.ndim == 2 && terms.sizes[0] <= most_columns;
+    for (int i = terms.operands - 2; i < terms.operands; ++i) {
+      fits &= terms.operand[i].strides[1] == 0;
+    }
+    return fits && chunks * of_chunk() >= KL_EXT_PREPARING_THREADS &&
+           kThreads / of_chunk() * most >= KL_EXT_PREPARING_ROWS * terms.sizes[0];
+  }
+};
+
 // The most numbers of the arithmetic type that a sum keeps between its launches: its partial sums, and what finish_sums makes
 // of them before it is done.
 inline std::int64_t scratch_numel(const Summation& summation) {

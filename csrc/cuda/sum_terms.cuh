@@ -1,45 +1,9 @@
 // What a thread of a summing kernel does with its terms: loads several steps of them, computes, and adds to its lanes.
 #pragma once
 
-#include "elementwise.cuh"
-#include "sum_access.cuh"
+#include "given_q.cuh"
 
 namespace kl_ext::cuda {
-
-// A direction of a pair in which every column has its own q, in sums by columns: a thread keeps its columns, and computes only
-// once what depends on q alone.
-template <class Direction>
-struct GivenQ : Direction {
-  using Computed = typename Direction::F::GivenQ;
-  static constexpr bool kSharesQ = true;
-};
-
-template <class F>
-constexpr bool kMayShareQ = !std::is_void_v<typename F::GivenQ> && !F::kIsWeighted;
-
-// The inputs that are loaded for each term: all, or those of p.
-template <class Direction>
-constexpr int kOwnInputs = Direction::kSharesQ ? 2 : Direction::F::kInputs;
-
-// The q of a thread's columns: the last inputs of what is computed given q. Empty for other directions.
-template <class Direction, class T, class Access>
-struct Q {
-  static constexpr int kItems = Direction::kSharesQ ? Access::kItems : 1;
-  T inputs[3][kItems];
-
-  template <class Input, class Thread>
-  KL_EXT_INLINE void load(const Thread& thread, math::Settings<T> settings) {
-    constexpr int kFirst = Direction::kOperands - 2;
-    typename Access::template Loaded<Input> loaded[2];
-    thread.load(kFirst, loaded);
-    for (int item = 0; item < kItems; ++item) {
-      for (int i = 0; i < 2; ++i) {
-        inputs[i][item] = thread.template get<T>(loaded[i], kFirst + i, item);
-      }
-      inputs[2][item] = Direction::Computed::template prepared<!Direction::kIsBackward>(inputs[1][item], settings);
-    }
-  }
-};
 
 // How many steps issue their loads before any of their numbers is used: a chunk takes at most 16 steps, and a short sum mostly
 // waits for memory.
@@ -73,8 +37,10 @@ struct Step {
     }
   }
 
-  KL_EXT_INLINE void compute(const Thread& thread, math::Settings<T> settings, const Q<Direction, T, Access>& q,
+  template <class SomeQ>
+  KL_EXT_INLINE void compute(const Thread& thread, math::Settings<T> settings, const SomeQ& some_q,
                              T (&results)[Direction::kOutputs][Access::kItems]) const {
+    const Q<Direction, T, Access>& q = some_q.of(thread);
     T own[Direction::kIsBackward ? kOwnGradients : 1][Access::kItems];
     KL_EXT_UNROLL
     for (int item = 0; item < Access::kItems; ++item) {
@@ -113,9 +79,10 @@ constexpr int kFirstSummed = Direction::kIsBackward && Direction::kSharesQ ? 2 :
 
 // Adds a thread's terms to its lanes: terms first, first + stride, ... below count. at(term) gives access to a term, and
 // valid(term) the number of its items that exist.
-template <class Direction, math::Range range, class T, class Input, class Output, class Access, class At, class Valid>
+template <class Direction, math::Range range, class T, class Input, class Output, class Access, class At, class Valid,
+          class SomeQ>
 KL_EXT_INLINE void add_terms(std::int32_t first, std::int32_t stride, std::int32_t count, math::Settings<T> settings,
-                             const At& at, const Valid& valid, const Q<Direction, T, Access>& q,
+                             const At& at, const Valid& valid, const SomeQ& q,
                              T (&lanes)[Direction::kOutputs][Access::kItems]) {
   constexpr int kSteps = kStepsAtOnce<Direction, Access>;
   for (; first < count; first += kSteps * stride) {
@@ -155,11 +122,10 @@ struct Sharers {
 // Like add_terms, for threads that share lanes. All threads of the block must call it together. most: the terms of a chunk,
 // unless it is the last and shorter. slots: see SumShape. exchange: room for kItems numbers for each thread.
 template <class Direction, math::Range range, class T, class Input, class Output, class Access, class At, class Valid,
-          class Exchange>
+          class SomeQ, class Exchange>
 KL_EXT_DEVICE void add_shared_terms(std::int32_t first, std::int32_t stride, std::int32_t count, std::int32_t most,
-                                    math::Settings<T> settings, const At& at, const Valid& valid,
-                                    const Q<Direction, T, Access>& q, const Sharers& sharers,
-                                    const std::int32_t (&slots)[kMaxOutputs], Exchange exchange,
+                                    math::Settings<T> settings, const At& at, const Valid& valid, const SomeQ& q,
+                                    const Sharers& sharers, const std::int32_t (&slots)[kMaxOutputs], Exchange exchange,
                                     T (&lanes)[Direction::kOutputs][Access::kItems]) {
   constexpr int kSteps = kStepsAtOnce<Direction, Access>;
   for (std::int32_t start = 0; start < most; start += kSteps * stride) {

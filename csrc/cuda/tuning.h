@@ -34,6 +34,16 @@
 #define KL_EXT_MOST_SHARERS 16
 #endif
 
+// In a sum by rows that all have one q, each block computes once what depends on q alone: if the launch has so many threads, ...
+#if !defined(KL_EXT_PREPARING_THREADS)
+#define KL_EXT_PREPARING_THREADS (std::int64_t{1} << 16)
+#endif
+
+// ... and each block so many rows.
+#if !defined(KL_EXT_PREPARING_ROWS)
+#define KL_EXT_PREPARING_ROWS 4
+#endif
+
 // When the launch that adds up partial sums begins: 0, once the launch before it has ended; 1, once all blocks of that one have
 // ended or are about to; 2, once all of them have begun. It waits for the partial sums in any case. 1 and 2 need compute
 // capability 9.0.

@@ -104,7 +104,10 @@ def sum_few_terms(emulated: Emulated) -> None:
 
 
 def sum_given_q(emulated: Emulated) -> None:
+    emulated.set_prepares_q(True)
     check_sum(emulated, [*torch.randn(2, 1030, 16), *torch.randn(2, 16)], [0])
+    check_sum(emulated, [*torch.randn(2, 300, 32), *torch.randn(2, 32)], [0, 1])
+    check_sum(emulated, [*torch.randn(2, 300, 64)[..., :32], *torch.randn(2, 300, 32)], [0, 1])  # each row has its own
 
 
 def sum_what_is_left(emulated: Emulated) -> None:
@@ -118,14 +121,14 @@ class Change(NamedTuple):
     said: str  # of the fault
     which: int = 0  # of the matches
     is_shared: bool = False  # whether it is where threads share lanes
-    is_given_q: bool = False  # whether it is where columns share q
+    is_given_q: bool = False  # whether it is where terms share q
 
     @property
     def compiled(self) -> tuple[str, Callable[[Emulated], None]]:
         """The source with it that is compiled anew, and what runs it."""
         if self.file == "finish.cu":
             return "finish.cu", sum_what_is_left
-        if self.is_given_q:
+        if self.is_given_q or self.file == "given_q.cuh":
             return "Divergence_forward_sum.cu", sum_given_q
         few = self.is_shared or self.file == "sum_terms.cuh"
         return "StandardDivergence_forward_sum.cu", sum_few_terms if few else sum_terms
@@ -161,7 +164,11 @@ CHANGES = {
     ),
     "all of a team write": Change("finish.cu", "speaks(?= && group)", "true", "no barrier after the write"),
     "no wait for the partial sums": Change("finish.cu", r"KL_EXT_AWAIT_LAUNCH\(\);", "", "does not wait for the launch before"),
-    "q of another direction": Change("sum_terms.cuh", "prepared<!", "prepared<", "instead of", is_given_q=True),
+    "q of another direction": Change("given_q.cuh", "prepared<!", "prepared<", "instead of"),
+    "q of another vector": Change("given_q.cuh", r"thread.vector_in_row\(\)", "0", "instead of"),
+    "q of half the columns": Change("given_q.cuh", "plan.vectors.divisor", "plan.vectors.divisor / 2", "no thread has written"),
+    "q of a part in place of another's": Change("given_q.cuh", r"\(i \* kParts", "(i / 2 * kParts", "no barrier|instead of"),
+    "q of the first row": Change("sum_layout.h", r"strides\[1\] == 0", "strides[1] >= 0", "instead of", is_given_q=True),
     "q of another column": Change(
         "sum_terms.cuh", r"(?<=values\[2 \+ i\] = q.inputs\[i\]\[)item", "0", "instead of", is_given_q=True
     ),

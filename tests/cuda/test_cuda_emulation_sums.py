@@ -116,6 +116,30 @@ def test_threads_share_the_lanes_of_few_columns(emulated, dtype):
             check_gradients(emulated, GAUSSIAN, torch.randn(shape).to(dtype), prior, NARROW, wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_prepare_the_q_of_all_rows(emulated, dtype):
+    """In blocks of 256 threads, also where others are smaller; where the q of all columns fits 12 KiB."""
+    emulated.set_prepares_q(True)
+    most = 4096 // max(4, dtype.itemsize)
+    items = 16 // dtype.itemsize
+    for few in (2**17, 0):
+        emulated.set_few_threads(few)
+        for columns in (items, 16, 96, most):
+            for rows in (70, 1030) if columns < 96 else (7, 33):
+                inputs = [*normal([rows, columns], dtype, 2), *normal([columns], dtype, 2)]
+                check_sum(emulated, inputs, [0, 1], "mean")
+                halves = layouts_of_halves(normal([rows, 2 * columns], dtype, 1), 1)
+                check_sum(emulated, [*halves, *inputs[2:]], [0, 1])
+                grids = check_sum(emulated, inputs, [1])
+                if columns == 16:
+                    assert grids == [-(-rows * 16 // items // 256)]
+        for columns in (most + items, 2 * most):  # do not fit
+            check_sum(emulated, [*normal([9, columns], dtype, 2), *normal([columns], dtype, 2)], [0, 1])
+        rows = [*normal([70, 32], dtype, 2), *normal([70, 32], dtype, 2)]  # each with a q of its own
+        check_sum(emulated, rows, [0, 1])
+        check_sum(emulated, [*rows[:3], rows[3][0]], [0, 1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_chunks_of_columns_than_lanes(emulated, dtype):
     for rows, width in ((64 * 1024 + 1, 8), (130 * 1024, 3)):

@@ -10,6 +10,7 @@
 // The range of indices is that of a GPU, or a small one that cuts small tensors like large ones.
 static std::int64_t indices = std::int64_t{1} << 31;
 #define KL_EXT_INDICES indices
+#define KL_EXT_PREPARING_THREADS 1
 #include "cuda/sum_layout.h"
 
 namespace {
@@ -335,6 +336,10 @@ void sum_layouts(Bytes& bytes) {
     CHECK(scratch >= (leaves_lanes ? of_all(64 * chunks, 16) : of_all(chunks, 20)));
   }
   CHECK(may_share || scratch == of_all(chunks, 20));
+  const cuda::ChunkSharing sharing(layout, items, bytes.next() & 1);
+  CHECK(sharing.of_chunk() <= cuda::kThreads && sharing.chunks == sums * chunks);
+  CHECK(sharing.width * items >= math::lanes_in_use(count));
+  const bool prepares = sharing.prepares_q(layout, 256);
 
   if (sums > 1 && count > 1) { // which of the fastest dimensions is the faster for most operands
     int votes = 0;
@@ -347,6 +352,15 @@ void sum_layouts(Bytes& bytes) {
   }
 
   const auto check = [&](const auto& plan) {
+    if (prepares) { // all rows have one q
+      const std::int64_t row = layout.terms.sizes[0];
+      CHECK(row <= 256 && !layout.by_columns);
+      for_some(bytes, sums * count, [&](std::int64_t rank) {
+        for (int i = kOperands - 2; i < kOperands; ++i) {
+          CHECK(iteration.operand[i].data == nullptr || place_in(plan, i, rank, items) == place_in(plan, i, rank % row, items));
+        }
+      });
+    }
     const auto check_term = [&](std::int64_t sum, std::int64_t term) {
       const std::int64_t rank = layout.by_columns ? term * sums + sum : sum * count + term;
       for (int i = 0; i < kOperands; ++i) {

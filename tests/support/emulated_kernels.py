@@ -138,6 +138,10 @@ class Emulated:
         """Launches that sum have small blocks up to so many threads."""
         self.functions.set_few_threads(ctypes.c_int64(few))
 
+    def set_prepares_q(self, prepares: bool) -> None:
+        """Whether the blocks of sums by rows that all have one q prepare it, if they have a few rows."""
+        self.functions.set_preparing_threads(ctypes.c_int64(1 if prepares else 2**62))
+
     @contextlib.contextmanager
     def indices(self, count: int) -> Iterator[None]:
         """So many, in place of 2^31, may be counted within a launch."""

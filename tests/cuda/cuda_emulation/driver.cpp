@@ -75,6 +75,8 @@ extern "C" void set_indices(std::int64_t indices) { emulation::indices = indices
 
 extern "C" void set_few_threads(std::int64_t threads) { emulation::few_threads = threads; }
 
+extern "C" void set_preparing_threads(std::int64_t threads) { emulation::preparing_threads = threads; }
+
 // settings: low, high, scale and offset.
 extern "C" int run(const char* kernel, int ndim, const std::int64_t* sizes, int operands, char* const* data, const int* dtypes,
                    const std::int64_t* strides, const double* settings, std::uint32_t last_blocks, std::uint32_t* grids,

@@ -22,6 +22,7 @@ inline std::uint32_t last_blocks = ~0u;
 // What takes the place of 2^31: see csrc/cuda/layout.h.
 inline std::int64_t indices = std::int64_t{1} << 31;
 inline std::int64_t few_threads = std::int64_t{1} << 17;
+inline std::int64_t preparing_threads = std::int64_t{1} << 16;
 
 // In which blocks and threads take turns: forward, reverse, random from this seed.
 void set_order(int order, std::uint32_t seed);
@@ -81,6 +82,7 @@ T __shfl_xor_sync(std::uint32_t mask, T value, std::uint32_t lane_mask,
    kl_ext::emulation::launch_after<kernel>(kl_ext::emulation::Site::current(), blocks, threads, __VA_ARGS__))
 #define KL_EXT_AWAIT_LAUNCH() static_cast<void>(++kl_ext::emulation::awaits)
 #define KL_EXT_LET_NEXT_BEGIN() static_cast<void>(0)
+#define KL_EXT_KEEP(integer) static_cast<void>(0)
 #define KL_EXT_UNROLL
 #define KL_EXT_DEVICE inline
 #define KL_EXT_INLINE inline
@@ -89,3 +91,4 @@ T __shfl_xor_sync(std::uint32_t mask, T value, std::uint32_t lane_mask,
       kl_ext::emulation::shared_array(#name, size, kl_ext::emulation::Site::current()))
 #define KL_EXT_INDICES kl_ext::emulation::indices
 #define KL_EXT_FEW_THREADS kl_ext::emulation::few_threads
+#define KL_EXT_PREPARING_THREADS kl_ext::emulation::preparing_threads
