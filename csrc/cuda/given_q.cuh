@@ -2,6 +2,8 @@
 // does that for itself in sums by columns, where it keeps its columns, and a block in sums by rows, where all rows have one q.
 #pragma once
 
+#include <type_traits>
+
 #include "elementwise.cuh"
 #include "sum_access.cuh"
 

@@ -135,26 +135,32 @@ class Change(NamedTuple):
 
 
 CHANGES = {
-    "exchange too small": Change("sum.cuh", r"kShares \? 1 : 2", "kShares ? 1 : 4", "beyond its"),
+    "exchange too small": Change("sum_kernels.cuh", r"kShares \? 1 : 2", "kShares ? 1 : 4", "beyond its"),
     "half the lanes left out": Change("exchange.cuh", r"if \(is_upper\)", "if (lane > 48)", "no thread has written"),
     "all lanes write": Change("exchange.cuh", r"if \(is_upper\)", "if (lane < 64)", "no barrier after the write"),
     "shuffle across warps": Change("exchange.cuh", "distance < 32", "distance <= 32", "part of a warp"),
-    "lanes that leave early": Change("sum.cuh", "(?=T lanes.*\n  Q<)", "if (lane > 9) return;", "has returned"),
+    "lanes that leave early": Change("sum_kernels.cuh", "(?=T lanes.*\n  Q<)", "if (lane > 9) return;", "has returned"),
     "barrier for some": Change("exchange.cuh", r"__syncthreads\(\);", "if (lane > 9) __syncthreads();", "is at a barrier"),
     "too few groups": Change("finish.cu", "of_groups, kMaxGroups", "of_groups, kMaxGroups / 4", "beyond its"),
-    "too few places": Change("sum.cuh", "(?<=kPlaces = kThreads)", " / 2", "beyond its"),
+    "too few places": Change("sum_kernels.cuh", "(?<=kPlaces = kThreads)", " / 2", "beyond its"),
     "too little room for sharers": Change(
-        "sum.cuh", r"(?<=exchange, kItems \* kThreads)(?=\);)", " / 2", "beyond its", is_shared=True
+        "sum_kernels.cuh", r"(?<=exchange, kItems \* kThreads)(?=\);)", " / 2", "beyond its", is_shared=True
     ),
     "every second sharer leaves nothing": Change(
         "sum_terms.cuh", "(?=exchange.item . kThreads . threadIdx.x. = )", "if (sharers.own % 2 == 0) ", "no thread has written"
     ),
     "a part of the wrong lanes": Change(
-        "sum.cuh", r"(?<=shape.log_lanes\)) \+ lane_in_block", "", "instead of", is_shared=True
+        "sum_kernels.cuh", r"(?<=shape.log_lanes\)) \+ lane_in_block", "", "instead of", is_shared=True
     ),
-    "a lane left out": Change("sum.cuh", "(?=sharer == 0 && count > 0)", "lane != 17 && ", "instead of", is_shared=True),
+    "a lane left out": Change(
+        "sum_kernels.cuh", "(?=sharer == 0 && count > 0)", "lane != 17 && ", "instead of", is_shared=True
+    ),
     "sharers mistaken for lanes": Change(
-        "sum.cuh", r"\(shape.log_width \+ shape.log_lanes\)", "shape.log_width", "instead of|beyond|no barrier", is_shared=True
+        "sum_kernels.cuh",
+        r"\(shape.log_width \+ shape.log_lanes\)",
+        "shape.log_width",
+        "instead of|beyond|no barrier",
+        is_shared=True,
     ),
     "a lane of the wrong owner": Change("sum_terms.cuh", "sharers.own == 0", "sharers.own == 1", "beyond its|instead of"),
     "a sharer left out": Change("sum_terms.cuh", "sharer = 0; ", "sharer = 1; ", "instead of"),
