@@ -64,7 +64,7 @@ class SharedQ {
     for (std::uint32_t vector = threadIdx.x; vector < plan.vectors.divisor; vector += threads) {
       Q<Direction, T, Access> q;
       using Thread = typename Access::template Thread<Direction::kOperands>;
-      q.template load<Input>(Thread(plan, std::int64_t{vector} * Access::kItems, 0, 0), settings);
+      q.template load<Input>(Thread(plan, vector, 0, 0), settings);
       for (int i = 0; i < 3; ++i) {
         for (int item = 0; item < Access::kItems; ++item) {
           shared_[place(i, item, vector)] = q.inputs[i][item];

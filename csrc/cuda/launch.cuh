@@ -27,12 +27,15 @@
 #define KL_EXT_LET_NEXT_BEGIN() asm volatile("griddepcontrol.launch_dependents;" ::: "memory")
 #endif
 #define KL_EXT_DEVICE __device__ __forceinline__
-// Keeps a 64-bit integer in registers, where the compiler would compute it again for every use, as in each turn of a loop.
-#define KL_EXT_KEEP(integer) asm volatile("" : "+l"(integer))
+// Keeps an integer in registers, where the compiler would compute it again for every use, as in each turn of a loop.
+#define KL_EXT_KEEP(integer) kl_ext::cuda::keep(integer)
 // An array in shared memory. Functions take its pointer as a template argument: any type that can be indexed and added to.
 #define KL_EXT_SHARED(type, name, size) __shared__ alignas(16) type name[size]
 
 namespace kl_ext::cuda {
+
+__device__ __forceinline__ void keep(std::uint32_t& integer) { asm volatile("" : "+r"(integer)); }
+__device__ __forceinline__ void keep(std::int64_t& integer) { asm volatile("" : "+l"(integer)); }
 
 template <class... Parameters, class... Arguments>
 void launch_after(void (*kernel)(Parameters...), std::uint32_t blocks, std::uint32_t threads, CUstream_st* stream,

@@ -3,7 +3,8 @@
 //   kItems          the numbers of each operand that a thread works on at a time
 //   kNeighbours     whether they are beside each other; else their distance is the number of threads that work together
 //   kIsWhole        whether there are always kItems of them
-//   Thread(plan, first, gap, valid)   the rank of the first number, the ranks between two, the number of those that exist
+//   place(rank)     where a number of this rank is: the index of its vector, or the rank
+//   Thread(plan, first, gap, valid)   the place of the first number, the ranks between two, the number of those that exist
 #pragma once
 
 #include "access.cuh"
@@ -19,11 +20,13 @@ struct VectorTerms : Vectors<kNumbers, false> {
   static constexpr bool kNeighbours = true;
   static constexpr bool kIsWhole = false;
 
+  static KL_EXT_INLINE std::uint32_t place(std::uint64_t rank) { return static_cast<std::uint32_t>(rank / kItems); }
+
   template <int kOperands>
   class Thread : public Base::template Thread<kOperands> {
    public:
-    KL_EXT_INLINE Thread(const VectorPlan<kOperands>& plan, std::int64_t first, std::int32_t, std::int64_t)
-        : Base::template Thread<kOperands>(plan, static_cast<std::uint32_t>(static_cast<std::uint64_t>(first) / kItems)) {}
+    KL_EXT_INLINE Thread(const VectorPlan<kOperands>& plan, std::uint32_t first, std::int32_t, std::int64_t)
+        : Base::template Thread<kOperands>(plan, first) {}
   };
 };
 
@@ -35,6 +38,8 @@ struct RowTerms {
   static constexpr bool kNeighbours = true;
   static constexpr bool kIsWhole = true;
 
+  static KL_EXT_INLINE std::uint32_t place(std::uint64_t rank) { return static_cast<std::uint32_t>(rank / kItems); }
+
   template <class S>
   using Loaded = Held<S, kItems>;
 
@@ -44,10 +49,9 @@ struct RowTerms {
   template <int kOperands>
   class Thread {
    public:
-    KL_EXT_INLINE Thread(const Plan<kOperands>& plan, std::int64_t first, std::int32_t, std::int64_t) : plan_(plan) {
-      const auto vector = static_cast<std::uint32_t>(static_cast<std::uint64_t>(first) / kItems);
-      row_ = plan.vectors.quotient(vector);
-      in_row_ = vector - row_ * plan.vectors.divisor;
+    KL_EXT_INLINE Thread(const Plan<kOperands>& plan, std::uint32_t first, std::int32_t, std::int64_t) : plan_(plan) {
+      row_ = plan.vectors.quotient(first);
+      in_row_ = first - row_ * plan.vectors.divisor;
     }
 
     KL_EXT_INLINE std::uint32_t vector_in_row() const { return in_row_; }
@@ -78,6 +82,8 @@ struct StridedTerms {
   static constexpr int kItems = 2;
   static constexpr bool kNeighbours = false;
   static constexpr bool kIsWhole = false;
+
+  static KL_EXT_INLINE std::int64_t place(std::int64_t rank) { return rank; }
 
   using Bits = typename math::Format<T>::Bits;
 
