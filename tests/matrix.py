@@ -38,11 +38,14 @@ TESTS = (
 # What the build and these tests take.
 REQUIREMENTS = ("setuptools>=77", "cmake>=3.25", "ninja", "diffusers>=0.30", "expecttest>=0.2", "hypothesis>=6.100")
 REQUIREMENTS += ("mpmath>=1.3", "numpy>=1.26", "pytest>=8")
+# What needs a GIL has no wheels for a Python without one: diffusers, and later versions of hypothesis.
+WITHOUT_GIL = tuple(name for name in REQUIREMENTS if not name.startswith(("diffusers", "hypothesis")))
+WITHOUT_GIL += ("hypothesis>=6.100,<6.113",)
 
 
 @dataclass(frozen=True)
 class Cell:
-    python: str
+    python: str  # with a t at the end: without a GIL
     torch: str
 
     @property
@@ -52,6 +55,10 @@ class Cell:
     @property
     def folder(self) -> Path:
         return FOLDER / self.name
+
+    @property
+    def has_gil(self) -> bool:
+        return not self.python.endswith("t")
 
     @property
     def source(self) -> Path:
@@ -64,9 +71,12 @@ class Cell:
 
 TORCHES = [Cell("3.11", torch) for torch in ("2.11", "2.12", "2.13", "2.14", "2.15")]
 PYTHONS = [Cell("3.10", "2.13"), Cell("3.11", "2.13"), Cell("3.12", "2.13"), Cell("3.13", "2.13"), Cell("3.14", "2.14")]
-CELLS = list(dict.fromkeys([*TORCHES, *PYTHONS]))
+# The last torch that has wheels for it, and that Python of the same version with a GIL.
+FREE_THREADED = [Cell("3.13", "2.13"), Cell("3.13t", "2.12")]
+ROWS = (TORCHES, PYTHONS, FREE_THREADED)
+CELLS = list(dict.fromkeys([cell for row in ROWS for cell in row]))
 # Both ways: a binary of the first in the environment of the second.
-PAIRS = [pair for row in (TORCHES, PYTHONS) for a, b in zip(row, row[1:]) for pair in ((a, b), (b, a))]
+PAIRS = [pair for row in ROWS for a, b in zip(row, row[1:]) for pair in ((a, b), (b, a))]
 
 
 @dataclass
@@ -92,6 +102,8 @@ def run(cell: Cell, *command: str | Path, cwd: Path = ROOT) -> subprocess.Comple
     """What it prints goes into the log of the cell."""
     dropped = ("PYTHONPATH", "KL_EXT_TORCH_VERSION")
     environment = {**{name: value for name, value in os.environ.items() if name not in dropped}, "KL_EXT_CUDA": "0"}
+    if not cell.has_gil:
+        environment["PYTHON_GIL"] = "0"  # also where a module asks for one
     environment["PATH"] = os.pathsep.join([str(cell.executable.parent), os.environ["PATH"]])
     completed = subprocess.run(
         command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -123,7 +135,8 @@ def make_environment(cell: Cell) -> None:
     python = interpreter(cell)
     if run(cell, python, "-m", "venv", "--clear", ENVIRONMENTS / cell.name).returncode:
         raise Stopped("no virtual environment")
-    installed = run(cell, cell.executable, "-m", "pip", "install", f"torch=={cell.torch}.*", *REQUIREMENTS)
+    requirements = REQUIREMENTS if cell.has_gil else WITHOUT_GIL
+    installed = run(cell, cell.executable, "-m", "pip", "install", f"torch=={cell.torch}.*", *requirements)
     if installed.returncode:
         raise Stopped(f"not available: pip found no torch {cell.torch}, or not what the tests take")
     ready.touch()
@@ -156,6 +169,8 @@ def try_cell(cell: Cell, tests: Sequence[str]) -> dict[str, Any]:
     """Everything that the report says of the cell."""
     from reports import commit
 
+    if not cell.has_gil:
+        tests = [*tests, "tests/threads"]
     result: dict[str, Any] = {"commit": commit(), "tests": " ".join(tests)}
     shutil.rmtree(cell.folder, ignore_errors=True)
     cell.folder.mkdir(parents=True)
@@ -205,7 +220,8 @@ def passes(result: dict[str, Any]) -> bool:
 
 
 def row_of(cell: Cell, result: dict[str, Any]) -> list[str]:
-    versions = [result.get("python", cell.python), result.get("torch", cell.torch), result.get("commit", "")]
+    python = result.get("python", cell.python) + ("" if cell.has_gil else " without a GIL")
+    versions = [python, result.get("torch", cell.torch), result.get("commit", "")]
     if "stopped" in result:
         return [*versions, f"FAILED: {result['stopped']}" if "torch" in result else result["stopped"], *[""] * 5]
     check = "ok" if result["check"] else "FAILED"
