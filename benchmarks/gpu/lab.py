@@ -49,6 +49,7 @@ VARIANTS = {
     "launches overlap": ["-DKL_EXT_OVERLAP=2"],
     "128 elementwise threads": ["-DKL_EXT_ELEMENTWISE_THREADS=128"],
     "512 elementwise threads": ["-DKL_EXT_ELEMENTWISE_THREADS=512"],
+    "2 elementwise vectors": ["-DKL_EXT_ELEMENTWISE_TURNS=2"],
     "32 elementwise registers": ["-DKL_EXT_BLOCKS_PER_PROCESSOR=8"],
     "48 elementwise registers": ["-DKL_EXT_BLOCKS_PER_PROCESSOR=5"],
 }

@@ -1,6 +1,8 @@
 // The elementwise kernels, and which of them an iteration takes. F: math/formulas.h; Access: access.cuh.
 #pragma once
 
+#include <utility>
+
 #include "../math/gaussian.h"
 #include "access.cuh"
 #include "launch.cuh"
@@ -16,26 +18,55 @@ constexpr int blocks_per_processor(math::Range range, int numbers) {
   return (KL_EXT_BLOCKS_PER_PROCESSOR > 0 ? KL_EXT_BLOCKS_PER_PROCESSOR : blocks) * 256 / KL_EXT_ELEMENTWISE_THREADS;
 }
 
+// How many times a thread loads, computes and stores Access::kItems numbers. It loads all of them first.
+constexpr int kTurns = KL_EXT_ELEMENTWISE_TURNS;
+
+// What a thread sees of the operands, in each of its turns.
+template <class Thread>
+struct Turns {
+  Thread of[kTurns];
+};
+
+template <class Thread, class Plan>
+KL_EXT_INLINE Turns<Thread> turns_of(const Plan& plan) {
+  return [&]<int... turns>(std::integer_sequence<int, turns...>) {
+    return Turns<Thread>{{Thread(plan, blockIdx.x * kTurns + turns, threadIdx.x)...}};
+  }(std::make_integer_sequence<int, kTurns>());
+}
+
 template <class F, math::Range range, class T, class Input, class Output, class Access>
 __global__ void __launch_bounds__(kElementwiseThreads, blocks_per_processor(range, (F::kInputs + 1) * Access::kItems))
     forward(const typename Access::template Plan<F::kInputs + 1> plan, const math::Settings<T> settings) {
   constexpr int kInputs = F::kInputs;
-  const typename Access::template Thread<kInputs + 1> thread(plan, blockIdx.x, threadIdx.x);
-  if (thread.is_idle()) {
+  using Thread = typename Access::template Thread<kInputs + 1>;
+  const Turns<Thread> threads = turns_of<Thread>(plan);
+  if (threads.of[0].is_idle()) { // and so in all turns
     return;
   }
-  typename Access::template Loaded<Input> inputs[kInputs];
-  thread.load(1, inputs);
-  T results[1][Access::kItems];
+  typename Access::template Loaded<Input> inputs[kTurns][kInputs];
   KL_EXT_UNROLL
-  for (int item = 0; item < Access::kItems; ++item) {
-    T values[kInputs];
-    for (int i = 0; i < kInputs; ++i) {
-      values[i] = thread.template get<T>(inputs[i], 1 + i, item);
+  for (int turn = 0; turn < kTurns; ++turn) {
+    if (!threads.of[turn].is_idle()) {
+      threads.of[turn].load(1, inputs[turn]);
     }
-    results[0][item] = F::result(F::template forward<range>(values, settings), settings);
   }
-  thread.template store<Output>(0, results);
+  KL_EXT_UNROLL
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const Thread& thread = threads.of[turn];
+    if (thread.is_idle()) {
+      return;
+    }
+    T results[1][Access::kItems];
+    KL_EXT_UNROLL
+    for (int item = 0; item < Access::kItems; ++item) {
+      T values[kInputs];
+      for (int i = 0; i < kInputs; ++i) {
+        values[i] = thread.template get<T>(inputs[turn][i], 1 + i, item);
+      }
+      results[0][item] = F::result(F::template forward<range>(values, settings), settings);
+    }
+    thread.template store<Output>(0, results);
+  }
 }
 
 template <class F>
@@ -47,28 +78,41 @@ __global__ void __launch_bounds__(kElementwiseThreads, blocks_per_processor(rang
     backward(const typename Access::template Plan<kBackwardOperands<F>> plan, const math::Settings<T> settings) {
   constexpr int kInputs = F::kInputs;
   constexpr int kGradients = F::kGradients;
-  const typename Access::template Thread<kBackwardOperands<F>> thread(plan, blockIdx.x, threadIdx.x);
-  if (thread.is_idle()) {
+  using Thread = typename Access::template Thread<kBackwardOperands<F>>;
+  const Turns<Thread> threads = turns_of<Thread>(plan);
+  if (threads.of[0].is_idle()) { // and so in all turns
     return;
   }
-  typename Access::template Loaded<Output> grad_output[1];
-  typename Access::template Loaded<Input> inputs[kInputs];
-  thread.load(kGradients, grad_output, inputs);
-  T results[kGradients][Access::kItems];
+  typename Access::template Loaded<Output> grad_output[kTurns][1];
+  typename Access::template Loaded<Input> inputs[kTurns][kInputs];
   KL_EXT_UNROLL
-  for (int item = 0; item < Access::kItems; ++item) {
-    T values[kInputs];
-    T gradients[kGradients];
-    for (int i = 0; i < kInputs; ++i) {
-      values[i] = thread.template get<T>(inputs[i], kGradients + 1 + i, item);
-    }
-    const T grad = thread.template get<T>(grad_output[0], kGradients, item);
-    F::template backward<range>(grad, values, settings, gradients);
-    for (int i = 0; i < kGradients; ++i) {
-      results[i][item] = gradients[i];
+  for (int turn = 0; turn < kTurns; ++turn) {
+    if (!threads.of[turn].is_idle()) {
+      threads.of[turn].load(kGradients, grad_output[turn], inputs[turn]);
     }
   }
-  thread.template store<Input>(0, results);
+  KL_EXT_UNROLL
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const Thread& thread = threads.of[turn];
+    if (thread.is_idle()) {
+      return;
+    }
+    T results[kGradients][Access::kItems];
+    KL_EXT_UNROLL
+    for (int item = 0; item < Access::kItems; ++item) {
+      T values[kInputs];
+      T gradients[kGradients];
+      for (int i = 0; i < kInputs; ++i) {
+        values[i] = thread.template get<T>(inputs[turn][i], kGradients + 1 + i, item);
+      }
+      const T grad = thread.template get<T>(grad_output[turn][0], kGradients, item);
+      F::template backward<range>(grad, values, settings, gradients);
+      for (int i = 0; i < kGradients; ++i) {
+        results[i][item] = gradients[i];
+      }
+    }
+    thread.template store<Input>(0, results);
+  }
 }
 
 // What the choice of a kernel needs to know of forward and backward.
@@ -115,7 +159,10 @@ math::Settings<T> to_settings(const Settings& settings) {
           static_cast<T>(settings.offset)};
 }
 
-constexpr std::uint32_t blocks_for(std::uint32_t threads) { return (threads + kElementwiseThreads - 1) / kElementwiseThreads; }
+constexpr std::uint32_t blocks_for(std::uint32_t vectors) {
+  constexpr std::uint32_t kOfBlock = kElementwiseThreads * kTurns;
+  return (vectors + kOfBlock - 1) / kOfBlock;
+}
 
 // Whether the range is the usual one for the formula.
 template <class F, math::Range range>

@@ -8,6 +8,11 @@
 #define KL_EXT_ELEMENTWISE_THREADS 256
 #endif
 
+// How many vectors a thread of an elementwise kernel has, all of which it loads before it computes.
+#if !defined(KL_EXT_ELEMENTWISE_TURNS)
+#define KL_EXT_ELEMENTWISE_TURNS 1
+#endif
+
 // How many times 256 threads of an elementwise kernel a multiprocessor has room for, which bounds the registers of a thread. 0:
 // as many as elementwise.cuh says, by the numbers that a thread holds.
 #if !defined(KL_EXT_BLOCKS_PER_PROCESSOR)
