@@ -117,8 +117,9 @@ def interpreter(cell: Cell) -> str:
     """A Python of this version on the PATH, of pyenv, or of uv, which fetches it."""
     name = f"python{cell.python}"
     candidates = [shutil.which(name), *sorted(Path.home().glob(f".pyenv/versions/{cell.python}.*/bin/{name}"), reverse=True)]
-    for candidate in filter(None, candidates):
-        if run(cell, candidate, "-c", "import ensurepip, venv").returncode == 0:  # a shim of pyenv may lead nowhere
+    gil = f"import sysconfig; sys.exit(bool(sysconfig.get_config_var('Py_GIL_DISABLED')) == {cell.has_gil})"
+    for candidate in filter(None, candidates):  # a shim of pyenv may lead nowhere, and python3.13 to 3.13t
+        if run(cell, candidate, "-c", f"import ensurepip, sys, venv; {gil}").returncode == 0:
             return str(candidate)
     if uv := shutil.which("uv"):
         run(cell, uv, "python", "install", cell.python)
