@@ -38,7 +38,7 @@ TESTS = (
 # What the build and these tests take.
 REQUIREMENTS = ("setuptools>=77", "cmake>=3.25", "ninja", "diffusers>=0.30", "expecttest>=0.2", "hypothesis>=6.100")
 REQUIREMENTS += ("mpmath>=1.3", "numpy>=1.26", "pytest>=8")
-# What needs a GIL has no wheels for a Python without one: diffusers, and later versions of hypothesis.
+# Without a GIL there are no wheels of what diffusers takes, nor of later versions of hypothesis.
 WITHOUT_GIL = tuple(name for name in REQUIREMENTS if not name.startswith(("diffusers", "hypothesis")))
 WITHOUT_GIL += ("hypothesis>=6.100,<6.113",)
 
@@ -71,7 +71,7 @@ class Cell:
 
 TORCHES = [Cell("3.11", torch) for torch in ("2.11", "2.12", "2.13", "2.14", "2.15")]
 PYTHONS = [Cell("3.10", "2.13"), Cell("3.11", "2.13"), Cell("3.12", "2.13"), Cell("3.13", "2.13"), Cell("3.14", "2.14")]
-# The last torch that has wheels for it, and that Python of the same version with a GIL.
+# Python 3.13 with a GIL, and without one, with the last torch that has wheels for that.
 FREE_THREADED = [Cell("3.13", "2.13"), Cell("3.13t", "2.12")]
 ROWS = (TORCHES, PYTHONS, FREE_THREADED)
 CELLS = list(dict.fromkeys([cell for row in ROWS for cell in row]))

@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -258,14 +259,15 @@ def child(kept: int, *arguments: str, mib: int | None = None) -> Any:
 
 
 def least_memory(kept: int, name: str) -> int:
-    """The MiB of the smallest group in which a training runs twice of two times, to 16."""
+    """The smallest group, to 16 MiB, in which a training runs both times."""
     fails, works = 0, 1024
+    run(kept, "peak", name, mib=works).check_returncode()
     while works - fails > 16:
         mib = (fails + works) // 2
-        if all(run(kept, "peak", name, mib=mib).returncode == 0 for _ in range(2)):
-            works = mib
-        else:
-            fails = mib
+        statuses = {run(kept, "peak", name, mib=mib).returncode for _ in range(2)}
+        if not statuses <= {0, -signal.SIGKILL}:
+            raise RuntimeError(f"the training ended with {statuses}")
+        works, fails = (mib, fails) if statuses == {0} else (works, mib)
     return works
 
 
@@ -274,15 +276,18 @@ def small_groups() -> str:
     if not has_control_groups():
         return "No control group could be made here: what is kept, where one has little memory, was not measured."
     used = child(0, "taken_back")[0]
-    got = [int(run(kept, "filled", mib=used + 768).stdout.split()[-1]) for kept in KEPT]
+    filled = [run(kept, "filled", mib=used + 768) for kept in KEPT]
+    if any(done.returncode != -signal.SIGKILL for done in filled):
+        raise RuntimeError("a process ended otherwise than by the limit of its group")
+    got = [int(done.stdout.split()[-1]) for done in filled]
     least = [least_memory(kept, LARGE) for kept in KEPT]
     mib = max(least) + 64
     paces = [[child(kept, "pace", LARGE, mib=mib) for kept in KEPT] for _ in range(5)]
     kept, none = (statistics.median(found) for found in zip(*paces, strict=True))
-    return f"""In a control group of {used + 768} MiB, where a process that has called kl_ext needs {used}, torch gets {got[0]}
-MiB for tensors of its own after 512 MiB of results have come and gone, or {got[1]} with nothing kept. The least group in which
-the training on {LARGE} runs has {least[0]} MiB, or {least[1]} with nothing kept; in one of
-{mib} MiB a step takes {1e3 * kept:.3g} ms, or {1e3 * none:.3g}."""
+    return f"""In a control group of {used + 768} MiB, 768 more than are resident in a process that has called kl_ext, torch
+gets {got[0]} MiB for tensors of its own after 512 MiB of results have come and gone, or {got[1]} with nothing kept. The
+training *{LARGE}* runs in a group of {least[0]} MiB, or of {least[1]} with nothing kept, and in none that
+is smaller by 16. In a group of {mib} MiB one of its steps takes {1e3 * kept:.3g} ms, or {1e3 * none:.3g}."""
 
 
 def long_runs() -> tuple[str, str]:

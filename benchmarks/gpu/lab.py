@@ -1,7 +1,7 @@
 """The variants of csrc/cuda/tuning.h, timed side by side: gpu_check.py --lab. csrc/cuda/README.md says what each decides.
 
 Each variant is the kernels, built with other numbers (-D) for the GPU that is there. Calls are captured in CUDA graphs,
-and the variants take turns. All must give the same bits. A dry run builds two of them under the emulation of CUDA, on the CPU.
+and the variants take turns. All must give the same bits. A dry run builds some of them under the emulation of CUDA, on the CPU.
 """
 
 from __future__ import annotations
@@ -42,18 +42,19 @@ VARIANTS = {
     "2 beside each other": ["-DKL_EXT_WIDTH_OF_PARTS=2"],
     "32 beside each other": ["-DKL_EXT_WIDTH_OF_PARTS=32"],
     "q never prepared": [f"-DKL_EXT_PREPARING_THREADS={threads(62)}"],
-    "q prepared from 2^14 threads on": [f"-DKL_EXT_PREPARING_THREADS={threads(14)}"],
-    "q prepared from 2^17 threads on": [f"-DKL_EXT_PREPARING_THREADS={threads(17)}"],
+    "q prepared for 2 rows": ["-DKL_EXT_PREPARING_ROWS=2"],
+    "q prepared for 16 rows": ["-DKL_EXT_PREPARING_ROWS=16"],
     "small blocks to 2^18": [f"-DKL_EXT_FEW_THREADS={threads(18)}", f"-DKL_EXT_SHARING_THREADS={threads(17)}"],
     "launches overlap at the end": ["-DKL_EXT_OVERLAP=1"],
     "launches overlap": ["-DKL_EXT_OVERLAP=2"],
     "128 elementwise threads": ["-DKL_EXT_ELEMENTWISE_THREADS=128"],
     "512 elementwise threads": ["-DKL_EXT_ELEMENTWISE_THREADS=512"],
-    "2 elementwise vectors": ["-DKL_EXT_ELEMENTWISE_TURNS=2"],
+    "2 elementwise vectors": ["-DKL_EXT_ELEMENTWISE_VECTORS=2"],
+    "2 elementwise vectors, 80 registers": ["-DKL_EXT_ELEMENTWISE_VECTORS=2", "-DKL_EXT_BLOCKS_PER_PROCESSOR=3"],
     "32 elementwise registers": ["-DKL_EXT_BLOCKS_PER_PROCESSOR=8"],
     "48 elementwise registers": ["-DKL_EXT_BLOCKS_PER_PROCESSOR=5"],
 }
-OF_DRY_RUN = ["as it is", "no sharing"]
+OF_DRY_RUN = ["as it is", "no sharing", "2 elementwise vectors"]
 
 
 @dataclass(frozen=True)

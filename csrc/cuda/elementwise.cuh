@@ -18,20 +18,20 @@ constexpr int blocks_per_processor(math::Range range, int numbers) {
   return (KL_EXT_BLOCKS_PER_PROCESSOR > 0 ? KL_EXT_BLOCKS_PER_PROCESSOR : blocks) * 256 / KL_EXT_ELEMENTWISE_THREADS;
 }
 
-// How many times a thread loads, computes and stores Access::kItems numbers. It loads all of them first.
-constexpr int kTurns = KL_EXT_ELEMENTWISE_TURNS;
+// A thread loads so many vectors (where strided, times Access::kItems numbers) before it computes.
+constexpr int kVectorsPerThread = KL_EXT_ELEMENTWISE_VECTORS;
 
-// What a thread sees of the operands, in each of its turns.
+// A thread's view of the operands, for each vector.
 template <class Thread>
-struct Turns {
-  Thread of[kTurns];
+struct Views {
+  Thread of[kVectorsPerThread];
 };
 
 template <class Thread, class Plan>
-KL_EXT_INLINE Turns<Thread> turns_of(const Plan& plan) {
-  return [&]<int... turns>(std::integer_sequence<int, turns...>) {
-    return Turns<Thread>{{Thread(plan, blockIdx.x * kTurns + turns, threadIdx.x)...}};
-  }(std::make_integer_sequence<int, kTurns>());
+KL_EXT_INLINE Views<Thread> views_of(const Plan& plan) {
+  return [&]<int... vectors>(std::integer_sequence<int, vectors...>) {
+    return Views<Thread>{{Thread(plan, blockIdx.x * kVectorsPerThread + vectors, threadIdx.x)...}};
+  }(std::make_integer_sequence<int, kVectorsPerThread>());
 }
 
 template <class F, math::Range range, class T, class Input, class Output, class Access>
@@ -39,20 +39,20 @@ __global__ void __launch_bounds__(kElementwiseThreads, blocks_per_processor(rang
     forward(const typename Access::template Plan<F::kInputs + 1> plan, const math::Settings<T> settings) {
   constexpr int kInputs = F::kInputs;
   using Thread = typename Access::template Thread<kInputs + 1>;
-  const Turns<Thread> threads = turns_of<Thread>(plan);
-  if (threads.of[0].is_idle()) { // and so in all turns
+  const Views<Thread> views = views_of<Thread>(plan);
+  if (views.of[0].is_idle()) { // and so for all vectors
     return;
   }
-  typename Access::template Loaded<Input> inputs[kTurns][kInputs];
+  typename Access::template Loaded<Input> inputs[kVectorsPerThread][kInputs];
   KL_EXT_UNROLL
-  for (int turn = 0; turn < kTurns; ++turn) {
-    if (!threads.of[turn].is_idle()) {
-      threads.of[turn].load(1, inputs[turn]);
+  for (int vector = 0; vector < kVectorsPerThread; ++vector) {
+    if (!views.of[vector].is_idle()) {
+      views.of[vector].load(1, inputs[vector]);
     }
   }
   KL_EXT_UNROLL
-  for (int turn = 0; turn < kTurns; ++turn) {
-    const Thread& thread = threads.of[turn];
+  for (int vector = 0; vector < kVectorsPerThread; ++vector) {
+    const Thread& thread = views.of[vector];
     if (thread.is_idle()) {
       return;
     }
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kElementwiseThreads, blocks_per_processor(rang
     for (int item = 0; item < Access::kItems; ++item) {
       T values[kInputs];
       for (int i = 0; i < kInputs; ++i) {
-        values[i] = thread.template get<T>(inputs[turn][i], 1 + i, item);
+        values[i] = thread.template get<T>(inputs[vector][i], 1 + i, item);
       }
       results[0][item] = F::result(F::template forward<range>(values, settings), settings);
     }
@@ -79,21 +79,21 @@ __global__ void __launch_bounds__(kElementwiseThreads, blocks_per_processor(rang
   constexpr int kInputs = F::kInputs;
   constexpr int kGradients = F::kGradients;
   using Thread = typename Access::template Thread<kBackwardOperands<F>>;
-  const Turns<Thread> threads = turns_of<Thread>(plan);
-  if (threads.of[0].is_idle()) { // and so in all turns
+  const Views<Thread> views = views_of<Thread>(plan);
+  if (views.of[0].is_idle()) { // and so for all vectors
     return;
   }
-  typename Access::template Loaded<Output> grad_output[kTurns][1];
-  typename Access::template Loaded<Input> inputs[kTurns][kInputs];
+  typename Access::template Loaded<Output> grad_output[kVectorsPerThread][1];
+  typename Access::template Loaded<Input> inputs[kVectorsPerThread][kInputs];
   KL_EXT_UNROLL
-  for (int turn = 0; turn < kTurns; ++turn) {
-    if (!threads.of[turn].is_idle()) {
-      threads.of[turn].load(kGradients, grad_output[turn], inputs[turn]);
+  for (int vector = 0; vector < kVectorsPerThread; ++vector) {
+    if (!views.of[vector].is_idle()) {
+      views.of[vector].load(kGradients, grad_output[vector], inputs[vector]);
     }
   }
   KL_EXT_UNROLL
-  for (int turn = 0; turn < kTurns; ++turn) {
-    const Thread& thread = threads.of[turn];
+  for (int vector = 0; vector < kVectorsPerThread; ++vector) {
+    const Thread& thread = views.of[vector];
     if (thread.is_idle()) {
       return;
     }
@@ -103,9 +103,9 @@ __global__ void __launch_bounds__(kElementwiseThreads, blocks_per_processor(rang
       T values[kInputs];
       T gradients[kGradients];
       for (int i = 0; i < kInputs; ++i) {
-        values[i] = thread.template get<T>(inputs[turn][i], kGradients + 1 + i, item);
+        values[i] = thread.template get<T>(inputs[vector][i], kGradients + 1 + i, item);
       }
-      const T grad = thread.template get<T>(grad_output[turn][0], kGradients, item);
+      const T grad = thread.template get<T>(grad_output[vector][0], kGradients, item);
       F::template backward<range>(grad, values, settings, gradients);
       for (int i = 0; i < kGradients; ++i) {
         results[i][item] = gradients[i];
@@ -160,7 +160,7 @@ math::Settings<T> to_settings(const Settings& settings) {
 }
 
 constexpr std::uint32_t blocks_for(std::uint32_t vectors) {
-  constexpr std::uint32_t kOfBlock = kElementwiseThreads * kTurns;
+  constexpr std::uint32_t kOfBlock = kElementwiseThreads * kVectorsPerThread;
   return (vectors + kOfBlock - 1) / kOfBlock;
 }
 

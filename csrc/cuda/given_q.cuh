@@ -9,7 +9,7 @@
 
 namespace kl_ext::cuda {
 
-// A direction of a pair, computed so.
+// A direction of a pair whose terms are computed given q.
 template <class Direction>
 struct GivenQ : Direction {
   using Computed = typename Direction::F::GivenQ;
@@ -23,7 +23,7 @@ constexpr bool kMayShareQ = !std::is_void_v<typename F::GivenQ> && !F::kIsWeight
 template <class Direction>
 constexpr int kOwnInputs = Direction::kSharesQ ? 2 : Direction::F::kInputs;
 
-// The q of a thread's numbers, as the last inputs of what is computed given q. Empty for other directions.
+// The q of a thread's numbers, as the last inputs of what is computed given q. Unused in other directions.
 template <class Direction, class T, class Access>
 struct Q {
   static constexpr int kItems = Direction::kSharesQ ? Access::kItems : 1;
@@ -49,7 +49,7 @@ struct Q {
   }
 };
 
-// The columns whose q fits 12 KiB of shared memory.
+// The most columns: their q takes 12 KiB of shared memory.
 template <class T>
 constexpr std::int64_t kMostColumns = 4096 / sizeof(T);
 
@@ -86,7 +86,7 @@ class SharedQ {
   }
 
  private:
-  // Neighbouring threads read 16 bytes each that are beside each other, also where a thread has 32.
+  // In parts of 16 bytes: neighbouring threads read neighbouring parts, also for half types, where a thread has two.
   static KL_EXT_INLINE std::uint32_t place(int i, int item, std::uint32_t vector) {
     constexpr int kBeside = kVectorBytes / sizeof(T);
     constexpr int kParts = Access::kItems / kBeside;

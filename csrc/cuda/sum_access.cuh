@@ -1,10 +1,10 @@
-// How a thread of a summing kernel reads its terms: as in access.cuh, but by the rank of the first of them.
+// How a thread of a summing kernel reads its terms: as in access.cuh, but by the index of the first of them.
 //
 //   kItems          the numbers of each operand that a thread works on at a time
 //   kNeighbours     whether they are beside each other; else their distance is the number of threads that work together
 //   kIsWhole        whether there are always kItems of them
-//   place(rank)     where a number of this rank is: the index of its vector, or the rank
-//   Thread(plan, first, gap, valid)   the place of the first number, the ranks between two, the number of those that exist
+//   index_of(rank)  the index of the vector of the number of this rank, or the rank itself
+//   Thread(plan, first, gap, valid)   the index of the first number, the ranks between two, the number of those that exist
 #pragma once
 
 #include "access.cuh"
@@ -20,7 +20,7 @@ struct VectorTerms : Vectors<kNumbers, false> {
   static constexpr bool kNeighbours = true;
   static constexpr bool kIsWhole = false;
 
-  static KL_EXT_INLINE std::uint32_t place(std::uint64_t rank) { return static_cast<std::uint32_t>(rank / kItems); }
+  static KL_EXT_INLINE std::uint32_t index_of(std::uint64_t rank) { return static_cast<std::uint32_t>(rank / kItems); }
 
   template <int kOperands>
   class Thread : public Base::template Thread<kOperands> {
@@ -38,7 +38,7 @@ struct RowTerms {
   static constexpr bool kNeighbours = true;
   static constexpr bool kIsWhole = true;
 
-  static KL_EXT_INLINE std::uint32_t place(std::uint64_t rank) { return static_cast<std::uint32_t>(rank / kItems); }
+  static KL_EXT_INLINE std::uint32_t index_of(std::uint64_t rank) { return static_cast<std::uint32_t>(rank / kItems); }
 
   template <class S>
   using Loaded = Held<S, kItems>;
@@ -83,7 +83,7 @@ struct StridedTerms {
   static constexpr bool kNeighbours = false;
   static constexpr bool kIsWhole = false;
 
-  static KL_EXT_INLINE std::int64_t place(std::int64_t rank) { return rank; }
+  static KL_EXT_INLINE std::int64_t index_of(std::int64_t rank) { return rank; }
 
   using Bits = typename math::Format<T>::Bits;
 

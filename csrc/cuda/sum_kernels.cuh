@@ -101,14 +101,14 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   const bool is_idle = item_index >= shape.items;
   const std::int64_t left = is_idle ? 0 : shape.count - first_term;
   const std::int32_t count = static_cast<std::int32_t>(left < math::kChunk ? left : math::kChunk);
-  auto origin = Access::place((shape.first + row) * shape.count + first_term);
+  auto origin = Access::index_of((shape.first + row) * shape.count + first_term);
   KL_EXT_KEEP(origin);
   const std::int32_t log_gap = Access::kNeighbours ? 0 : shape.log_width;
   const std::int32_t gap = 1 << log_gap;
 
   const auto valid = [&](std::int32_t term) { return (count - term + gap - 1) >> log_gap; };
   const auto at = [&](std::int32_t term) {
-    return typename Access::template Thread<Direction::kOperands>{plan, origin + Access::place(term), gap, valid(term)};
+    return typename Access::template Thread<Direction::kOperands>{plan, origin + Access::index_of(term), gap, valid(term)};
   };
   const auto q = [&] { // of all rows
     if constexpr (Direction::kSharesQ) {
@@ -180,9 +180,9 @@ __global__ void __launch_bounds__(kThreads, sum_blocks_per_processor<Direction, 
   const std::int64_t first_term = static_cast<std::int64_t>(chunk) * math::kChunk;
   const std::int64_t left = chunk < shape.items && valid > 0 ? shape.count - first_term : 0;
   const std::int32_t count = static_cast<std::int32_t>(left < math::kChunk ? left : math::kChunk);
-  auto origin = Access::place(first_term * shape.columns + column);
+  auto origin = Access::index_of(first_term * shape.columns + column);
   KL_EXT_KEEP(origin);
-  const auto pitch = Access::place(shape.columns);
+  const auto pitch = Access::index_of(shape.columns);
 
   const auto at = [&](std::int32_t term) {
     return typename Access::template Thread<Direction::kOperands>{plan, origin + term * pitch, gap, valid};

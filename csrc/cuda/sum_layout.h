@@ -198,18 +198,16 @@ struct LaneSharing {
   }
 };
 
-// How the threads of a sum by rows of vectors share its chunks; `items`: the numbers of a thread.
+// How the threads of a sum by rows share its chunks; `items`: the numbers of a thread.
 struct ChunkSharing {
-  std::int64_t width;   // threads of a chunk, were there no others
+  std::int64_t width;   // threads of a chunk, without sharing
   std::int64_t sharers; // threads of a lane
   std::int64_t chunks;  // of all sums
-  std::int64_t most;    // terms of a chunk
 
   ChunkSharing(const SumLayout& layout, int items, bool may_share)
       : width(std::max<std::int64_t>(1, math::lanes_in_use(layout.count) / items)),
         sharers(may_share ? sharers_of(layout.count, width * layout.sums * layout.chunks, kThreads / width) : 1),
-        chunks(layout.sums * layout.chunks),
-        most(std::min<std::int64_t>(layout.count, math::kChunk)) {}
+        chunks(layout.sums * layout.chunks) {}
 
   std::int64_t of_chunk() const { return width * sharers; }
 
@@ -220,8 +218,8 @@ struct ChunkSharing {
     for (int i = terms.operands - 2; i < terms.operands; ++i) {
       fits &= terms.operand[i].strides[1] == 0;
     }
-    return fits && chunks * of_chunk() >= KL_EXT_PREPARING_THREADS &&
-           kThreads / of_chunk() * most >= KL_EXT_PREPARING_ROWS * terms.sizes[0];
+    const std::int64_t of_block = kThreads / of_chunk() * std::min<std::int64_t>(layout.count, math::kChunk); // terms
+    return fits && chunks * of_chunk() >= KL_EXT_PREPARING_THREADS && of_block >= KL_EXT_PREPARING_ROWS * terms.sizes[0];
   }
 };
 

@@ -9,8 +9,8 @@
 #endif
 
 // How many vectors a thread of an elementwise kernel has, all of which it loads before it computes.
-#if !defined(KL_EXT_ELEMENTWISE_TURNS)
-#define KL_EXT_ELEMENTWISE_TURNS 1
+#if !defined(KL_EXT_ELEMENTWISE_VECTORS)
+#define KL_EXT_ELEMENTWISE_VECTORS 1
 #endif
 
 // How many times 256 threads of an elementwise kernel a multiprocessor has room for, which bounds the registers of a thread. 0:
@@ -39,12 +39,12 @@
 #define KL_EXT_MOST_SHARERS 16
 #endif
 
-// In a sum by rows that all have one q, each block computes once what depends on q alone: if the launch has so many threads, ...
+// Where all rows of a sum have one q, each block computes once what depends on q alone, in launches of at least so many threads ...
 #if !defined(KL_EXT_PREPARING_THREADS)
 #define KL_EXT_PREPARING_THREADS (std::int64_t{1} << 16)
 #endif
 
-// ... and each block so many rows.
+// ... and only if a block has at least so many rows.
 #if !defined(KL_EXT_PREPARING_ROWS)
 #define KL_EXT_PREPARING_ROWS 4
 #endif

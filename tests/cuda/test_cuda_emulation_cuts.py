@@ -41,7 +41,9 @@ def test_sums_of_many_launches(emulated, rng, operator, dtype, indices):
     """Rows that several launches share; terms counted with 64 bits."""
     for shape, dims in (([600, 40], [1]), ([40, 1500], [1]), ([40, 70], [0]), ([1500, 3], [0]), ([20, 30, 40], [0, 2])):
         inputs = values(rng, operator, shape, dtype)
-        for operands in (inputs[:2], inputs, [layouts.shifted(x) for x in inputs], [inputs[0], inputs[1][..., :1]]):
+        prior = [x if i < 2 else x[0] for i, x in enumerate(inputs)]
+        for operands in (inputs[:2], inputs, prior, [layouts.shifted(x) for x in inputs], [inputs[0], inputs[1][..., :1]]):
+            emulated.set_prepares_q(operands is prior)
             with emulated.indices(indices):
                 grids = check_sum(emulated, operands, dims, rng.choice(["sum", "mean"]), operator=operator)
             if shape == [600, 40]:

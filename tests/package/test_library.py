@@ -57,9 +57,10 @@ def test_import_adds_at_most_50_ms_to_torchs(tmp_path):
 
 
 @pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python always has a GIL")
-def test_importing_leaves_the_gil_switched_off(tmp_path):
+def test_importing_leaves_the_gil_switched_off(tmp_path, monkeypatch):
     """A module that does not declare that it needs none switches it on, with a warning."""
     script = "import torch, sys; before = sys._is_gil_enabled(); import kl_ext; print(before, sys._is_gil_enabled())"
+    monkeypatch.delenv("PYTHON_GIL", raising=False)  # 0 would keep it off in any case
     completed = run_python("-c", script, cwd=tmp_path)
     assert (completed.stdout, completed.stderr) == ("False False\n", "")
 

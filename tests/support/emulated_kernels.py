@@ -139,7 +139,7 @@ class Emulated:
         self.functions.set_few_threads(ctypes.c_int64(few))
 
     def set_prepares_q(self, prepares: bool) -> None:
-        """Whether the blocks of sums by rows that all have one q prepare it, if they have a few rows."""
+        """Whether each block prepares the q that all rows of a sum have, if it has a few rows."""
         self.functions.set_preparing_threads(ctypes.c_int64(1 if prepares else 2**62))
 
     @contextlib.contextmanager

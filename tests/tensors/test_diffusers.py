@@ -14,8 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from kl_ext.distributions import DiagonalGaussianDistribution
 from operators import CLOSE
 
-vae = pytest.importorskip("diffusers.models.autoencoders.vae", reason="no diffusers")
-autoencoder_kl = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl", reason="no diffusers")
+pytest.importorskip("diffusers")
+
+from diffusers.models.autoencoders import autoencoder_kl, vae
 
 # Of sums of up to a thousand terms, none of them negative: 2.5 ulp for each against N(0, 1), then 21 roundings.
 SUM_OF_FLOATS = {"rtol": (2 * 2.5 + 21) * 2.0**-24, "atol": 0.0}
