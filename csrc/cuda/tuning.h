@@ -39,12 +39,12 @@
 #define KL_EXT_MOST_SHARERS 16
 #endif
 
-// Where all rows of a sum have one q, each block computes once what depends on q alone, in launches of at least so many threads ...
+// Where all rows of a sum have one q, each block computes once what depends on q alone. The least threads of such a launch.
 #if !defined(KL_EXT_PREPARING_THREADS)
 #define KL_EXT_PREPARING_THREADS (std::int64_t{1} << 16)
 #endif
 
-// ... and only if a block has at least so many rows.
+// The least rows of each of its blocks.
 #if !defined(KL_EXT_PREPARING_ROWS)
 #define KL_EXT_PREPARING_ROWS 4
 #endif

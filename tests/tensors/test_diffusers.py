@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from kl_ext.distributions import DiagonalGaussianDistribution
 from operators import CLOSE
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="the extra `test` has it; it needs a GIL")
 
 from diffusers.models.autoencoders import autoencoder_kl, vae
 

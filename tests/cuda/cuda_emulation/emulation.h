@@ -19,7 +19,7 @@ constexpr std::uint32_t kWarp = 32;
 inline std::vector<std::uint32_t> launched;
 inline std::uint32_t last_blocks = ~0u;
 
-// What takes the place of 2^31: see csrc/cuda/layout.h.
+// What takes the place of 2^31: see csrc/cuda/layout.h. Then numbers of csrc/cuda/tuning.h.
 inline std::int64_t indices = std::int64_t{1} << 31;
 inline std::int64_t few_threads = std::int64_t{1} << 17;
 inline std::int64_t preparing_threads = std::int64_t{1} << 16;
