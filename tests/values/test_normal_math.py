@@ -323,7 +323,8 @@ def test_special_values_are_those_of_the_plain_formula(header, dtype):
     ratio, shift = (p / q) ** 2, ((mu_p - mu_q) / q) ** 2
     want = 0.5 * (ratio + shift - 1 - ratio.log())
     got, _ = evaluate(header, "normal", [x.numpy().astype(dtype) for x in (mu_p, p, mu_q, q)])
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6, equal_nan=True)
+    roundings = 4 * 36 * 2.0**-52  # of the formula, whose parts are at most 36
+    torch.testing.assert_close(got.double(), want, rtol=cases.VALUE * numpy.finfo(dtype).eps, atol=roundings, equal_nan=True)
 
 
 @DTYPES
