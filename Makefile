@@ -104,7 +104,7 @@ endef
 # ARGS="tests/layouts -k memory" runs some and writes nothing. -fsanitize=vptr needs what torch does not export.
 comma := ,
 test-asan: export KL_EXT_CUDA = 0
-test-asan: $(stamps)/test ## run the suite under sanitizers (half an hour); writes docs/reports/asan.md
+test-asan: $(stamps)/test ## run the suite under sanitizers (20 minutes); writes docs/reports/asan.md
 	$(call build-sanitized,asan,-fsanitize=address$(comma)undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined)
 	WORKERS=$(WORKERS) $(bin)/python tests/asan.py $(ARGS)
 

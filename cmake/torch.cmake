@@ -25,3 +25,13 @@ endfunction()
 kl_ext_add_torch_library(c10)
 kl_ext_add_torch_library(torch_cpu)
 kl_ext_add_torch_library(torch_python)
+
+# Threads are torch's: csrc/cpu/parallel.h.
+add_library(kl_ext_openmp INTERFACE)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  find_package(OpenMP REQUIRED COMPONENTS CXX) # without it at::parallel_for is silently serial
+  target_link_libraries(kl_ext_openmp INTERFACE OpenMP::OpenMP_CXX)
+else()
+  find_library(LIBGOMP NAMES libgomp.so.1 HINTS "${TORCH_LIB}" REQUIRED)
+  target_link_libraries(kl_ext_openmp INTERFACE "${LIBGOMP}")
+endif()

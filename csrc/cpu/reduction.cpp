@@ -1,13 +1,12 @@
 #include "reduction.h"
 
-#include <ATen/Parallel.h>
-
 #include <memory>
 #include <numeric>
 #include <optional>
 #include <vector>
 
 #include "../math/summation.h"
+#include "parallel.h"
 #include "partials.h"
 
 namespace kl_ext::cpu {
@@ -199,7 +198,7 @@ class Summation {
     const int64_t height = block_numel(arithmetic_) / terms_;
     const int64_t tiles = ceil_divide(rows.size, height);
     const int64_t items = sums_ / rows.size * tiles;
-    at::parallel_for(0, items, std::max<int64_t>(1, kGrain / (height * terms_)), [&](int64_t begin, int64_t end) {
+    parallel_for(0, items, std::max<int64_t>(1, kGrain / (height * terms_)), [&](int64_t begin, int64_t end) {
       Workspace workspace(*this, 0);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t first = item % tiles * height;
@@ -248,7 +247,7 @@ class Summation {
     }
 
     const int64_t grain = std::max<int64_t>(1, kGrain / (std::min<int64_t>(terms_, kChunk) * width));
-    at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
       Workspace workspace(*this, width);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t chunk = item % chunks;

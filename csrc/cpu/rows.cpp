@@ -1,13 +1,13 @@
 #include "rows.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <memory>
 
 #include "../math/summation.h"
 #include "../memory.h"
+#include "parallel.h"
 #include "partials.h"
 #include "row_operands.h"
 #include "sums_over_rows.h"
@@ -96,7 +96,7 @@ at::Tensor sum_chunks(SumChunks kernel, const Rows& rows, const Terms& terms_of,
   char* const partials = many ? many.get() : few; // [sums, chunks]
   const auto first_term = [&](int64_t partial) { return partial / chunks * terms + partial % chunks * kChunk; };
   const int64_t grain = at::internal::GRAIN_SIZE / std::clamp<int64_t>(terms, 1, kChunk);
-  at::parallel_for(0, sums * chunks, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, sums * chunks, grain, [&](int64_t begin, int64_t end) {
     if (weights) {
       sum_weighted_chunks(kernel, partials, rows, terms_of.settings, *weights, size, begin, end, first_term);
     } else {
@@ -117,7 +117,7 @@ at::Tensor sum_chunks(SumChunks kernel, const Rows& rows, const Terms& terms_of,
     write(0, partials, sums);
     return out;
   }
-  at::parallel_for(0, sums, ceil_divide(at::internal::GRAIN_SIZE, chunks), [&](int64_t begin, int64_t end) {
+  parallel_for(0, sums, ceil_divide(at::internal::GRAIN_SIZE, chunks), [&](int64_t begin, int64_t end) {
     for (int64_t sum = begin; sum < end; ++sum) {
       char* const of_sum = partials + sum * chunks * size;
       finish_sum(of_sum, chunks, arithmetic);
@@ -146,7 +146,7 @@ std::optional<at::Tensor> forward_by_rows(const Terms& terms, at::ScalarType res
   rows.place(0, out.mutable_data_ptr());
   const ForwardKernel kernel =
       kernels_of(terms).forward[is_wide(terms.settings, arithmetic_of(terms.operands))][storage_of(result)];
-  at::parallel_for(0, rows.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
     rows.for_range(begin, end, rows.shape().rows, [&](const Block& block, int64_t) { kernel(block, terms.settings); });
   });
   return out;
@@ -230,7 +230,7 @@ bool backward_by_rows(const Terms& terms, const at::Tensor& grad_output, const G
   const auto* const grad = static_cast<const char*>(grad_output.const_data_ptr());
   const int64_t grad_bytes = *grad_stride * static_cast<int64_t>(grad_output.element_size());
   const int64_t most_rows = is_expanded ? 1 : rows.shape().rows;
-  at::parallel_for(0, rows.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
     rows.for_range(begin, end, most_rows, [&](const Block& block, int64_t row) {
       if (is_expanded) {
         double one = 0;
@@ -260,7 +260,7 @@ bool backward_of_one_by_rows(const Terms& terms, double grad_output, const Gradi
     }
     const BackwardOfOne kernel =
         kernels_of(terms).backward_of_one[is_wide(terms.settings, arithmetic)][storage_of(rows.dtype())];
-    at::parallel_for(0, rows.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
       rows.for_range(begin, end, rows.shape().rows,
                      [&](const Block& block, int64_t) { kernel(block, grad_output, terms.settings); });
     });

@@ -1,13 +1,12 @@
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
 
 #include "../math/summation.h"
+#include "parallel.h"
 #include "partials.h"
 #include "row_operands.h"
 
@@ -36,7 +35,7 @@ class SumsOverRows {
   }
 
   void run(BackwardToLanes kernel, double grad_output, const Settings& settings) {
-    at::parallel_for(0, pieces(), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, pieces(), 1, [&](int64_t begin, int64_t end) {
       const int64_t bytes = lanes() * std::min(kColumns, columns()) * size();
       const auto buffer = std::make_unique_for_overwrite<char[]>(2 * bytes);
       const std::array<char*, 2> lanes_of{buffer.get(), buffer.get() + bytes};

@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -38,6 +39,31 @@ def test_eight_threads_on_shared_leaves_get_the_bits_of_one() -> None:
     for results in got:
         for one, other in zip(results, expected, strict=True):
             assert all(map(same_bits, one, other))
+
+
+COUNTED = """
+import os, sys, torch, kl_ext
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(1)
+x = torch.zeros(2**20)
+number = int(sys.argv[1])
+torch.set_num_threads(number)
+alone = threads()
+kl_ext.kl_div_single_loss(x, x), kl_ext.gaussian_kl_div(x, x, reduction="sum")
+assert threads() - alone == number - 1, (alone, threads())
+x.exp()
+assert threads() - alone == number - 1, "torch has threads of its own"
+"""
+
+
+@pytest.mark.parametrize("number", ["1", "3", "5"])
+def test_as_many_threads_compute_as_torch_is_told_and_they_are_torchs(number: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", COUNTED, number]
+    completed = subprocess.run(command, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
 
 
 def test_a_stress_of_everything_that_threads_share() -> None:
