@@ -56,9 +56,6 @@ def test_the_cpu_kernels_are_optimised_and_compiled_for_each_capability(commands
     capabilities = {re.findall(r"-DKL_EXT_CPU_CAPABILITY=(\w+)", command)[0] for command in kernels}
     assert capabilities == set(_library.build_facts().cpu_capabilities)
     assert all(re.findall(r" -O\S+", command)[-1] == " -O3" for command in kernels)
-    parallel = [entry["command"] for entry in commands if entry["file"].endswith(("cpu/elementwise.cpp", "unity_host_cxx.cxx"))]
-    assert len(parallel) == 1
-    assert "-fopenmp" in parallel[0]
 
 
 def test_the_kernels_of_one_capability_share_no_symbol_with_anothers(commands):
