@@ -20,8 +20,8 @@ namespace kl_ext::cpu {
 #ifdef _OPENMP
 using at::parallel_for;
 #else
-/// at::parallel_for where torch's header cannot have it in torch's threads: Clang compiles `#pragma omp parallel` to calls of a
-/// runtime of its own, whose threads torch.set_num_threads does not concern. This calls the runtime that torch has, as GCC does.
+/// at::parallel_for for Clang, which compiles `#pragma omp parallel` to calls of its own runtime, libomp. The threads of that stand
+/// beside torch's, and torch.set_num_threads does not change their number. This calls torch's runtime, as the code of GCC does.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   at::internal::lazy_init_num_threads();
