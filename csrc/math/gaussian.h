@@ -9,7 +9,7 @@
 //   against N(0, 1)                2.5 (2.3)
 //   KL, documented pair            4.5 (4.3)
 //   gradients                      3 (2.9)
-//   the gradient of log_var_q      6 (5.4) of the larger of its two terms
+//   the gradient of log_var_q      6 (5.6) of the larger of its two terms
 //
 // Values are never negative, exactly 0 where p = q, and infinite only where the true value overflows. Infinite inputs give what
 // the plain formulas give, and NaN propagates.
